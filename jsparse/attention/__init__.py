@@ -1,0 +1,1 @@
+"""Executors: attention for a plan, in several implementations behind one function."""

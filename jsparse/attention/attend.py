@@ -1,0 +1,237 @@
+"""`attend`: attention for a plan and a mask, by whichever implementation can do it here."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsparse import checks
+from jsparse.attention import block_sparse, reference
+from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
+from jsparse.core.merging import merge
+from jsparse.core.tiling import block_mask
+from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
+
+Plan = BlockMask | TokenGroups | BlockPyramid
+IMPLEMENTATIONS = ("reference", "xla", "mosaic", "triton")
+DEFAULT_BLOCK = 128
+
+
+class Problem(NamedTuple):
+    """A checked call: batch axes flattened to one, modifications split into static and traced."""
+
+    operands: Operands
+    plan: Plan | None
+    mask: Mask | None
+    rule: LogitRule
+    batch_shape: tuple[int, ...]
+
+
+def attend(
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    v: Float[Array, "*batch kv_len kv_heads v_dim"],
+    plan: Plan | Sequence[Plan] | None = None,
+    *,
+    mask: Mask | None = None,
+    bias: Float[Array, "*bias"] | None = None,
+    score_mod: ScoreMod | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    softcap: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attends to the keys that both `plan` and `mask` let through.
+
+    Logits are `q k^T`, then in this order: times `scale`, capped, `score_mod`, plus `bias`, masked.
+    A row with no key gives `out = 0`, `lse = -inf` and finite gradients.
+
+    Args:
+      q: Queries.
+      k: Keys; `heads` is a multiple of `kv_heads`.
+      v: Values.
+      plan: Which tiles are computed. A tuple of disjoint plans is executed in parts and merged.
+        Default: the tiles that `mask` touches, or all.
+      mask: Who may see whom, element by element.
+      bias: Added to the logits; broadcastable to [*batch, heads, q_len, kv_len]. Has a gradient.
+      score_mod: `score_mod(logit, batch, head, q_index, kv_index) -> logit` on f32 and int32
+        scalars; `batch` counts the flattened batch axes. Arrays it closes over have gradients.
+      sinks: A learned logit per head that takes probability and gives no value.
+      softcap: Caps logits smoothly to (-softcap, softcap) by `softcap * tanh(logits / softcap)`.
+      scale: Factor on the logits, default `dim ** -0.5`. An array has a gradient.
+      return_lse: Also return the log-sum-exp of each row's logits, sink included. Differentiable.
+      implementation: "reference", "xla", "mosaic" or "triton"; default the fastest that can do it.
+
+    Returns:
+      `out [*batch, q_len, heads, v_dim]` in v's dtype, or `(out, lse [*batch, heads, q_len])`.
+
+    Raises:
+      ValueError: if arguments do not fit each other; the sentence names the remedy.
+      NotImplementedError: if the named implementation cannot do this job here.
+    """
+    if isinstance(plan, Sequence):
+        out, lse = _attend_parts(
+            q, k, v, plan, mask, bias, score_mod, softcap, scale, implementation
+        )
+    else:
+        problem = prepare(
+            q, k, v, plan, mask=mask, bias=bias, score_mod=score_mod, softcap=softcap, scale=scale
+        )
+        out, lse = _run(problem, implementation)
+        out = out.reshape(*q.shape[:-1], v.shape[-1])
+        lse = lse.reshape(*problem.batch_shape, *lse.shape[1:])
+    if sinks is not None:
+        checks.sinks_shape(sinks, q.shape[-2])
+        out, lse = _add_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: Plan | None = None,
+    *,
+    mask: Mask | None = None,
+    bias: Array | None = None,
+    score_mod: ScoreMod | None = None,
+    softcap: float | None = None,
+    scale: float | Array | None = None,
+) -> Problem:
+    """Checks a call and brings it to the form that every implementation takes."""
+    checks.attention_inputs(q, k, v)
+    batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    kv_len, kv_heads = k.shape[-3:-1]
+    if mask is not None:
+        checks.mask_type(mask)
+        checks.batch_fits("mask", mask.batch_shape, batch_shape)
+        checks.mask_heads(mask.heads, heads)
+        mask = mask.flatten_batch(batch_shape)
+        mask.check_lengths(q_len, kv_len)
+    if plan is not None:
+        checks.plan_type(plan, (BlockMask, TokenGroups, BlockPyramid))
+        checks.plan_lengths(plan, q_len, kv_len)
+        plan = _flatten_plan(plan, batch_shape, heads, kv_heads)
+    if bias is not None:
+        full = (*batch_shape, heads, q_len, kv_len)
+        bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
+        checks.broadcasts("bias", bias.shape, full)
+        bias = _flatten_bias(bias, batch_shape)
+    captured: tuple[Array, ...] = ()
+    if score_mod is not None:
+        score_mod, captured = hoist(score_mod)
+    static_scale = dim**-0.5 if scale is None else scale
+    traced_scale = None
+    if isinstance(scale, jax.Array):
+        checks.scalar("scale", scale)
+        static_scale, traced_scale = None, scale.astype(jnp.float32)
+    if softcap is not None:
+        checks.positive_number(softcap=softcap)
+    rule = LogitRule(q_len, kv_len, static_scale, softcap, score_mod)
+    flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    operands = Operands(*flat, bias=bias, scale=traced_scale, captured=captured)
+    return Problem(operands, plan, mask, rule, batch_shape)
+
+
+def _flatten_plan(plan: Plan, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> Plan:
+    lists = plan.block_mask if isinstance(plan, BlockPyramid) else plan
+    checks.list_heads(lists.list_heads, heads, kv_heads)
+    checks.batch_fits("plan", lists.batch_shape, batch_shape)
+    batch_ndim = len(lists.batch_shape)
+
+    def flatten(x):
+        core = x.shape[batch_ndim:]
+        if x.shape[:batch_ndim].count(1) == batch_ndim:
+            return x.reshape(1, *core)
+        return jnp.broadcast_to(x, (*batch_shape, *core)).reshape(-1, *core)
+
+    return jax.tree.map(flatten, plan)
+
+
+def _flatten_bias(bias: Array, batch_shape: tuple[int, ...]) -> Array:
+    batch, core = bias.shape[:-3], bias.shape[-3:]
+    if batch.count(1) == len(batch):
+        return bias.reshape(1, *core)
+    return jnp.broadcast_to(bias, (*batch_shape, *core)).reshape(-1, *core)
+
+
+def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
+    if implementation is not None:
+        checks.one_of(IMPLEMENTATIONS, implementation=implementation)
+        return _CALLS[implementation](problem)
+    reasons = []
+    for name in ("mosaic", "triton", "xla"):
+        try:
+            return _CALLS[name](problem)
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(
+        "No implementation can do this here; implementation='reference' can, with memory for "
+        "every pair of tokens. " + " ".join(reasons)
+    )
+
+
+def _reference(problem: Problem) -> tuple[Array, Array]:
+    return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
+
+
+def _xla(problem: Problem) -> tuple[Array, Array]:
+    plan = with_plan(problem)
+    return block_sparse.block_sparse_attention(problem.operands, plan, problem.mask, problem.rule)
+
+
+def _mosaic(problem: Problem) -> tuple[Array, Array]:
+    raise NotImplementedError("the Mosaic kernels need an NVIDIA GPU of compute capability 9.0.")
+
+
+def _triton(problem: Problem) -> tuple[Array, Array]:
+    raise NotImplementedError("there is no Triton kernel for this plan.")
+
+
+_CALLS = {"reference": _reference, "xla": _xla, "mosaic": _mosaic, "triton": _triton}
+
+
+def with_plan(problem: Problem) -> BlockMask:
+    """The problem's tile list; where there is none, the tiles its mask touches, or all."""
+    plan, mask, rule = problem.plan, problem.mask, problem.rule
+    if isinstance(plan, BlockMask):
+        return plan
+    if plan is not None:
+        raise NotImplementedError(f"the tile executor does not take {type(plan).__name__}.")
+    sizes = {"block_q": DEFAULT_BLOCK, "block_kv": DEFAULT_BLOCK}
+    if mask is not None:
+        return block_mask(mask, rule.q_len, rule.kv_len, **sizes)
+    grid = TileGrid(rule.q_len, rule.kv_len, **sizes)
+    lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, 1, grid.q_blocks, grid.kv_blocks))
+    counts = jnp.full((1, 1, grid.q_blocks), grid.kv_blocks, jnp.int32)
+    return BlockMask.from_lists(lists, counts, q_len=rule.q_len, kv_len=rule.kv_len, **sizes)
+
+
+def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, implementation):
+    checks.some_plans(plans)
+    parts = [
+        attend(
+            q,
+            k,
+            v,
+            plan,
+            mask=mask,
+            bias=bias,
+            score_mod=score_mod,
+            softcap=softcap,
+            scale=scale,
+            return_lse=True,
+            implementation=implementation,
+        )
+        for plan in plans
+    ]
+    return merge(parts)
+
+
+def _add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    with_sink = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
+    share = jnp.swapaxes(jnp.exp(lse - with_sink), -1, -2)[..., None]
+    return (out * share).astype(out.dtype), with_sink

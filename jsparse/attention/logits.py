@@ -1,0 +1,115 @@
+"""What happens to logits between q k^T and the softmax, the same in every implementation.
+
+Order: scale, softcap, score_mod, bias, mask.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jsparse import _compat
+from jsparse.types import Frame, Mask
+
+ScoreMod = Callable[..., Array]
+
+
+class Operands(NamedTuple):
+    """Everything that attention is differentiated with respect to.
+
+    `bias` has four axes, each 1 or full. `scale` is here only when it is an array; `captured` are
+    the arrays that score_mod closes over.
+    """
+
+    q: Float[Array, "batch q_len heads dim"]
+    k: Float[Array, "batch kv_len kv_heads dim"]
+    v: Float[Array, "batch kv_len kv_heads v_dim"]
+    bias: Float[Array, "bias_batch bias_heads bias_q bias_kv"] | None = None
+    scale: Float[Array, ""] | None = None
+    captured: tuple[Array, ...] = ()
+
+
+class LogitRule(NamedTuple):
+    """The static part: which of the steps there are, and their constants."""
+
+    q_len: int
+    kv_len: int
+    scale: float | None
+    softcap: float | None
+    score_mod: ScoreMod | None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but a constant scale acts before the mask."""
+        return self.scale is None or self.softcap is not None or self.score_mod is not None
+
+    def modify(
+        self,
+        logits: Float[Array, "*rows cols"],
+        bias: Float[Array, "..."] | None,
+        scale: Float[Array, ""] | None,
+        captured: tuple[Array, ...],
+        q_index: Int[Array, "*rows 1"],
+        kv_index: Int[Array, "*rows cols"],
+        batch: Int[Array, "..."] | int,
+        head: Int[Array, "..."] | int,
+    ) -> Float[Array, "*rows cols"]:
+        """Applies scale, softcap, score_mod and bias. Indices broadcast against the logits."""
+        logits = logits * (self.scale if scale is None else scale)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if self.score_mod is not None:
+            logits = self.score_mod(captured, logits, batch, head, q_index, kv_index)
+        if bias is not None:
+            logits = logits + bias
+        return logits
+
+    def hide(
+        self,
+        logits: Float[Array, "*rows cols"],
+        mask: Mask | None,
+        q_index: Int[Array, "*rows 1"],
+        kv_index: Int[Array, "*rows cols"],
+        batch: Int[Array, "..."] | int,
+        head: Int[Array, "..."] | int,
+        *,
+        ragged: bool,
+    ) -> Float[Array, "*rows cols"]:
+        """Sets logits of pairs that the mask forbids, or keys past the end, to -inf."""
+        if ragged:
+            logits = jnp.where(kv_index < self.kv_len, logits, -jnp.inf)
+        if mask is not None:
+            frame = Frame(self.q_len, self.kv_len, batch, head)
+            logits = jnp.where(mask.visible(q_index, kv_index, frame), logits, -jnp.inf)
+        return logits
+
+
+def hoist(score_mod: ScoreMod) -> tuple[ScoreMod, tuple[Array, ...]]:
+    """Turns what a score_mod closes over into arguments, so that they can be differentiated.
+
+    Args:
+      score_mod: `score_mod(logit, batch, head, q_index, kv_index) -> logit` on scalars.
+
+    Returns:
+      A function of `(captured, logits, batch, head, q_index, kv_index)` on arrays that broadcast
+      against each other, and the captured arrays.
+    """
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    closed = jax.make_jaxpr(score_mod)(scalar, integer, integer, integer, integer)
+    if [aval.shape for aval in closed.out_avals] != [()]:
+        raise ValueError(
+            "score_mod must map one scalar logit to one scalar logit; it returned "
+            f"{[aval.shape for aval in closed.out_avals]}."
+        )
+
+    def on_arrays(captured, logits, batch, head, q_index, kv_index):
+        def on_scalars(logit, *indices):
+            (out,) = _compat.closed_jaxpr_call(closed, captured, logit, *indices)
+            return out.astype(jnp.float32)
+
+        return jnp.vectorize(on_scalars)(logits, batch, head, q_index, kv_index)
+
+    return on_arrays, tuple(jnp.asarray(c) for c in closed.consts)

@@ -1,0 +1,248 @@
+"""Argument checks. Every sentence that an error of jsparse says is written here."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def _is_integer_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def positive(**values: int) -> None:
+    """Each value is an int of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive int.")
+
+
+def non_negative(**values: int) -> None:
+    """Each value is an int of at least 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name}={value!r} must be an int of at least 0.")
+
+
+def fraction(**values: float) -> None:
+    """Each concrete value lies in (0, 1]."""
+    for name, value in values.items():
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"{name}={value!r} must lie in (0, 1].")
+
+
+def multiple(*, of: int, **values: int) -> None:
+    """Each value is a multiple of `of`."""
+    for name, value in values.items():
+        if value % of:
+            raise ValueError(f"{name}={value} must be a multiple of {of}.")
+
+
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Each value is one of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name}={value!r} must be one of {listed}.")
+
+
+def integers(**arrays: Any) -> None:
+    """Each array holds integers."""
+    for name, array in arrays.items():
+        if not _is_integer_array(array):
+            dtype = getattr(array, "dtype", type(array).__name__)
+            raise ValueError(f"{name} holds {dtype}; it must hold integers, cast it to int32.")
+
+
+def tile_grid(q_len: int, kv_len: int, block_q: int, block_kv: int, grid: Any) -> Any:
+    """The lengths and tile sizes are positive."""
+    positive(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
+    return grid(q_len, kv_len, block_q, block_kv)
+
+
+def dense_tiles(tiles: Any, grid: Any) -> None:
+    """One bool per tile of the grid."""
+    shape = getattr(tiles, "shape", None)
+    if shape is None or len(shape) < 3:
+        raise ValueError(f"tiles has shape {shape}; expected [*batch, heads, q_blocks, kv_blocks].")
+    if tiles.dtype != bool:
+        raise ValueError(f"tiles holds {tiles.dtype}; it must hold bools, True means attend.")
+    if tuple(shape[-2:]) != (grid.q_blocks, grid.kv_blocks):
+        raise ValueError(
+            f"tiles has {shape[-2]} x {shape[-1]} tiles; q_len={grid.q_len}, kv_len={grid.kv_len} "
+            f"in tiles of {grid.block_q} x {grid.block_kv} make {grid.q_blocks} x "
+            f"{grid.kv_blocks}."
+        )
+
+
+def block_lists(kv_indices: Any, kv_num_blocks: Any, grid: Any) -> None:
+    """Lists and counts fit each other and the grid."""
+    integers(kv_indices=kv_indices, kv_num_blocks=kv_num_blocks)
+    if kv_indices.ndim < 3:
+        raise ValueError(
+            f"kv_indices has shape {kv_indices.shape}; expected [*batch, heads, q_blocks, width]."
+        )
+    if kv_indices.shape[:-1] != kv_num_blocks.shape:
+        raise ValueError(
+            f"kv_num_blocks has shape {kv_num_blocks.shape}; kv_indices of shape "
+            f"{kv_indices.shape} needs {kv_indices.shape[:-1]}."
+        )
+    if kv_indices.shape[-2] != grid.q_blocks:
+        raise ValueError(
+            f"kv_indices has {kv_indices.shape[-2]} rows; q_len={grid.q_len} in tiles of "
+            f"{grid.block_q} makes {grid.q_blocks}."
+        )
+
+
+def same_grid(left: Any, right: Any) -> None:
+    """Two plans have the same lengths and tiles."""
+    if left != right:
+        raise ValueError(f"The plans differ in lengths or tiles: {left} and {right}.")
+
+
+def levels(values: Any, block_mask: Any) -> None:
+    """A level per entry."""
+    integers(levels=values)
+    if values.shape != block_mask.kv_indices.shape:
+        raise ValueError(
+            f"levels has shape {values.shape}; the list has {block_mask.kv_indices.shape}."
+        )
+
+
+def pooled_columns(pooled_k: Any, pooled_v: Any, log_count: Any, block_mask: Any) -> None:
+    """A pooled key, value and log count per kv block."""
+    blocks = block_mask.grid.kv_blocks
+    if pooled_k.shape[-3] != blocks:
+        raise ValueError(f"pooled_k has {pooled_k.shape[-3]} columns; there are {blocks} blocks.")
+    if pooled_v.shape[:-1] != pooled_k.shape[:-1] or log_count.shape != pooled_k.shape[:-1]:
+        raise ValueError(
+            f"pooled_k {pooled_k.shape}, pooled_v {pooled_v.shape} and log_count "
+            f"{log_count.shape} must agree in [*batch, kv_blocks, kv_heads]."
+        )
+
+
+def attention_inputs(q: Any, k: Any, v: Any) -> None:
+    """Query, key and value fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(x, "ndim") or x.ndim < 3:
+            raise ValueError(
+                f"{name} has shape {getattr(x, 'shape', None)}; expected [*batch, length, heads, "
+                "dim]: add a heads axis of 1 if there is one head."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} holds {x.dtype}; it must be float32, bfloat16 or float16.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k, v hold {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype first."
+        )
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        raise ValueError(
+            f"q, k, v have batch axes {q.shape[:-3]}, {k.shape[:-3]}, {v.shape[:-3]}; they must "
+            "be the same."
+        )
+    if k.shape[-3] != v.shape[-3]:
+        raise ValueError(f"k has {k.shape[-3]} tokens and v {v.shape[-3]}; they must agree.")
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k has {k.shape[-2]} heads and v {v.shape[-2]}; they must agree.")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q has dim {q.shape[-1]} and k {k.shape[-1]}; they must agree.")
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"q has {q.shape[-2]} heads and k {k.shape[-2]}; the first must be a multiple of the "
+            "second."
+        )
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: no axis may be empty.")
+
+
+def list_heads(count: int, heads: int, kv_heads: int) -> None:
+    """The heads axis of a plan is 1, kv_heads or heads."""
+    if count not in (1, kv_heads, heads):
+        raise ValueError(
+            f"The plan has {count} lists per sequence; expected 1, kv_heads={kv_heads} or "
+            f"heads={heads}."
+        )
+
+
+def plan_lengths(plan: Any, q_len: int, kv_len: int) -> None:
+    """The plan was made for these lengths."""
+    if (plan.q_len, plan.kv_len) != (q_len, kv_len):
+        raise ValueError(
+            f"The plan was made for q_len={plan.q_len}, kv_len={plan.kv_len}; q and k have "
+            f"{q_len} and {kv_len}. Make a plan for these lengths."
+        )
+
+
+def batch_fits(name: str, batch_shape: tuple[int, ...], to: tuple[int, ...]) -> None:
+    """Batch axes broadcast to those of q."""
+    try:
+        fits = np.broadcast_shapes(batch_shape, to) == tuple(to)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} has batch axes {batch_shape}, which do not broadcast to {to}.")
+
+
+def mask_length(name: str, length: int, expected: int) -> None:
+    """A mask's array was made for this length."""
+    if length != expected:
+        raise ValueError(
+            f"The mask's {name} covers {length} tokens; the input has {expected}. Make the mask "
+            "for these lengths."
+        )
+
+
+def mask_heads(count: int, heads: int) -> None:
+    """A mask tells apart 1 or all query heads."""
+    if count not in (1, heads):
+        raise ValueError(f"The mask has {count} heads; expected 1 or heads={heads}.")
+
+
+def broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
+    """An operand broadcasts to the logits, axis by axis."""
+    if len(shape) != len(to) or any(a not in (1, b) for a, b in zip(shape, to, strict=True)):
+        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {to}.")
+
+
+def sinks_shape(sinks: Any, heads: int) -> None:
+    """One sink logit per query head."""
+    if getattr(sinks, "shape", None) != (heads,):
+        raise ValueError(
+            f"sinks has shape {getattr(sinks, 'shape', None)}; expected one logit per query head, "
+            f"({heads},)."
+        )
+
+
+def scalar(name: str, value: Any) -> None:
+    """An array with no axes."""
+    if value.shape != ():
+        raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
+
+
+def positive_number(**values: float) -> None:
+    """Each value is a number above 0."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{name}={value!r} must be a Python number above 0.")
+
+
+def mask_type(mask: Any) -> None:
+    """A mask is a jsparse mask, not an array."""
+    if not hasattr(mask, "flatten_batch"):
+        raise ValueError(
+            f"mask is {type(mask).__name__}; it must be made by js.masks, e.g. js.masks.causal(). "
+            "For an array of bools use js.masks.dense(array)."
+        )
+
+
+def plan_type(plan: Any, types: tuple[type, ...]) -> None:
+    """A plan is one of the plan types."""
+    if not isinstance(plan, types):
+        names = ", ".join(t.__name__ for t in types)
+        raise ValueError(f"plan is {type(plan).__name__}; it must be one of {names}, or a tuple.")
+
+
+def some_plans(plans: Any) -> None:
+    """A tuple of plans has at least one."""
+    if not len(plans):
+        raise ValueError("plan is an empty tuple; pass None to attend to everything.")

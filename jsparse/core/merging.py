@@ -1,0 +1,33 @@
+"""Merging partial attentions over disjoint keys by their log-sum-exp."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Part = tuple[Float[Array, "*batch q_len heads v_dim"], Float[Array, "*batch heads q_len"]]
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Merges attention outputs over disjoint sets of keys into attention over their union.
+
+    Each part is `(out, lse)` with `lse` the natural log of the row's sum of exponentials. A part
+    that saw no key in a row has `lse = -inf` there and counts for nothing.
+
+    Raises:
+      ValueError: if there are no parts.
+    """
+    if not parts:
+        raise ValueError("merge got no parts; pass at least one (out, lse).")
+    lses = jnp.stack([lse for _, lse in parts])
+    peak = lses.max(0)
+    # a row that no part saw: any finite peak keeps exp(-inf - peak) at 0 instead of nan
+    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.exp(lses - peak)
+    total = weights.sum(0)
+    seen = total > 0
+    share = weights / jnp.where(seen, total, 1.0)
+    outs = jnp.stack([out.astype(jnp.float32) for out, _ in parts])
+    out = (outs * jnp.swapaxes(share, -1, -2)[..., None]).sum(0)
+    lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+    return out.astype(parts[0][0].dtype), lse

@@ -1,0 +1,97 @@
+"""From a mask to the list of tiles that it touches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jsparse import _compat, checks
+from jsparse.types import BlockMask, Frame, Mask, TileGrid
+from jsparse.types.block_mask import dense_to_lists
+
+# rows of tiles classified at once: enough to fill vector units, little enough to stay in cache
+_ROWS_AT_ONCE = 64
+
+
+def block_mask(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    *,
+    block_q: int = 128,
+    block_kv: int = 128,
+    width: int | None = None,
+) -> BlockMask:
+    """Lists the tiles in which `mask` lets some query see some key.
+
+    Costs time proportional to the number of tiles and memory proportional to the lists, whatever
+    the lengths, and works under `jit`. The lists say which tiles to visit; pass the mask to
+    `js.attend` as well, for the tiles that are only partly visible.
+
+    Args:
+      mask: Who may see whom. Its arrays' batch axes become the plan's.
+      q_len: Number of queries.
+      kv_len: Number of keys.
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      width: Entries a row can hold. Default: what the mask needs where its arrays are concrete;
+        where they are traced, the bound that its static numbers give (all kv blocks at worst).
+
+    Raises:
+      ValueError: if a length or tile size is not positive, or a mask's array has another length.
+    """
+    grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+    batch_shape = mask.batch_shape
+    flat = mask.flatten_batch(batch_shape)
+    if width is None:
+        width = flat.max_tiles(grid)
+        if not _compat.is_traced(flat):
+            with jax.ensure_compile_time_eval():
+                width = max(1, int(_fullest_row(flat, grid)))
+    checks.positive(width=width)
+    width = min(width, grid.kv_blocks)
+    kv_indices, counts = _lists(flat, grid, width)
+    overflowed = (counts > width).any(-1)
+    plan = BlockMask(
+        kv_indices, jnp.minimum(counts, width), overflowed, q_len, kv_len, block_q, block_kv
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
+
+
+def visible_tiles(mask: Mask, grid: TileGrid) -> Bool[Array, "batch heads q_blocks kv_blocks"]:
+    """One bool per tile: does the flattened `mask` leave anything to see in it."""
+    return _map_rows(mask, grid, lambda some: some)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fullest_row(mask: Mask, grid: TileGrid) -> Int[Array, ""]:
+    return _map_rows(mask, grid, lambda some: some.sum(-1, dtype=jnp.int32)).max()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _lists(mask: Mask, grid: TileGrid, width: int) -> tuple[Array, Array]:
+    def compact(some):
+        return dense_to_lists(some, width), some.sum(-1, dtype=jnp.int32)
+
+    return _map_rows(mask, grid, compact)
+
+
+def _map_rows(mask: Mask, grid: TileGrid, summarise):
+    """Applies `summarise` to the visibility of each row of tiles, [kv_blocks] bools at a time."""
+    classify = mask.classifier(grid)
+    batches = 1
+    for leaf_batch in mask.batch_shape:
+        batches *= leaf_batch
+    rows = batches * mask.heads * grid.q_blocks
+    columns = jnp.arange(grid.kv_blocks)
+
+    def one_row(row):
+        row, q_block = jnp.divmod(row, grid.q_blocks)
+        batch, head = jnp.divmod(row, mask.heads)
+        bounds = classify(q_block, columns, Frame(grid.q_len, grid.kv_len, batch, head))
+        return summarise(jnp.broadcast_to(bounds.some, columns.shape))
+
+    out = jax.lax.map(one_row, jnp.arange(rows), batch_size=min(rows, _ROWS_AT_ONCE))
+    shape = (batches, mask.heads, grid.q_blocks)
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)

@@ -1,0 +1,1 @@
+"""Plans from q and k; no parameters."""

@@ -1,0 +1,1 @@
+"""Methods on models: capture, metrics, costs, comparison."""

@@ -1,0 +1,1 @@
+"""Flax: the only place that imports it."""

@@ -1,0 +1,14 @@
+"""The plans, the mask interface, and `Method`."""
+
+from jsparse.types.block_mask import BlockMask as BlockMask
+from jsparse.types.block_mask import InverseList as InverseList
+from jsparse.types.block_pyramid import BlockPyramid as BlockPyramid
+from jsparse.types.mask import Frame as Frame
+from jsparse.types.mask import Mask as Mask
+from jsparse.types.mask import TileBounds as TileBounds
+from jsparse.types.mask import TileGrid as TileGrid
+from jsparse.types.method import Method as Method
+from jsparse.types.pytree import array_field as array_field
+from jsparse.types.pytree import pytree_dataclass as pytree_dataclass
+from jsparse.types.pytree import static_field as static_field
+from jsparse.types.token_groups import TokenGroups as TokenGroups

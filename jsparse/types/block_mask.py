@@ -1,0 +1,226 @@
+"""The tile list: which tiles of the attention map are computed exactly."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jsparse import _compat, checks
+from jsparse.types.mask import TileGrid
+from jsparse.types.pytree import pytree_dataclass, static_field
+
+
+class InverseList(NamedTuple):
+    """Per kv block the query blocks that use it, as one flat list per head (CSR).
+
+    The ids of kv block `j` are `q_indices[..., offsets[j] : offsets[j + 1]]`, ascending.
+    """
+
+    q_indices: Int[Array, "*batch list_heads entries"]
+    offsets: Int[Array, "*batch list_heads kv_blocks_plus_1"]
+
+    @property
+    def q_num_blocks(self) -> Int[Array, "*batch list_heads kv_blocks"]:
+        """How many query blocks use each kv block."""
+        return self.offsets[..., 1:] - self.offsets[..., :-1]
+
+
+@pytree_dataclass
+class BlockMask:
+    """The tiles of a [q_len, kv_len] attention map that are computed, as lists per row of tiles.
+
+    Entries `kv_indices[..., i, :kv_num_blocks[..., i]]` are ascending and unique; what follows is
+    padding. The heads axis is 1 (shared by all), kv_heads (shared by a group) or heads. Everything
+    but the sizes may be traced, so a list can depend on data under `jit`; its `width` is static,
+    and `overflowed` says, per head, that some row needed more than that.
+    """
+
+    kv_indices: Int[Array, "*batch list_heads q_blocks width"]
+    kv_num_blocks: Int[Array, "*batch list_heads q_blocks"]
+    overflowed: Bool[Array, "*batch list_heads"]
+    q_len: int = static_field()
+    kv_len: int = static_field()
+    block_q: int = static_field()
+    block_kv: int = static_field()
+
+    @classmethod
+    def from_lists(
+        cls,
+        kv_indices: Int[Array, "*batch list_heads q_blocks width"],
+        kv_num_blocks: Int[Array, "*batch list_heads q_blocks"],
+        *,
+        q_len: int,
+        kv_len: int,
+        block_q: int,
+        block_kv: int,
+        overflowed: Bool[Array, "*batch list_heads"] | None = None,
+    ) -> "BlockMask":
+        """Builds a plan from lists that are already ascending and unique.
+
+        Raises:
+          ValueError: if shapes or dtypes do not fit the lengths and tile sizes.
+        """
+        grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+        checks.block_lists(kv_indices, kv_num_blocks, grid)
+        if overflowed is None:
+            overflowed = jnp.zeros(kv_num_blocks.shape[:-1], bool)
+        return cls(kv_indices, kv_num_blocks, overflowed, q_len, kv_len, block_q, block_kv)
+
+    @classmethod
+    def from_dense(
+        cls,
+        tiles: Bool[Array, "*batch list_heads q_blocks kv_blocks"],
+        *,
+        q_len: int,
+        kv_len: int,
+        block_q: int,
+        block_kv: int,
+        width: int | None = None,
+    ) -> "BlockMask":
+        """Builds a plan from one bool per tile.
+
+        Args:
+          tiles: True where a tile is computed.
+          q_len: Number of queries.
+          kv_len: Number of keys.
+          block_q: Queries per tile.
+          block_kv: Keys per tile.
+          width: Entries that a row can hold. Default: the fullest row where `tiles` is concrete,
+            all kv blocks where it is traced. Rows that need more lose their last tiles, and
+            `overflowed` says so.
+        """
+        grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+        checks.dense_tiles(tiles, grid)
+        counts = tiles.sum(-1, dtype=jnp.int32)
+        if width is None:
+            concrete = not _compat.is_traced(tiles)
+            width = max(1, int(np.max(counts, initial=0))) if concrete else grid.kv_blocks
+        checks.positive(width=width)
+        width = min(width, grid.kv_blocks)
+        kv_indices = dense_to_lists(tiles, width)
+        overflowed = (counts > width).any(-1)
+        counts = jnp.minimum(counts, width)
+        return cls(kv_indices, counts, overflowed, q_len, kv_len, block_q, block_kv)
+
+    @property
+    def grid(self) -> TileGrid:
+        """The lengths and tile sizes."""
+        return TileGrid(self.q_len, self.kv_len, self.block_q, self.block_kv)
+
+    @property
+    def width(self) -> int:
+        """Entries that a row can hold."""
+        return self.kv_indices.shape[-1]
+
+    @property
+    def list_heads(self) -> int:
+        """How many lists there are per sequence: 1, kv_heads or heads."""
+        return self.kv_indices.shape[-3]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch axes of the lists."""
+        return self.kv_indices.shape[:-3]
+
+    def entries(self) -> Bool[Array, "*batch list_heads q_blocks width"]:
+        """True where an entry of `kv_indices` counts, False where it is padding."""
+        return jnp.arange(self.width) < self.kv_num_blocks[..., None]
+
+    def to_dense(self) -> Bool[Array, "*batch list_heads q_blocks kv_blocks"]:
+        """One bool per tile, True where it is computed."""
+        grid = self.grid
+        shape = (*self.kv_num_blocks.shape, grid.kv_blocks)
+        rows = int(np.prod(shape[:-1]))
+        # padding goes to a column of its own, which is cut off
+        columns = jnp.where(self.entries(), self.kv_indices, grid.kv_blocks)
+        columns = columns.reshape(rows, self.width)
+        tiles = jnp.zeros((rows, grid.kv_blocks + 1), bool)
+        tiles = tiles.at[jnp.arange(rows)[:, None], columns].set(True)
+        return tiles[:, :-1].reshape(shape)
+
+    def density(self) -> Float[Array, "*batch list_heads"]:
+        """The share of all tiles that is computed, per list."""
+        grid = self.grid
+        return self.kv_num_blocks.sum(-1) / (grid.q_blocks * grid.kv_blocks)
+
+    def inverse(self) -> InverseList:
+        """The lists turned round: per kv block the query blocks that use it."""
+        grid = self.grid
+        q_blocks, entries = grid.q_blocks, grid.q_blocks * self.width
+        keys = jnp.where(self.entries(), self.kv_indices, grid.kv_blocks)
+        keys = keys.reshape(*keys.shape[:-2], entries)
+        ids = jnp.broadcast_to(jnp.repeat(jnp.arange(q_blocks), self.width), keys.shape)
+        # a stable sort keeps the query blocks of each column ascending; padding sorts last
+        keys, ids = jax.lax.sort((keys, ids), dimension=-1, num_keys=1, is_stable=True)
+        columns = jnp.arange(grid.kv_blocks + 1)
+        flat = keys.reshape(-1, entries)
+        offsets = jax.vmap(lambda row: jnp.searchsorted(row, columns, side="left"))(flat)
+        offsets = offsets.reshape(*keys.shape[:-1], -1).astype(jnp.int32)
+        return InverseList(ids.astype(jnp.int32), offsets)
+
+    def __or__(self, other: "BlockMask") -> "BlockMask":
+        """The tiles that either plan computes."""
+        checks.same_grid(self.grid, other.grid)
+        tiles = self.to_dense() | other.to_dense()
+        width = min(self.grid.kv_blocks, self.width + other.width)
+        overflowed = self.overflowed | other.overflowed
+        return self._from_tiles(tiles, width, overflowed)
+
+    def __and__(self, other: "BlockMask") -> "BlockMask":
+        """The tiles that both plans compute."""
+        checks.same_grid(self.grid, other.grid)
+        tiles = self.to_dense() & other.to_dense()
+        overflowed = self.overflowed | other.overflowed
+        return self._from_tiles(tiles, min(self.width, other.width), overflowed)
+
+    def _from_tiles(self, tiles: Array, width: int, overflowed: Array) -> "BlockMask":
+        plan = BlockMask.from_dense(
+            tiles,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            width=width,
+        )
+        # what was lost before is still lost
+        lists, counts = plan.kv_indices, plan.kv_num_blocks
+        overflowed = plan.overflowed | overflowed
+        return BlockMask(
+            lists, counts, overflowed, self.q_len, self.kv_len, self.block_q, self.block_kv
+        )
+
+    def draw(self, *, max_columns: int = 64) -> str:
+        """A picture in text, one panel per list: a full block is a computed tile.
+
+        Where there are more tiles than `max_columns`, a character stands for several, its shade
+        for how many of them are computed.
+        """
+        tiles = np.asarray(self.to_dense(), np.float32)
+        step = -(-max(tiles.shape[-2:]) // max_columns)
+        rows = -(-tiles.shape[-2] // step) * step
+        columns = -(-tiles.shape[-1] // step) * step
+        padded = np.full((int(np.prod(tiles.shape[:-2])), rows, columns), np.nan, np.float32)
+        padded[:, : tiles.shape[-2], : tiles.shape[-1]] = tiles.reshape(-1, *tiles.shape[-2:])
+        cells = padded.reshape(len(padded), rows // step, step, columns // step, step)
+        shades = np.ceil(np.nanmean(cells, axis=(2, 4)) * 4).astype(int)
+        panels = []
+        for index, panel in zip(np.ndindex(tiles.shape[:-2]), shades, strict=True):
+            title = ", ".join(map(str, index))
+            lines = ["".join("·░▒▓█"[shade] for shade in row) for row in panel]
+            panels.append("\n".join([f"[{title}]", *lines]))
+        return "\n\n".join(panels)
+
+
+def dense_to_lists(tiles: Array, width: int) -> Int[Array, "... width"]:
+    """Positions of the first `width` True entries of each row, ascending, zero-padded."""
+    size = tiles.shape[-1]
+    position = jnp.cumsum(tiles, axis=-1, dtype=jnp.int32) - 1
+    # entries past the width and False ones go to a slot of their own, which is cut off
+    slot = jnp.where(tiles & (position < width), position, width)
+    flat = slot.reshape(-1, size)
+    lists = jnp.zeros((flat.shape[0], width + 1), jnp.int32)
+    columns = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), flat.shape)
+    lists = lists.at[jnp.arange(flat.shape[0])[:, None], slot.reshape(-1, size)].set(columns)
+    return lists[:, :width].reshape(*tiles.shape[:-1], width)

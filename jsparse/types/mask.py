@@ -1,0 +1,231 @@
+"""Masks: who may see whom from positions alone, element by element and tile by tile."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jsparse.types.pytree import pytree_dataclass
+
+Index = Any  # int32 array of any shape, or a Python int
+
+
+class Frame(NamedTuple):
+    """What a mask is evaluated in: the lengths, and which sequence and query head.
+
+    `batch` indexes the flattened batch axes. Both indices may be traced.
+    """
+
+    q_len: int
+    kv_len: int
+    batch: Index = 0
+    head: Index = 0
+
+    @property
+    def diagonal(self) -> int:
+        """The last key that query 0 sees under a bottom-right aligned causal mask."""
+        return self.kv_len - self.q_len
+
+
+class TileGrid(NamedTuple):
+    """The tiling of a [q_len, kv_len] plane; the last tiles may be ragged."""
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+
+    @property
+    def q_blocks(self) -> int:
+        """Rows of tiles."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def kv_blocks(self) -> int:
+        """Columns of tiles."""
+        return -(-self.kv_len // self.block_kv)
+
+    def q_range(self, q_block: Index) -> tuple[Index, Index]:
+        """First and last query of a row of tiles, both inclusive."""
+        first = q_block * self.block_q
+        return first, jnp.minimum(first + self.block_q, self.q_len) - 1
+
+    def kv_range(self, kv_block: Index) -> tuple[Index, Index]:
+        """First and last key of a column of tiles, both inclusive."""
+        first = kv_block * self.block_kv
+        return first, jnp.minimum(first + self.block_kv, self.kv_len) - 1
+
+
+class TileBounds(NamedTuple):
+    """What is known of a tile without looking at its elements.
+
+    `some` False means that no pair is visible; `every` True means that all are. A mask may err
+    towards `some=True, every=False`, never the other way.
+    """
+
+    some: Bool[Array, "..."]
+    every: Bool[Array, "..."]
+
+
+TileClassifier = Callable[[Index, Index, Frame], TileBounds]
+M = TypeVar("M", bound="Mask")
+
+
+@pytree_dataclass
+class Mask:
+    """A rule for which key each query may see; True means attend.
+
+    Subclasses are pytrees of arrays (segment ids, intervals) and static numbers (window sizes).
+    Array fields are declared with `array_field(core_ndim=...)`; axes before the core are batch,
+    and `flatten_batch` turns them into one, which is what `visible` and `classifier` index.
+    Masks compose with `&`, `|` and `~`.
+    """
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        """Says element by element whether query `q_index` may see key `kv_index`."""
+        raise NotImplementedError
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        """Prepares a function of (q_block, kv_block, frame) that bounds whole tiles.
+
+        What is summarised per block (extrema of ids, say) is computed here, once, in time
+        proportional to the lengths; the function itself costs the same for any tile size.
+        """
+
+        def unknown(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            shape = jnp.broadcast_shapes(jnp.shape(q_block), jnp.shape(kv_block))
+            return TileBounds(jnp.ones(shape, bool), jnp.zeros(shape, bool))
+
+        return unknown
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        """Bounds from static numbers how many tiles one row of tiles can need."""
+        return grid.kv_blocks
+
+    @property
+    def heads(self) -> int:
+        """How many query heads the mask tells apart; 1 when it is the same for all."""
+        return max([1, *(child.heads for child in self._children())])
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch axes that the mask's arrays carry, broadcast against each other."""
+        shapes = [child.batch_shape for child in self._children()]
+        for name, core_ndim in self._array_fields():
+            value = getattr(self, name)
+            shapes.append(value.shape[: value.ndim - core_ndim])
+        return jnp.broadcast_shapes(*shapes) if shapes else ()
+
+    def flatten_batch(self: M, batch_shape: tuple[int, ...]) -> M:
+        """Broadcasts every array to `batch_shape` and flattens that to one leading axis."""
+        changes: dict[str, Any] = {}
+        for name, core_ndim in self._array_fields():
+            value = getattr(self, name)
+            core = value.shape[value.ndim - core_ndim :]
+            value = jnp.broadcast_to(value, (*batch_shape, *core))
+            changes[name] = value.reshape(-1, *core)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mask):
+                changes[field.name] = value.flatten_batch(batch_shape)
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def check_lengths(self, q_len: int, kv_len: int) -> None:
+        """Raises ValueError if an array of the mask was made for other lengths."""
+        for child in self._children():
+            child.check_lengths(q_len, kv_len)
+
+    def _array_fields(self) -> list[tuple[str, int]]:
+        fields = dataclasses.fields(self)
+        return [
+            (f.name, f.metadata["core_ndim"])
+            for f in fields
+            if "core_ndim" in f.metadata and getattr(self, f.name) is not None
+        ]
+
+    def _children(self) -> list["Mask"]:
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return [value for value in values if isinstance(value, Mask)]
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(self, other)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("A mask has no truth value; combine masks with `&`, `|`, `~`, not `and`.")
+
+
+@pytree_dataclass
+class And(Mask):
+    """Visible where both masks say so."""
+
+    left: Mask
+    right: Mask
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        return self.left.visible(q_index, kv_index, frame) & self.right.visible(
+            q_index, kv_index, frame
+        )
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        left, right = self.left.classifier(grid), self.right.classifier(grid)
+
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            a, b = left(q_block, kv_block, frame), right(q_block, kv_block, frame)
+            return TileBounds(a.some & b.some, a.every & b.every)
+
+        return classify
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        return min(self.left.max_tiles(grid), self.right.max_tiles(grid))
+
+
+@pytree_dataclass
+class Or(Mask):
+    """Visible where either mask says so."""
+
+    left: Mask
+    right: Mask
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        return self.left.visible(q_index, kv_index, frame) | self.right.visible(
+            q_index, kv_index, frame
+        )
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        left, right = self.left.classifier(grid), self.right.classifier(grid)
+
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            a, b = left(q_block, kv_block, frame), right(q_block, kv_block, frame)
+            return TileBounds(a.some | b.some, a.every | b.every)
+
+        return classify
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        return min(grid.kv_blocks, self.left.max_tiles(grid) + self.right.max_tiles(grid))
+
+
+@pytree_dataclass
+class Not(Mask):
+    """Visible where the mask says otherwise."""
+
+    mask: Mask
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        return ~self.mask.visible(q_index, kv_index, frame)
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        inner = self.mask.classifier(grid)
+
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            bounds = inner(q_block, kv_block, frame)
+            return TileBounds(~bounds.every, ~bounds.some)
+
+        return classify

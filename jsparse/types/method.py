@@ -1,0 +1,20 @@
+"""A method: pure functions, their hyper-parameters captured by the factory's closure."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Method(NamedTuple):
+    """What a factory such as `js.xattention(threshold=0.9)` returns.
+
+    Attributes:
+      init: `init(key, *, num_heads, num_kv_heads, dim, features) -> params`; `()` without any.
+      plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`; all after
+        `k` optional.
+      attend: `attend(params, q, k, v, *, x, positions, mask, state, key, **attend) -> (out, info)`,
+        where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...).
+    """
+
+    init: Callable[..., Any]
+    plan: Callable[..., Any]
+    attend: Callable[..., Any]

@@ -1,0 +1,100 @@
+"""Groups of tokens: attention inside a group and nowhere else."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jsparse import checks
+from jsparse.types.pytree import pytree_dataclass
+
+
+@pytree_dataclass
+class TokenGroups:
+    """A permutation of queries and of keys that puts each group's tokens side by side.
+
+    Group `g` owns the queries `q_order[..., q_offsets[g] : q_offsets[g + 1]]` and the keys
+    `kv_order[..., kv_offsets[g] : kv_offsets[g + 1]]`; offsets are true lengths, so groups may be
+    empty or uneven. Tokens after the last offset belong to no group. The heads axis is 1, kv_heads
+    or heads.
+    """
+
+    q_order: Int[Array, "*batch list_heads q_len"]
+    kv_order: Int[Array, "*batch list_heads kv_len"]
+    q_offsets: Int[Array, "*batch list_heads groups_plus_1"]
+    kv_offsets: Int[Array, "*batch list_heads groups_plus_1"]
+
+    @classmethod
+    def from_ids(
+        cls,
+        q_ids: Int[Array, "*batch list_heads q_len"],
+        kv_ids: Int[Array, "*batch list_heads kv_len"],
+        *,
+        groups: int,
+    ) -> "TokenGroups":
+        """Groups tokens by id; ids outside [0, groups) belong to no group.
+
+        Order inside a group is the original order.
+
+        Raises:
+          ValueError: if ids are not integers or `groups` is not positive.
+        """
+        checks.positive(groups=groups)
+        checks.integers(q_ids=q_ids, kv_ids=kv_ids)
+        q_order, q_offsets = _sort_by_group(q_ids, groups)
+        kv_order, kv_offsets = _sort_by_group(kv_ids, groups)
+        return cls(q_order, kv_order, q_offsets, kv_offsets)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, empty ones included."""
+        return self.q_offsets.shape[-1] - 1
+
+    @property
+    def q_len(self) -> int:
+        """Number of queries."""
+        return self.q_order.shape[-1]
+
+    @property
+    def kv_len(self) -> int:
+        """Number of keys."""
+        return self.kv_order.shape[-1]
+
+    @property
+    def list_heads(self) -> int:
+        """How many groupings there are per sequence: 1, kv_heads or heads."""
+        return self.q_order.shape[-2]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch axes of the groupings."""
+        return self.q_order.shape[:-2]
+
+    def q_ids(self) -> Int[Array, "*batch list_heads q_len"]:
+        """The group of each query, -1 for none."""
+        return _group_of(self.q_order, self.q_offsets)
+
+    def kv_ids(self) -> Int[Array, "*batch list_heads kv_len"]:
+        """The group of each key, -1 for none."""
+        return _group_of(self.kv_order, self.kv_offsets)
+
+    def q_inverse(self) -> Int[Array, "*batch list_heads q_len"]:
+        """Where each query stands in `q_order`."""
+        return jnp.argsort(self.q_order, axis=-1)
+
+    def visible(self) -> Bool[Array, "*batch list_heads q_len kv_len"]:
+        """Who may see whom, as one bool per pair; for tests and small inputs."""
+        q_ids, kv_ids = self.q_ids()[..., :, None], self.kv_ids()[..., None, :]
+        return (q_ids == kv_ids) & (q_ids >= 0)
+
+
+def _sort_by_group(ids: Array, groups: int) -> tuple[Array, Array]:
+    ids = jnp.where((ids >= 0) & (ids < groups), ids, groups)
+    order = jnp.argsort(ids, axis=-1, stable=True).astype(jnp.int32)
+    counts = (ids[..., None, :] == jnp.arange(groups)[:, None]).sum(-1, dtype=jnp.int32)
+    offsets = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    return order, jnp.concatenate([jnp.zeros_like(offsets[..., :1]), offsets], axis=-1)
+
+
+def _group_of(order: Array, offsets: Array) -> Array:
+    place = jnp.argsort(order, axis=-1)
+    group = (place[..., None] >= offsets[..., None, :]).sum(-1, dtype=jnp.int32) - 1
+    return jnp.where(group < offsets.shape[-1] - 1, group, -1)
