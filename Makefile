@@ -1,0 +1,94 @@
+# Two commands set everything up on a machine that has only Python 3.11+ and make:
+#   make demo    creates .venv, runs the main job, writes build/compare.html
+#   make test    creates .venv, passes the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIN := requirements/pinned.txt
+ROOT := $(CURDIR)
+# an environment with CUDA's compiler, apart: its plugin would look for a driver on every import
+CUDA_VENV := build/venv-cuda
+# the newest JAX, on whatever Python 3.12+ there is
+NEWEST_VENV := build/venv-newest
+JAX_VERSION := $(shell sed -n 's/^jax==//p' $(PIN))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export JAX_PLATFORMS ?= cpu
+export MPLBACKEND := Agg
+
+.PHONY: help demo test test-all test-newest check format bench gpu gpu-compile clean
+
+help:
+	@echo "make demo         run the main job: methods compared on a language model (build/compare.html)"
+	@echo "make test         run the tests; make test-all runs the slow ones too"
+	@echo "make test-newest  run the tests on the newest JAX (needs Python 3.12+)"
+	@echo "make check        lint, types, import contracts"
+	@echo "make format       rewrite the code in the house format"
+	@echo "make bench        time attention on this CPU against torch"
+	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU"
+	@echo "make gpu          numerics and timings on this machine's GPU"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("jsparse needs Python 3.11 or newer; this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml $(PIN)
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report,test,lint]'
+	@touch $@
+
+# where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
+$(VENV)/.bench: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' || $(BIN)/python -m pip install --quiet 'torch>=2.8'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.compare
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest tests --slow
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.attention
+
+$(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
+	sh .ci/find-python.sh > /dev/null
+	"$$(sh .ci/find-python.sh)" -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[report,test]'
+	@touch $@
+
+test-newest: $(NEWEST_VENV)/.test
+	$(NEWEST_VENV)/bin/python -m pytest tests
+
+$(CUDA_VENV)/.compile: pyproject.toml $(PIN)
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(PIN) jax jaxlib numpy absl-py rich
+	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$(JAX_VERSION) jax-cuda13-pjrt==$(JAX_VERSION)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint requirements/cuda.txt nvidia-cuda-nvcc nvidia-nvvm
+	@touch $@
+
+gpu-compile: $(CUDA_VENV)/.compile
+	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile
+
+gpu:
+	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .ruff_cache .import_linter_cache jsparse.egg-info
