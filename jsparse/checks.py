@@ -246,3 +246,15 @@ def some_plans(plans: Any) -> None:
     """A tuple of plans has at least one."""
     if not len(plans):
         raise ValueError("plan is an empty tuple; pass None to attend to everything.")
+
+
+def cache_room(new: int, max_len: int) -> None:
+    """New tokens fit an empty cache."""
+    if new > max_len:
+        raise ValueError(f"{new} tokens do not fit a cache of max_len={max_len}; make it longer.")
+
+
+def features(got: int, expected: int) -> None:
+    """The last axis has the layer's width."""
+    if got != expected:
+        raise ValueError(f"x has {got} features; the layer was made for in_features={expected}.")

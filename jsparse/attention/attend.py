@@ -144,6 +144,7 @@ def _flatten_plan(plan: Plan, batch_shape: tuple[int, ...], heads: int, kv_heads
 
     def flatten(x):
         core = x.shape[batch_ndim:]
+        # lists that all sequences share stay one list
         if x.shape[:batch_ndim].count(1) == batch_ndim:
             return x.reshape(1, *core)
         return jnp.broadcast_to(x, (*batch_shape, *core)).reshape(-1, *core)
@@ -203,7 +204,9 @@ def with_plan(problem: Problem) -> BlockMask:
         raise NotImplementedError(f"the tile executor does not take {type(plan).__name__}.")
     sizes = {"block_q": DEFAULT_BLOCK, "block_kv": DEFAULT_BLOCK}
     if mask is not None:
-        return block_mask(mask, rule.q_len, rule.kv_len, **sizes)
+        plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)
+        batches, _, heads, _ = problem.operands.q.shape
+        return _flatten_plan(plan, (batches,), heads, problem.operands.k.shape[-2])
     grid = TileGrid(rule.q_len, rule.kv_len, **sizes)
     lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, 1, grid.q_blocks, grid.kv_blocks))
     counts = jnp.full((1, 1, grid.q_blocks), grid.kv_blocks, jnp.int32)

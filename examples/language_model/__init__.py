@@ -1,0 +1,1 @@
+"""A small byte-level language model built on jsparse.nn."""

@@ -1,0 +1,177 @@
+"""`SparseAttention`: projections, rotary positions and any method, as a Flax NNX module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jsparse import checks
+from jsparse.attention.attend import attend
+from jsparse.functional import sparse_attention
+from jsparse.masks import causal
+from jsparse.nn.cache import KVCache
+from jsparse.nn.rotary import rotary
+from jsparse.types import Mask, Method
+
+AttentionFn = Callable[..., Array]
+
+
+class SparseAttention(nnx.Module):
+    """Multi-head attention with grouped keys and values, sparse by any method.
+
+    The attribute `attention` is what turns projected q, k, v into the output; assign another
+    callable of the same form to a built model to capture tensors or to change the method.
+
+    Attributes:
+      attention: `attention(q, k, v, *, mask, x) -> out`; default: the module's method.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        method: Method | None = None,
+        rope_base: float | None = 10_000.0,
+        use_bias: bool = False,
+        sinks: bool = False,
+        softcap: float | None = None,
+        implementation: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          in_features: Width of the input and of the output.
+          num_heads: Query heads.
+          num_kv_heads: Key and value heads; divides `num_heads`, default equal to it.
+          head_dim: Features per head, default `in_features // num_heads`; even with rotary.
+          method: What chooses the pairs to compute. Default: all that the mask allows.
+          rope_base: Base of the rotary embedding; None leaves it out.
+          use_bias: Whether projections have biases.
+          sinks: Whether each head has a learned sink logit.
+          softcap: See `js.attend`.
+          implementation: See `js.attend`.
+          dtype: The computation's dtype, default that of the input and parameters.
+          param_dtype: The parameters' dtype.
+          rngs: Where initial parameters come from.
+
+        Raises:
+          ValueError: if heads do not divide, or a size is not positive.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        checks.positive(in_features=in_features, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        checks.multiple(of=num_kv_heads, num_heads=num_heads)
+        if head_dim is None:
+            checks.multiple(of=num_heads, in_features=in_features)
+            head_dim = in_features // num_heads
+        if rope_base is not None:
+            checks.multiple(of=2, head_dim=head_dim)
+        self.in_features, self.head_dim = in_features, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.method, self.rope_base = method, rope_base
+        self.softcap, self.implementation = softcap, implementation
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(
+                inputs, outputs, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.q_proj = linear(in_features, num_heads * head_dim)
+        self.k_proj = linear(in_features, num_kv_heads * head_dim)
+        self.v_proj = linear(in_features, num_kv_heads * head_dim)
+        self.out_proj = linear(num_heads * head_dim, in_features)
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else None
+        params = ()
+        if method is not None:
+            params = method.init(
+                rngs.params(),
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                dim=head_dim,
+                features=in_features,
+            )
+        self.method_params = nnx.Param(params) if params != () else None
+        self.attention: AttentionFn | None = None
+
+    def init_cache(
+        self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32
+    ) -> KVCache:
+        """An empty cache for `max_len` tokens of this layer."""
+        return KVCache.empty(batch_shape, max_len, self.num_kv_heads, self.head_dim, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch length features"],
+        *,
+        mask: Mask | None = None,
+        positions: Int[Array, "*batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Attends from each token to those that `mask` and the method let it see.
+
+        Args:
+          x: Hidden states.
+          mask: Who may see whom. With a cache, a causal mask at the cache's position is added.
+          positions: For the rotary embedding; default 0, 1, ... counted on from the cache.
+          cache: Tokens before these. A step of one token attends to all of them that the mask
+            allows: what the methods choose is a prompt's tiles.
+
+        Returns:
+          The output, `[*batch, length, features]`; with a cache `(output, cache)`.
+        """
+        checks.features(x.shape[-1], self.in_features)
+        batch_shape, length = x.shape[:-2], x.shape[-2]
+        if positions is None:
+            start = jnp.zeros(batch_shape, jnp.int32) if cache is None else cache.length
+            positions = start[..., None] + jnp.arange(length, dtype=jnp.int32)
+
+        def heads(projected: Array) -> Array:
+            return projected.reshape(*batch_shape, length, -1, self.head_dim)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.rope_base is not None:
+            q = rotary(q, positions, base=self.rope_base)
+            k = rotary(k, positions, base=self.rope_base)
+        if cache is not None:
+            past = causal(offset=cache.length)
+            mask = past if mask is None else mask & past
+            cache = cache.append(k, v)
+            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        run = self._dense if cache is not None and length == 1 else self.attention or self._method
+        out = run(q, k, v, mask=mask, x=x)
+        out = self.out_proj(out.reshape(*batch_shape, length, -1))
+        return out if cache is None else (out, cache)
+
+    def _dense(self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array) -> Array:
+        return attend(
+            q,
+            k,
+            v,
+            mask=mask,
+            sinks=None if self.sinks is None else self.sinks[...],
+            softcap=self.softcap,
+            implementation=self.implementation,
+        )
+
+    def _method(self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array) -> Array:
+        if self.method is None:
+            return self._dense(q, k, v, mask=mask, x=x)
+        return sparse_attention(
+            q,
+            k,
+            v,
+            self.method,
+            params=() if self.method_params is None else self.method_params[...],
+            mask=mask,
+            x=x,
+            sinks=None if self.sinks is None else self.sinks[...],
+            softcap=self.softcap,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,32 @@
+"""Rotary position embedding."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def rotary(
+    x: Float[Array, "*batch length heads dim"],
+    positions: Int[Array, "*batch length"],
+    *,
+    base: float = 10_000.0,
+) -> Float[Array, "*batch length heads dim"]:
+    """Rotates pairs of features by angles that grow with position.
+
+    Feature `i` is paired with `i + dim / 2` and turned by `position * base ** (-2 i / dim)`, so
+    that a product of two rotated vectors depends on the distance of their positions alone.
+
+    Args:
+      x: Queries or keys; `dim` is even.
+      positions: The position of each token.
+      base: The slowest pair turns about once in `2 pi base` tokens.
+
+    Reference:
+      Su et al. 2021, arXiv:2104.09864, equation 34, with halves paired instead of neighbours.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
