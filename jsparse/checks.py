@@ -258,3 +258,38 @@ def features(got: int, expected: int) -> None:
     """The last axis has the layer's width."""
     if got != expected:
         raise ValueError(f"x has {got} features; the layer was made for in_features={expected}.")
+
+
+def at_most(limit: int, **values: int) -> None:
+    """Each value is at most `limit`."""
+    for name, value in values.items():
+        if value > limit:
+            raise ValueError(f"{name}={value} must be at most {limit}.")
+
+
+def pairs(array: Any) -> None:
+    """One bool per pair of query and key."""
+    if getattr(array, "dtype", None) != bool:
+        raise ValueError(
+            f"pairs holds {getattr(array, 'dtype', type(array).__name__)}; it must hold bools, "
+            "True means attend."
+        )
+    if array.ndim < 3:
+        raise ValueError(f"pairs has shape {array.shape}; expected [*batch, heads, q_len, kv_len].")
+
+
+def one_bool(avals: Any) -> None:
+    """A predicate returns one bool."""
+    found = [(aval.shape, str(aval.dtype)) for aval in avals]
+    if found != [((), "bool")]:
+        raise ValueError(f"A predicate must return one bool scalar; this one returns {found}.")
+
+
+def interval_bounds(bounds: int, causal: bool) -> None:
+    """How many bounds per key there may be."""
+    allowed = (1, 2) if causal else (2, 4)
+    if bounds not in allowed:
+        raise ValueError(
+            f"startend_row_indices has {bounds} bounds per key; with causal={causal} it must have "
+            f"{allowed[0]} or {allowed[1]}."
+        )

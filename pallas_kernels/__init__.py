@@ -1,0 +1,1 @@
+"""Pallas GPU kernels: arrays in, arrays out, one folder per operation."""

@@ -47,15 +47,15 @@ class LogitRule(NamedTuple):
 
     def modify(
         self,
-        logits: Float[Array, "*rows cols"],
+        logits: Float[Array, "..."],
         bias: Float[Array, "..."] | None,
         scale: Float[Array, ""] | None,
         captured: tuple[Array, ...],
-        q_index: Int[Array, "*rows 1"],
-        kv_index: Int[Array, "*rows cols"],
+        q_index: Int[Array, "..."],
+        kv_index: Int[Array, "..."],
         batch: Int[Array, "..."] | int,
         head: Int[Array, "..."] | int,
-    ) -> Float[Array, "*rows cols"]:
+    ) -> Float[Array, "..."]:
         """Applies scale, softcap, score_mod and bias. Indices broadcast against the logits."""
         logits = logits * (self.scale if scale is None else scale)
         if self.softcap is not None:
@@ -68,15 +68,15 @@ class LogitRule(NamedTuple):
 
     def hide(
         self,
-        logits: Float[Array, "*rows cols"],
+        logits: Float[Array, "..."],
         mask: Mask | None,
-        q_index: Int[Array, "*rows 1"],
-        kv_index: Int[Array, "*rows cols"],
+        q_index: Int[Array, "..."],
+        kv_index: Int[Array, "..."],
         batch: Int[Array, "..."] | int,
         head: Int[Array, "..."] | int,
         *,
         ragged: bool,
-    ) -> Float[Array, "*rows cols"]:
+    ) -> Float[Array, "..."]:
         """Sets logits of pairs that the mask forbids, or keys past the end, to -inf."""
         if ragged:
             logits = jnp.where(kv_index < self.kv_len, logits, -jnp.inf)

@@ -229,3 +229,17 @@ class Not(Mask):
             return TileBounds(~bounds.every, ~bounds.some)
 
         return classify
+
+
+def pad_to_blocks(x: Array, block: int, fill: Any) -> Array:
+    """Lengthens the last axis to whole blocks."""
+    missing = -x.shape[-1] % block
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill)
+
+
+def block_extrema(x: Array, block: int) -> tuple[Array, Array]:
+    """Minimum and maximum of each block of the last axis, over the tokens that exist."""
+    info = jnp.iinfo(x.dtype)
+    low, high = pad_to_blocks(x, block, info.max), pad_to_blocks(x, block, info.min)
+    shape = (*x.shape[:-1], -1, block)
+    return low.reshape(shape).min(-1), high.reshape(shape).max(-1)

@@ -40,7 +40,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
     def unflatten(aux, children):
         tree = object.__new__(cls)
-        for name, value in (*zip(dynamic, children), *zip(static, aux)):
+        for name, value in (*zip(dynamic, children, strict=True), *zip(static, aux, strict=True)):
             object.__setattr__(tree, name, value)
         return tree
 

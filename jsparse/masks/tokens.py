@@ -1,0 +1,68 @@
+"""Sink and global tokens: a few keys that everyone sees."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jsparse import checks
+from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
+from jsparse.types.mask import Index, TileClassifier
+
+
+@pytree_dataclass
+class FirstKeys(Mask):
+    """Every query sees keys `j < count`."""
+
+    count: int = static_field()
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        shape = jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index))
+        return jnp.broadcast_to(kv_index < self.count, shape)
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            kv_first, kv_last = grid.kv_range(kv_block)
+            return TileBounds(kv_first < self.count, kv_last < self.count)
+
+        return classify
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        return max(1, min(grid.kv_blocks, -(-self.count // grid.block_kv)))
+
+
+@pytree_dataclass
+class FirstQueries(Mask):
+    """Queries at key positions below `count` see every key."""
+
+    count: int = static_field()
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        shape = jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index))
+        return jnp.broadcast_to(q_index + frame.diagonal < self.count, shape)
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            q_first, q_last = grid.q_range(q_block)
+            limit = self.count - frame.diagonal
+            return TileBounds(q_first < limit, q_last < limit)
+
+        return classify
+
+
+def sinks(num_sink: int) -> Mask:
+    """Lets every query see the first `num_sink` keys; combine with a window by `|`.
+
+    Raises:
+      ValueError: if `num_sink` is negative.
+    """
+    checks.non_negative(num_sink=num_sink)
+    return FirstKeys(num_sink)
+
+
+def global_tokens(count: int) -> Mask:
+    """Lets the first `count` tokens see all and be seen by all; combine with a window by `|`.
+
+    Raises:
+      ValueError: if `count` is negative.
+    """
+    checks.non_negative(count=count)
+    return FirstKeys(count) | FirstQueries(count)

@@ -1,0 +1,35 @@
+"""Every test is also a shape test: jsparse is imported through jaxtyping's hook."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("jsparse", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow cases too")
+
+
+def pytest_collection_modifyitems(config, items):
+    has_gpu = jax.default_backend() == "gpu"
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; pass --slow"))
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Wrong types reach jsparse's own checks, as they do for a user."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

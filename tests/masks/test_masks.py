@@ -1,0 +1,272 @@
+"""Every mask against its definition, pair by pair, and its tiles against its pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.core.tiling import visible_tiles
+from jsparse.types import Frame, TileGrid
+
+LENGTHS = [(40, 40), (23, 40), (40, 23), (1, 17)]
+RNG = np.random.default_rng(0)
+
+
+def ids(length, groups=4):
+    return np.sort(RNG.integers(-1, groups, length)).astype(np.int32)
+
+
+def definitions(q_len, kv_len):
+    """Masks with what they mean, in NumPy: i and j are index grids, p is i's key position."""
+    q_ids, kv_ids = ids(q_len), ids(kv_len)
+    shuffled = RNG.permutation(kv_ids).astype(np.int32)
+    pairs = RNG.random((1, q_len, kv_len)) < 0.2
+    pairs[:, :8, :16] = True
+    bounds = np.sort(RNG.integers(0, q_len + 2, (4, kv_len)), axis=0).astype(np.int32)
+    lower = bounds[[2, 3, 0, 1]]
+    four = jnp.asarray(lower.T[None])
+    two = jnp.asarray(bounds[[2, 1]].T[None])
+    table = jnp.asarray(RNG.random(kv_len) < 0.5)
+    m = js.masks
+    return {
+        "full": (m.full(), lambda i, j, p: True | (i == j)),
+        "causal": (m.causal(), lambda i, j, p: j <= p),
+        "causal_offset": (m.causal(offset=5), lambda i, j, p: j <= i + 5),
+        "window": (m.sliding_window(left=7), lambda i, j, p: (p - j <= 7) & (j <= p)),
+        "window_two_sided": (
+            m.sliding_window(left=3, right=9),
+            lambda i, j, p: (p - j <= 3) & (j - p <= 9),
+        ),
+        "window_left_only": (
+            m.sliding_window(left=3, right=None),
+            lambda i, j, p: p - j <= 3,
+        ),
+        "window_right_only": (
+            m.sliding_window(left=None, right=2),
+            lambda i, j, p: j - p <= 2,
+        ),
+        "sinks": (m.sinks(5), lambda i, j, p: (j < 5) & (i >= 0)),
+        "global": (m.global_tokens(3), lambda i, j, p: (j < 3) | (p < 3)),
+        "dilated": (
+            m.dilated(stride=3, window=4),
+            lambda i, j, p: ((p - j) % 3 == 0) & (p - j >= 0) & (p - j <= 9),
+        ),
+        "strided": (m.strided(stride=6, count=2), lambda i, j, p: (j % 6 >= 4) & (i >= 0)),
+        "strided_sparse": (m.strided(stride=20), lambda i, j, p: (j % 20 == 19) & (i >= 0)),
+        "prefix_lm": (m.prefix_lm(11), lambda i, j, p: (j <= p) | (j < 11)),
+        "lengths": (m.lengths(9, 14), lambda i, j, p: (i < 9) & (j < 14)),
+        "segments": (
+            m.segments(jnp.asarray(q_ids), jnp.asarray(kv_ids)),
+            lambda i, j, p: (q_ids[i] == kv_ids[j]) & (q_ids[i] >= 0),
+        ),
+        "segments_unsorted": (
+            m.segments(jnp.asarray(q_ids), jnp.asarray(shuffled)),
+            lambda i, j, p: (q_ids[i] == shuffled[j]) & (q_ids[i] >= 0),
+        ),
+        "dense": (m.dense(jnp.asarray(pairs)), lambda i, j, p: pairs[0][i, j]),
+        "predicate": (
+            m.predicate(lambda b, h, i, j: table[j] & (i % 2 == 0)),
+            lambda i, j, p: np.asarray(table)[j] & (i % 2 == 0),
+        ),
+        "intervals_4": (
+            m.intervals(four, causal=False, q_len=q_len),
+            lambda i, j, p: ~((i >= lower[0][j]) & (i < lower[1][j]))
+            & ~((i >= lower[2][j]) & (i < lower[3][j])),
+        ),
+        "intervals_2": (
+            m.intervals(two, causal=False, q_len=q_len),
+            lambda i, j, p: ~(i >= bounds[2][j]) & ~(i < bounds[1][j]),
+        ),
+        "intervals_causal_1": (
+            m.intervals(jnp.asarray(bounds[2:3].T[None]), causal=True, q_len=q_len),
+            lambda i, j, p: (j <= p) & ~(i >= bounds[2][j]),
+        ),
+        "intervals_causal_2": (
+            m.intervals(jnp.asarray(bounds[[1, 2]].T[None]), causal=True, q_len=q_len),
+            lambda i, j, p: (j <= p) & ~((i >= bounds[1][j]) & (i < bounds[2][j])),
+        ),
+        "and": (
+            m.causal() & m.sliding_window(left=6, right=None),
+            lambda i, j, p: (j <= p) & (p - j <= 6),
+        ),
+        "or": (
+            m.sliding_window(left=2, right=2) | m.sinks(3),
+            lambda i, j, p: (abs(p - j) <= 2) | (j < 3),
+        ),
+        "not": (~m.causal(), lambda i, j, p: j > p),
+        "not_of_both": (
+            ~(m.causal() & m.segments(jnp.asarray(q_ids), jnp.asarray(kv_ids))),
+            lambda i, j, p: ~((j <= p) & (q_ids[i] == kv_ids[j]) & (q_ids[i] >= 0)),
+        ),
+    }
+
+
+NAMES = list(definitions(40, 40))
+# what a mask of one interval per dimension can say of a tile without looking inside
+EXACT_EMPTY = {
+    "full", "causal", "causal_offset", "window", "window_two_sided", "window_left_only",
+    "window_right_only", "sinks", "global", "strided", "strided_sparse", "prefix_lm", "lengths",
+    "dense", "not",
+}  # fmt: skip
+
+
+@pytest.fixture(params=LENGTHS, ids=lambda lengths: f"{lengths[0]}x{lengths[1]}")
+def lengths(request):
+    return request.param
+
+
+def expected_pairs(definition, q_len, kv_len):
+    i, j = np.arange(q_len)[:, None], np.arange(kv_len)
+    i, j = np.broadcast_arrays(i, j)
+    return np.broadcast_to(definition(i, j, i + kv_len - q_len), (q_len, kv_len))
+
+
+def mask_pairs(mask, q_len, kv_len):
+    flat = mask.flatten_batch(mask.batch_shape)
+    q_index, kv_index = jnp.arange(q_len)[:, None], jnp.arange(kv_len)
+    return np.asarray(flat.visible(q_index, kv_index, Frame(q_len, kv_len)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_are_as_defined(name, lengths):
+    mask, definition = definitions(*lengths)[name]
+    mask.check_lengths(*lengths)
+    np.testing.assert_array_equal(mask_pairs(mask, *lengths), expected_pairs(definition, *lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "blocks"), [((40, 40), (8, 4)), ((23, 40), (5, 7)), ((40, 23), (64, 1))], ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_are_sound(name, lengths, blocks):
+    mask, definition = definitions(*lengths)[name]
+    pairs = expected_pairs(definition, *lengths)
+    grid = TileGrid(*lengths, *blocks)
+    classify = mask.flatten_batch(mask.batch_shape).classifier(grid)
+    q_block, kv_block = jnp.arange(grid.q_blocks)[:, None], jnp.arange(grid.kv_blocks)
+    bounds = classify(q_block, kv_block, Frame(*lengths, 0, 0))
+    shape = (grid.q_blocks, grid.kv_blocks)
+    some, every = (np.broadcast_to(np.asarray(x), shape) for x in bounds)
+    for a in range(grid.q_blocks):
+        for b in range(grid.kv_blocks):
+            rows = slice(a * blocks[0], (a + 1) * blocks[0])
+            tile = pairs[rows, b * blocks[1] : (b + 1) * blocks[1]]
+            assert some[a, b] or not tile.any(), f"tile {a}, {b} is called empty and is not"
+            assert not every[a, b] or tile.all(), f"tile {a}, {b} is called full and is not"
+            if name in EXACT_EMPTY:
+                assert some[a, b] == tile.any(), f"tile {a}, {b} is empty and is computed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_mask_lists_the_tiles(name):
+    lengths = (40, 40)
+    mask, _ = definitions(*lengths)[name]
+    plan = js.block_mask(mask, *lengths, block_q=8, block_kv=4)
+    tiles = visible_tiles(mask.flatten_batch(()), TileGrid(*lengths, 8, 4))
+    np.testing.assert_array_equal(plan.to_dense()[0], tiles[0, 0])
+    assert not plan.overflowed.any()
+    bound = mask.flatten_batch(()).max_tiles(TileGrid(*lengths, 8, 4))
+    assert int(plan.kv_num_blocks.max()) <= bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_mask_under_jit_is_the_same(name):
+    mask, _ = definitions(40, 40)[name]
+    eager = js.block_mask(mask, 40, 40, block_q=8, block_kv=8)
+    traced = jax.jit(lambda m: js.block_mask(m, 40, 40, block_q=8, block_kv=8))(mask)
+    np.testing.assert_array_equal(eager.to_dense(), traced.to_dense())
+    assert not traced.overflowed.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attend_sees_what_the_mask_shows(name):
+    lengths = (23, 40)
+    mask, definition = definitions(*lengths)[name]
+    pairs = jnp.asarray(expected_pairs(definition, *lengths))[None]
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (2, lengths[0], 2, 8))
+    k, v = (jax.random.normal(key, (2, lengths[1], 1, 8)) for key in keys[1:])
+    expected = js.attend(q, k, v, mask=js.masks.dense(pairs), implementation="reference")
+    plan = js.block_mask(mask, *lengths, block_q=16, block_kv=8)
+    for out in (
+        js.attend(q, k, v, mask=mask, implementation="reference"),
+        js.attend(q, k, v, plan, mask=mask, implementation="xla"),
+    ):
+        np.testing.assert_allclose(out, expected, atol=4e-6)
+
+
+def test_batched_arrays_equal_one_by_one():
+    ids = jnp.asarray(np.sort(RNG.integers(0, 3, (2, 3, 24)), axis=-1))
+    prefix = jnp.asarray(RNG.integers(0, 9, (2, 3)))
+    mask = js.masks.segments(ids) & js.masks.prefix_lm(prefix)
+    q, k, v = (jnp.asarray(RNG.normal(size=(2, 3, 24, 2, 8)), jnp.float32) for _ in range(3))
+    together = js.attend(q, k, v, mask=mask, implementation="xla")
+    mapped = jax.vmap(
+        jax.vmap(
+            lambda q, k, v, i, p: js.attend(
+                q, k, v, mask=js.masks.segments(i) & js.masks.prefix_lm(p), implementation="xla"
+            )
+        )
+    )(q, k, v, ids, prefix)
+    np.testing.assert_allclose(together, mapped, atol=1e-6)
+    for a in np.ndindex(2, 3):
+        single = js.masks.segments(ids[a]) & js.masks.prefix_lm(prefix[a])
+        alone = js.attend(q[a], k[a], v[a], mask=single, implementation="reference")
+        np.testing.assert_allclose(together[a], alone, atol=4e-6)
+
+
+@pytest.mark.parametrize("dropped", ["segments", "causal", "window"])
+def test_dropping_a_part_changes_the_result(dropped):
+    """If a composition lost one of its parts on the way, this is what would show it."""
+    parts = {
+        "segments": js.masks.segments(jnp.asarray(ids(32))),
+        "causal": js.masks.causal(),
+        "window": js.masks.sliding_window(left=6, right=6),
+    }
+    q, k, v = (jnp.asarray(RNG.normal(size=(32, 1, 8)), jnp.float32) for _ in range(3))
+    everything = parts["segments"] & parts["causal"] & parts["window"]
+    rest = [mask for name, mask in parts.items() if name != dropped]
+    out = js.attend(q, k, v, mask=everything, implementation="xla")
+    without = js.attend(q, k, v, mask=rest[0] & rest[1], implementation="xla")
+    assert float(jnp.abs(out - without).max()) > 1e-2
+
+
+def test_a_million_tokens_become_tiles_in_seconds_and_megabytes():
+    length = 2**20
+    mask = js.masks.causal() & js.masks.sliding_window(left=1023)
+    build = jax.jit(lambda: js.block_mask(mask, length, length))
+    plan = build()
+    assert plan.width == 9
+    assert int(plan.kv_num_blocks.sum()) == 9 * 8192 - 36
+    assert sum(x.nbytes for x in jax.tree.leaves(plan)) < 2**20
+    memory = build.lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+def test_masks_have_no_truth_value():
+    with pytest.raises(TypeError, match="combine masks"):
+        bool(js.masks.causal())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: js.masks.sliding_window(left=-1), "left=-1"),
+        (lambda: js.masks.sinks(-2), "num_sink=-2"),
+        (lambda: js.masks.dilated(stride=0, window=2), "stride=0"),
+        (lambda: js.masks.strided(stride=4, count=5), "count=5 must be at most 4"),
+        (lambda: js.masks.segments(jnp.zeros(4)), "q_ids holds float32"),
+        (lambda: js.masks.dense(jnp.zeros((1, 4, 4))), "must hold bools"),
+        (lambda: js.masks.predicate(lambda b, h, i, j: i + j), "must return one bool"),
+        (
+            lambda: js.masks.intervals(jnp.zeros((1, 8, 3), int), causal=True, q_len=8),
+            "3 bounds per key",
+        ),
+        (lambda: js.block_mask(js.masks.causal(), 0, 8), "q_len=0"),
+        (lambda: js.block_mask(js.masks.causal(), 8, 8, block_q=-4), "block_q=-4"),
+    ],
+)
+def test_bad_input_is_named(call, message, without_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        call()
