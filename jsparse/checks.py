@@ -5,6 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse import _compat
+
 
 def _is_integer_array(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
@@ -293,3 +295,90 @@ def interval_bounds(bounds: int, causal: bool) -> None:
             f"startend_row_indices has {bounds} bounds per key; with causal={causal} it must have "
             f"{allowed[0]} or {allowed[1]}."
         )
+
+
+def fractions(**values: Any) -> None:
+    """Each value is a number in (0, 1], or a concrete array of such numbers."""
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            fraction(**{name: value})
+        elif not _compat.is_traced(value) and not np.all((np.asarray(value) > 0) & (value <= 1)):
+            raise ValueError(f"{name}={np.asarray(value)} must lie in (0, 1] everywhere.")
+
+
+def some_layers(found: Any) -> None:
+    """A model has attention layers to reach."""
+    if not found:
+        raise ValueError("The model has no js.nn.SparseAttention layer; build it with those.")
+
+
+def no_dropout(rate: float, deterministic: bool) -> None:
+    """Attention dropout is not asked for."""
+    if rate and not deterministic:
+        raise NotImplementedError(
+            f"dropout_rate={rate}: jsparse has no attention dropout; set it to 0 and drop out the "
+            "layer's output instead, or call with deterministic=True."
+        )
+
+
+def not_given(**values: Any) -> None:
+    """Options that have no counterpart here are left at their defaults."""
+    for name, value in values.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name}={value!r} has no counterpart in jsparse; leave it at None."
+            )
+
+
+def mask_array(mask: Any, query: Any, key: Any) -> None:
+    """A module's mask array fits its queries and keys."""
+    q_len, kv_len = query.shape[-3], key.shape[-3]
+    fits = mask.ndim >= 3 and mask.shape[-2] in (1, q_len) and mask.shape[-1] in (1, kv_len)
+    if not fits:
+        raise ValueError(
+            f"mask has shape {mask.shape}; expected [*batch, heads | 1, {q_len}, {kv_len}]."
+        )
+
+
+def readable(path: Any, error: Any) -> None:
+    """A tensor file could not be read."""
+    raise ValueError(
+        f"{path} is not a readable safetensors file ({error}); write one with "
+        "jsparse.evaluation.save_captured."
+    )
+
+
+def captured_layer(path: Any, layer: int, names: Any) -> None:
+    """A captured layer has all three tensors."""
+    missing = [n for n in ("q", "k", "v") if f"layers.{layer}.{n}" not in names]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(f'layers.{layer}.{n}' for n in missing)}; each layer needs "
+            "q [length, heads, dim], k and v [length, kv_heads, dim]."
+        )
+
+
+def some_captured(path: Any, layers: int) -> None:
+    """A file of captured tensors has a layer."""
+    if not layers:
+        raise ValueError(
+            f"{path} holds no tensor named layers.0.q; name tensors layers.<n>.q, .k and .v."
+        )
+
+
+def longer_than_a_tile(length: int, tile: int) -> None:
+    """There is something to leave out."""
+    if length <= tile:
+        raise ValueError(
+            f"The text has {length} tokens, a tile {tile}: nothing could be left out. Use a longer "
+            "text."
+        )
+
+
+def known_methods(names: Any, known: Any) -> None:
+    """Method names stand in the registry."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"There is no method {name!r} here; choose from {', '.join(sorted(known))}."
+            )

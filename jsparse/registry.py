@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jsparse.estimators import mean_pooled, xattention
+from jsparse.masks.flashmask import flashmask
+from jsparse.masks.streaming import streaming
 from jsparse.types import Method
 
 
@@ -12,13 +15,16 @@ class Row(NamedTuple):
     Attributes:
       name: The factory's name, and that of its file, oracle and test.
       family: The folder that holds it.
-      factory: Makes the method; every argument has the paper's default.
+      factory: Makes the method; every argument is keyword-only and has a default.
       summary: What it does, in under ten words.
-      paper: The source: an arXiv id, or a venue where there is none.
-      year: Of the paper.
+      paper: The source.
+      year: Of the source.
       causal: Whether it serves causal attention.
-      bidirectional: Whether it serves attention without a causal mask.
-      training_free: Whether it works on a trained model as it is, without parameters of its own.
+      bidirectional: Whether it serves attention without a mask.
+      training_free: Whether it works on a trained model as it is.
+      control: The argument that trades density for accuracy; None where there is none.
+      settings: Values of `control` worth comparing, sparsest first.
+      keeps_all: The value of `control` at which nothing is left out; None where there is none.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
     """
@@ -32,8 +38,80 @@ class Row(NamedTuple):
     causal: bool
     bidirectional: bool
     training_free: bool
+    control: str | None = None
+    settings: tuple[float, ...] = ()
+    keeps_all: float | None = None
     needs_state: bool = False
     needs_key: bool = False
 
 
-METHODS: tuple[Row, ...] = ()
+METHODS: tuple[Row, ...] = (
+    Row(
+        name="flashmask",
+        family="masks",
+        factory=flashmask,
+        summary="exact attention under column-interval masks",
+        paper="arXiv:2410.01359",
+        year=2024,
+        causal=True,
+        bidirectional=False,
+        training_free=True,
+    ),
+    Row(
+        name="streaming",
+        family="masks",
+        factory=streaming,
+        summary="attention sinks and a sliding window",
+        paper="arXiv:2309.17453",
+        year=2023,
+        causal=True,
+        bidirectional=False,
+        training_free=True,
+        control="window",
+        settings=(256, 512, 1024, 2048),
+        keeps_all=2**20,
+    ),
+    Row(
+        name="mean_pooled",
+        family="estimators",
+        factory=mean_pooled,
+        summary="top-k blocks by products of block means",
+        paper="arXiv:2407.02490",
+        year=2024,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="density",
+        settings=(0.05, 0.1, 0.2, 0.4),
+        keeps_all=1.0,
+    ),
+    Row(
+        name="xattention",
+        family="estimators",
+        factory=xattention,
+        summary="top-p blocks by antidiagonal sums",
+        paper="arXiv:2503.16428",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="threshold",
+        settings=(0.5, 0.7, 0.9, 0.95),
+        keeps_all=1.0,
+    ),
+)
+
+
+def readme_table() -> str:
+    """The methods as a Markdown table, as README.md holds it between its markers."""
+    lines = ["| method | family | what it does | source | trained |", "|---|---|---|---|---|"]
+    for row in METHODS:
+        number = row.paper.removeprefix("arXiv:")
+        source = f"[{row.paper}](https://arxiv.org/abs/{number}) ({row.year})"
+        trained = "no" if row.training_free else "yes"
+        lines.append(f"| `{row.name}` | {row.family} | {row.summary} | {source} | {trained} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(readme_table())

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jsparse.attention.attend import attend
-from jsparse.types import Method
+from jsparse.core.tiling import block_mask
+from jsparse.types import Mask, Method
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
@@ -12,12 +13,19 @@ def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features
     return ()
 
 
-def planned(plan: Callable[..., Any], *, init: Callable[..., Any] = no_params) -> Method:
+def planned(
+    plan: Callable[..., Any],
+    *,
+    init: Callable[..., Any] = no_params,
+    restrict: Callable[[Mask | None, int], Mask | None] = lambda mask, q_len: mask,
+) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
     Args:
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`.
       init: Makes the parameters; default none.
+      restrict: For methods that decide element by element too: maps the caller's mask and `q_len`
+        to the mask that `attend` applies.
     """
 
     def attend_to_plan(
@@ -36,6 +44,7 @@ def planned(plan: Callable[..., Any], *, init: Callable[..., Any] = no_params) -
         sinks: Any = None,
         softcap: Any = None,
         scale: Any = None,
+        return_lse: bool = False,
         implementation: str | None = None,
     ) -> tuple[Any, Any]:
         tiles, info = plan(
@@ -46,14 +55,42 @@ def planned(plan: Callable[..., Any], *, init: Callable[..., Any] = no_params) -
             k,
             v,
             tiles,
-            mask=mask,
+            mask=restrict(mask, q.shape[-3]),
             bias=bias,
             score_mod=score_mod,
             sinks=sinks,
             softcap=softcap,
             scale=scale,
+            return_lse=return_lse,
             implementation=implementation,
         )
         return out, info
 
     return Method(init, plan, attend_to_plan)
+
+
+def masked(
+    own_mask: Callable[[int], Mask | None], *, block_q: int = 128, block_kv: int = 128
+) -> Method:
+    """Completes a mask to a method: the tiles it touches, and the mask inside them.
+
+    Args:
+      own_mask: The method's mask for a given `q_len`; None hides nothing.
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+    """
+
+    def restrict(mask, q_len):
+        own = own_mask(q_len)
+        if own is None or mask is None:
+            return mask if own is None else own
+        return mask & own
+
+    def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        whole = restrict(mask, q.shape[-3])
+        if whole is None:
+            return None, ()
+        sizes = {"block_q": block_q, "block_kv": block_kv}
+        return block_mask(whole, q.shape[-3], k.shape[-3], **sizes), ()
+
+    return planned(plan, restrict=restrict)

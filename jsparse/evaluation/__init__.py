@@ -1,1 +1,11 @@
 """Methods on models: capture, metrics, costs, comparison."""
+
+from jsparse.evaluation.capture import Captured as Captured
+from jsparse.evaluation.capture import capture as capture
+from jsparse.evaluation.capture import load_captured as load_captured
+from jsparse.evaluation.capture import save_captured as save_captured
+from jsparse.evaluation.compare import compare as compare
+from jsparse.evaluation.cost import attend_cost as attend_cost
+from jsparse.evaluation.cost import count_flops as count_flops
+from jsparse.evaluation.metrics import output_error as output_error
+from jsparse.evaluation.metrics import recalled_mass as recalled_mass

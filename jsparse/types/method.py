@@ -12,7 +12,8 @@ class Method(NamedTuple):
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`; all after
         `k` optional.
       attend: `attend(params, q, k, v, *, x, positions, mask, state, key, **attend) -> (out, info)`,
-        where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...).
+        where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...); with
+        `return_lse=True`, `out` is `(out, lse)`.
     """
 
     init: Callable[..., Any]

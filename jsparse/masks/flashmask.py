@@ -1,0 +1,60 @@
+"""FlashMask: masks as intervals per key column. Wang et al. 2024, arXiv:2410.01359."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jsparse import checks
+from jsparse.attention.planned import masked
+from jsparse.masks.causal import causal as causal_mask
+from jsparse.masks.intervals import intervals
+from jsparse.types import Mask, Method
+
+
+def sliding_window_columns(length: int, *, window: int) -> Int[Array, "1 length 1"]:
+    """Columns of a causal window of `window` keys, the own one included."""
+    return jnp.minimum(jnp.arange(length) + window, length)[None, :, None]
+
+
+def causal_document_columns(
+    document_ends: Int[Array, "*batch length"],
+) -> Int[Array, "*batch 1 length 1"]:
+    """Columns of causal attention inside packed documents, from each token's document end."""
+    return document_ends[..., None, :, None]
+
+
+def flashmask(
+    *,
+    startend_row_indices: Int[Array, "*batch mask_heads kv_len bounds"] | None = None,
+    causal: bool = True,
+    heads: int | None = None,
+) -> Method:
+    """Attends exactly under a mask given as at most two hidden row intervals per key column.
+
+    Args:
+      startend_row_indices: Interval bounds per key; see `js.masks.intervals` for the meaning of 1,
+        2 or 4 of them. The heads axis is 1, or the number of kv heads with `heads` given, or the
+        number of query heads. Default: no intervals.
+      causal: Whether keys past the query's own position are hidden too, bottom-right aligned.
+      heads: Number of query heads; needed where the columns differ per kv head.
+
+    Differs from the paper:
+      Tiles are 128 x 128 whatever the head dimension; the paper's block_mask option is a plan here:
+      intersect it with the plan by `&`.
+
+    Raises:
+      ValueError: if bounds are not integers, or not as many as `causal` asks.
+    """
+    columns = startend_row_indices
+    if columns is not None:
+        checks.integers(startend_row_indices=columns)
+        checks.interval_bounds(columns.shape[-1], causal)
+        if heads is not None and columns.shape[-3] > 1:
+            checks.multiple(of=columns.shape[-3], heads=heads)
+            columns = jnp.repeat(columns, heads // columns.shape[-3], axis=-3)
+
+    def own_mask(q_len: int) -> Mask | None:
+        if columns is not None:
+            return intervals(columns, causal=causal, q_len=q_len)
+        return causal_mask() if causal else None
+
+    return masked(own_mask)

@@ -1,0 +1,48 @@
+"""Reaching into a built model: its attention layers, and the same model with another attention."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from flax import nnx
+from jaxtyping import Array
+
+from jsparse import checks
+from jsparse.nn.attention import AttentionFn, SparseAttention
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def attention_layers(model: nnx.Module) -> list[SparseAttention]:
+    """The model's `SparseAttention` layers, in the order of their paths.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, SparseAttention)]
+    checks.some_layers(found)
+    return [module for _, module in sorted(found, key=lambda item: item[0])]
+
+
+def with_attention(model: M, attention: AttentionFn | None) -> M:
+    """The same model, parameters shared, with another attention in every layer.
+
+    Args:
+      model: A model that has `SparseAttention` layers; it is left as it was.
+      attention: `attention(q, k, v, *, mask, x) -> out`; None for each layer's own method.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    for layer in attention_layers(copy):
+        layer.attention = attention
+    return copy
+
+
+def recording(
+    run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]]
+) -> AttentionFn:
+    """An attention that notes down its q, k, v and then does what `run` does."""
+
+    def attention(q, k, v, *, mask, x):
+        tensors.append((q, k, v))
+        return run(q, k, v, mask=mask, x=x)
+
+    return attention
