@@ -1,23 +1,22 @@
 """Sparse attention in JAX: masks, methods that plan, and executors that compute what was planned."""
 
 # types
-from jsparse.types import BlockMask as BlockMask
-from jsparse.types import BlockPyramid as BlockPyramid
-from jsparse.types import Method as Method
-from jsparse.types import TokenGroups as TokenGroups
-
 # masks and the plans they make
 from jsparse import masks as masks
-from jsparse.core.tiling import block_mask as block_mask
+
+# methods
+from jsparse import registry as registry
 
 # attention
 from jsparse.attention.attend import attend as attend
 from jsparse.core.merging import merge as merge
-from jsparse.functional import sparse_attention as sparse_attention
-
-# methods
-from jsparse import registry as registry
+from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import xattention as xattention
+from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.streaming import streaming as streaming
+from jsparse.types import BlockMask as BlockMask
+from jsparse.types import BlockPyramid as BlockPyramid
+from jsparse.types import Method as Method
+from jsparse.types import TokenGroups as TokenGroups

@@ -90,8 +90,32 @@ class LanguageModel(nnx.Module):
 
 def bits_per_byte(model: LanguageModel, tokens) -> jax.Array:
     """The mean cost of predicting each byte from those before it; `tokens` is [*batch, length]."""
-    logits = model(tokens)[..., :-1, :].astype(jnp.float32)
-    logp = jax.nn.log_softmax(logits)
+    return _mean_cost(model(tokens), tokens)
+
+
+def bits_per_byte_with(model: LanguageModel, tokens, attention) -> float:
+    """`bits_per_byte` of the model with `attention` in every layer, one block compiled for all.
+
+    Args:
+      model: The model, left as it is.
+      tokens: [1, length].
+      attention: `attention(q, k, v, *, mask, x) -> out`; None for each layer's own.
+    """
+    changed = js.nn.with_attention(model, attention)
+    step = nnx.jit(lambda block, x: block(x))
+    x = changed.embedding(tokens) * changed.config.width**0.5
+    for block in changed.blocks:
+        x = step(block, x)
+    return float(_cost(changed.embedding, changed.norm, x, tokens))
+
+
+@nnx.jit
+def _cost(embedding, norm, x, tokens):
+    return _mean_cost(embedding.attend(norm(x)), tokens)
+
+
+def _mean_cost(logits, tokens):
+    logp = jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32))
     taken = jnp.take_along_axis(logp, tokens[..., 1:, None].astype(jnp.int32), axis=-1)
     return -taken.mean() / jnp.log(2.0)
 

@@ -51,6 +51,19 @@ def phase_at(step: int, steps: int) -> Phase:
     return PHASES[-1]
 
 
+def learning_rate(peak: float, steps: int) -> optax.Schedule:
+    """Cosine over the short contexts; the long one gets a quarter of the peak, falling to zero.
+
+    Positions that the model meets for the first time in the last phase need more than the tail of
+    a cosine to be learnt.
+    """
+    last = round(steps * (1.0 - PHASES[-1].share))
+    short = optax.warmup_cosine_decay_schedule(
+        0.0, peak, min(100, steps // 10 + 1), last, end_value=peak / 20
+    )
+    return optax.join_schedules([short, optax.linear_schedule(peak / 4, 0.0, steps - last)], [last])
+
+
 def attention_for(context: int):
     """Exact causal attention: all pairs for short contexts, listed tiles for long ones."""
     implementation = "reference" if context < DENSE_BELOW else "xla"
@@ -93,10 +106,7 @@ def main() -> None:
 
     train, held_out = data.split()
     model = LanguageModel(rngs=nnx.Rngs(arguments.seed))
-    warmup = min(100, arguments.steps // 10 + 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, arguments.rate, warmup, arguments.steps, end_value=arguments.rate / 50
-    )
+    schedule = learning_rate(arguments.rate, arguments.steps)
     transformation = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
@@ -154,9 +164,7 @@ def main() -> None:
                 recent.clear()
                 with log.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                states.save(
-                    step + 1, args=ocp.args.StandardSave(nnx.state((model, optimizer)))
-                )
+                states.save(step + 1, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
                 states.wait_until_finished()
                 save(model, arguments.output / "model.safetensors")
 

@@ -1,10 +1,15 @@
 """Cheap estimates of how much each tile of the attention map matters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse.core import heads as heads_
+
+# cells scored at once: enough rows for an efficient product, little enough memory at any length
+_CELLS_AT_ONCE = 128
 
 
 def pooled_logits(
@@ -42,42 +47,49 @@ def softmax_block_sums(
     cells_per_block: tuple[int, int],
     visible,
 ) -> Float[Array, "batch heads q_blocks kv_blocks"]:
-    """Sums, per block, a softmax over the products of cells, one row of blocks at a time.
+    """Sums, per block, a softmax over the products of cells, a chunk of rows at a time.
 
     Args:
       q_cells: One vector per query cell; the last row of blocks may be ragged.
       k_cells: One vector per key cell.
       scale: Factor on the products.
       cells_per_block: Query and key cells per block.
-      visible: `visible(q_cell, head)` gives the bools [kv_cells] that a query cell may see, for
-        scalar indices of cell, head and sequence: `visible(batch, head, q_cell)`.
+      visible: `visible(batch, head, q_cell)`, on scalar indices, gives the bools [kv_cells] of the
+        keys that a query cell may see.
     """
     batches, q_count, heads, _ = q_cells.shape
     kv_count, kv_heads = k_cells.shape[1:3]
     per_q, per_kv = cells_per_block
     q_blocks, kv_blocks = -(-q_count // per_q), -(-kv_count // per_kv)
-    missing = q_blocks * per_q - q_count
+    at_once = min(q_blocks, max(1, _CELLS_AT_ONCE // per_q))
+    chunks = -(-q_blocks // at_once)
+    missing = chunks * at_once * per_q - q_count
     q_cells = jnp.pad(q_cells, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
-    def one_row(index):
-        rest, q_block = jnp.divmod(index, q_blocks)
-        batch, head = jnp.divmod(rest, heads)
-        rows = jax.lax.dynamic_slice_in_dim(q_cells[batch, :, head], q_block * per_q, per_q)
+    def one_head(index):
+        batch, head = jnp.divmod(index, heads)
+        # sliced once per head, not once per row: the copy would cost more than the product
+        rows = q_cells[batch, :, head]
         keys = k_cells[batch, :, head // (heads // kv_heads)]
+        chunk = functools.partial(one_chunk, batch, head, rows, keys)
+        return jax.lax.map(chunk, jnp.arange(chunks))
+
+    def one_chunk(batch, head, rows, keys, chunk):
+        q_cell = chunk * at_once * per_q + jnp.arange(at_once * per_q)
+        rows = jax.lax.dynamic_slice_in_dim(rows, q_cell[0], at_once * per_q)
         logits = jnp.dot(rows, keys.T, preferred_element_type=jnp.float32) * scale
-        q_cell = q_block * per_q + jnp.arange(per_q)
         seen = jax.vmap(lambda cell: visible(batch, head, cell))(q_cell)
         seen &= (q_cell < q_count)[:, None]
-        peak = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
-        peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
-        mass = jnp.where(seen, jnp.exp(logits - peak), 0.0)
-        total = mass.sum(-1, keepdims=True)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        peak = logits.max(-1, keepdims=True)
+        mass = jnp.exp(logits - jnp.where(jnp.isneginf(peak), 0.0, peak))
         # summing the keys of a block before dividing keeps the division off the large array
         mass = jnp.pad(mass, ((0, 0), (0, kv_blocks * per_kv - kv_count)))
-        mass = mass.reshape(per_q, kv_blocks, per_kv).sum(-1)
-        return (mass / jnp.where(total > 0, total, 1.0)).sum(0)
+        mass = mass.reshape(at_once * per_q, kv_blocks, per_kv).sum(-1)
+        total = mass.sum(-1, keepdims=True)
+        mass = mass / jnp.where(total != 0, total, 1.0)
+        return mass.reshape(at_once, per_q, kv_blocks).sum(1)
 
-    rows = jax.lax.map(one_row, jnp.arange(batches * heads * q_blocks))
-    return rows.reshape(batches, heads, q_blocks, kv_blocks)
-
-
+    sums = jax.lax.map(one_head, jnp.arange(batches * heads))
+    sums = sums.reshape(batches, heads, chunks * at_once, kv_blocks)
+    return sums[:, :, :q_blocks]

@@ -119,9 +119,7 @@ def compare(
         tiles[setting.label] = [_tiles(plan, heads) for plan in plans]
 
         def figures(setting=setting, method=method, plan_of=plan_of, plans=plans):
-            run = jax.jit(
-                lambda q, k, v: method.attend((), q, k, v, mask=mask, return_lse=True)[0]
-            )
+            run = jax.jit(lambda q, k, v: method.attend((), q, k, v, mask=mask, return_lse=True)[0])
             outs = [run(*layer) for layer in layers]
             costs = [attend_cost(plan, **sizes) for plan in plans if plan is not None]
             planning = count_flops(plan_of, layers[0].q, layers[0].k)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse.types import BlockMask, Mask
 from jsparse.core.blocks import candidates
+from jsparse.types import BlockMask, Mask
 
 
 def recalled_mass(

@@ -102,9 +102,7 @@ def intervals(
     checks.positive(q_len=q_len)
     bounds = startend_row_indices.shape[-1]
     checks.interval_bounds(bounds, causal)
-    columns = [
-        jnp.asarray(startend_row_indices[..., n], jnp.int32) for n in range(bounds)
-    ]
+    columns = [jnp.asarray(startend_row_indices[..., n], jnp.int32) for n in range(bounds)]
     if causal:
         lower_end = columns[1] if bounds == 2 else None
         return Intervals(columns[0], lower_end, None, None, q_len) & causal_mask()

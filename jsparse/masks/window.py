@@ -26,9 +26,7 @@ class SlidingWindow(Mask):
             nearest = q_first + frame.diagonal - kv_last
             farthest = q_last + frame.diagonal - kv_first
             # every distance between the two occurs, so the tile is empty only if all are outside
-            return TileBounds(
-                self._within(farthest, nearest), self._within(nearest, farthest)
-            )
+            return TileBounds(self._within(farthest, nearest), self._within(nearest, farthest))
 
         return classify
 

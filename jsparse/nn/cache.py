@@ -1,5 +1,7 @@
 """A contiguous KV cache for decoding step by step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -23,7 +25,7 @@ class KVCache:
         max_len: int,
         kv_heads: int,
         dim: int,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: Any = jnp.float32,
     ) -> "KVCache":
         """A cache that holds no token yet."""
         checks.positive(max_len=max_len)

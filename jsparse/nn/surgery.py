@@ -36,9 +36,7 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
     return copy
 
 
-def recording(
-    run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]]
-) -> AttentionFn:
+def recording(run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]]) -> AttentionFn:
     """An attention that notes down its q, k, v and then does what `run` does."""
 
     def attention(q, k, v, *, mask, x):

@@ -71,8 +71,10 @@ def definitions(q_len, kv_len):
         ),
         "intervals_4": (
             m.intervals(four, causal=False, q_len=q_len),
-            lambda i, j, p: ~((i >= lower[0][j]) & (i < lower[1][j]))
-            & ~((i >= lower[2][j]) & (i < lower[3][j])),
+            lambda i, j, p: (
+                ~((i >= lower[0][j]) & (i < lower[1][j]))
+                & ~((i >= lower[2][j]) & (i < lower[3][j]))
+            ),
         ),
         "intervals_2": (
             m.intervals(two, causal=False, q_len=q_len),

@@ -1,0 +1,5 @@
+"""`python -m jsparse` is the command `jsparse`."""
+
+from jsparse.cli import main
+
+main()

@@ -1,0 +1,236 @@
+"""The layer equals the function with its parameters; it decodes, trains, and is saved and restored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen, nnx
+
+import jsparse as js
+import jsparse.nn
+from jsparse.nn import KVCache, rotary
+
+CAUSAL = js.masks.causal()
+
+
+def layer(**changes):
+    settings = {"num_heads": 4, "num_kv_heads": 2, "rngs": nnx.Rngs(0), **changes}
+    return js.nn.SparseAttention(32, **settings)
+
+
+def inputs(length=40, batch=(2,), features=32):
+    return jax.random.normal(jax.random.key(1), (*batch, length, features))
+
+
+def test_rotary_against_loops():
+    x = np.asarray(jax.random.normal(jax.random.key(0), (5, 2, 6)))
+    positions = np.array([0, 3, 4, 100, 1000])
+    expected = np.zeros_like(x)
+    for t, h, i in np.ndindex(5, 2, 3):
+        angle = float(positions[t]) * 10_000.0 ** (-i / 3)
+        turned = (x[t, h, i] + 1j * x[t, h, i + 3]) * np.exp(1j * angle)
+        expected[t, h, i], expected[t, h, i + 3] = turned.real, turned.imag
+    got = rotary(jnp.asarray(x), jnp.asarray(positions))
+    # an f32 angle of 1000 radians is off by about 1000 eps
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    np.testing.assert_allclose(got[:3], expected[:3], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, js.mean_pooled(block_size=8, density=0.4)])
+def test_the_layer_is_the_function(method):
+    module, x = layer(method=method, sinks=True, softcap=20.0, rope_base=500.0), inputs()
+    module.sinks[...] = jnp.asarray([0.5, -1.0, 0.0, 2.0])
+
+    def project(linear, heads):
+        return (x @ linear.kernel[...]).reshape(2, 40, heads, 8)
+
+    positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    q = rotary(project(module.q_proj, 4), positions, base=500.0)
+    k = rotary(project(module.k_proj, 2), positions, base=500.0)
+    v = project(module.v_proj, 2)
+    plan = None if method is None else method.plan((), q, k, mask=CAUSAL)[0]
+    out = js.attend(
+        q, k, v, plan, mask=CAUSAL, sinks=module.sinks[...], softcap=20.0,
+        implementation="reference",
+    )  # fmt: skip
+    expected = out.reshape(2, 40, 32) @ module.out_proj.kernel[...]
+    np.testing.assert_allclose(module(x, mask=CAUSAL), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("split", [(40,), (24, 8, 8), (37, 1, 1, 1)])
+def test_decoding_equals_the_whole(split):
+    module, x = layer(), inputs()
+    whole = module(x, mask=CAUSAL)
+    cache, parts, start = module.init_cache((2,), 48), [], 0
+    for length in split:
+        out, cache = module(x[:, start : start + length], cache=cache)
+        parts.append(out)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
+    np.testing.assert_array_equal(cache.length, [40, 40])
+
+
+def test_sequences_of_one_batch_decode_at_their_own_positions():
+    module, x = layer(), inputs()
+    caches = [module(x[:1, :9], cache=module.init_cache((1,), 16))[1]]
+    caches.append(module(x[1:, :4], cache=module.init_cache((1,), 16))[1])
+    cache = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+    step = jnp.stack([x[0, 9:10], x[1, 4:5]])
+    out, _ = module(step, cache=cache)
+    np.testing.assert_allclose(out[0], module(x[:1, :10], mask=CAUSAL)[0, 9:], atol=5e-6)
+    np.testing.assert_allclose(out[1], module(x[1:, :5], mask=CAUSAL)[0, 4:], atol=5e-6)
+
+
+def test_bfloat16_and_jit():
+    module = layer(dtype=jnp.bfloat16)
+    out = nnx.jit(lambda m, x: m(x, mask=CAUSAL))(module, inputs().astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    single = layer()(inputs(), mask=CAUSAL)
+    assert float(jnp.abs(out - single).max()) < 0.05 * float(jnp.abs(single).max())
+
+
+def train(model, apply, steps=25):
+    """Teaches a model to output its input shifted by one token, which only attention can do."""
+    x = inputs(24, (4,))
+    target = jnp.roll(x, 1, axis=1).at[:, 0].set(0.0)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda m: jnp.square(apply(m, x) - target).mean())(
+            model
+        )
+        optimizer.update(model, gradient)
+        return loss
+
+    return [float(step(model, optimizer)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("method", [None, js.mean_pooled(block_size=8, density=0.5)])
+def test_training_lowers_the_loss_and_a_checkpoint_restores_it(method, tmp_path):
+    model = layer(method=method)
+    losses = train(model, lambda m, x: m(x, mask=CAUSAL))
+    assert losses[-1] < 0.7 * losses[0]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(model))
+        checkpointer.wait_until_finished()
+        fresh = layer(method=method, rngs=nnx.Rngs(7))
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state(fresh))
+        nnx.update(fresh, checkpointer.restore(tmp_path / "state", target))
+    x = inputs()
+    np.testing.assert_array_equal(fresh(x, mask=CAUSAL), model(x, mask=CAUSAL))
+
+
+def nnx_attention(attention_fn, rngs=0):
+    return nnx.MultiHeadAttention(
+        4, 32, decode=False, rngs=nnx.Rngs(rngs), attention_fn=attention_fn
+    )
+
+
+def test_inside_nnx_attention_keeping_all_is_dense_and_trains():
+    method = js.mean_pooled(block_size=8, density=1.0)
+    ours = nnx_attention(js.nn.attention_fn(method))
+    theirs = nnx_attention(nnx.dot_product_attention)
+    x = inputs(24)
+    pairs = nnx.make_causal_mask(jnp.ones((2, 24)))
+    np.testing.assert_allclose(ours(x, mask=pairs), theirs(x, mask=pairs), atol=5e-6)
+    np.testing.assert_allclose(ours(x, is_causal=True), theirs(x, mask=pairs), atol=5e-6)
+    sparse = nnx_attention(js.nn.attention_fn(js.mean_pooled(block_size=8, density=0.5)))
+    losses = train(sparse, lambda m, x: m(x, is_causal=True))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_inside_linen_attention_the_mask_arrives():
+    x = inputs(24)
+    pairs = linen.make_causal_mask(jnp.ones((2, 24)))
+
+    def build(attention_fn):
+        return linen.MultiHeadDotProductAttention(4, attention_fn=attention_fn)
+
+    theirs = build(linen.dot_product_attention)
+    params = theirs.init(jax.random.key(0), x)
+    expected = theirs.apply(params, x, mask=pairs)
+    ours = build(js.nn.attention_fn(js.mean_pooled(block_size=8, density=1.0)))
+    np.testing.assert_allclose(ours.apply(params, x, mask=pairs), expected, atol=5e-6)
+    unmasked = ours.apply(params, x)
+    assert float(jnp.abs(unmasked - expected).max()) > 1e-2, "the mask made no difference"
+
+
+def test_linen_attention_trains_and_is_restored(tmp_path):
+    module = linen.MultiHeadDotProductAttention(
+        4, attention_fn=js.nn.attention_fn(js.mean_pooled(block_size=8, density=0.5))
+    )
+    x = inputs(24)
+    target = jnp.roll(x, 1, axis=1).at[:, 0].set(0.0)
+    pairs = linen.make_causal_mask(jnp.ones((2, 24)))
+    params = module.init(jax.random.key(0), x)
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            return jnp.square(module.apply(params, x, mask=pairs) - target).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for _ in range(25):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", params)
+        checkpointer.wait_until_finished()
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
+        restored = checkpointer.restore(tmp_path / "params", target)
+    np.testing.assert_array_equal(
+        module.apply(restored, x, mask=pairs), module.apply(params, x, mask=pairs)
+    )
+
+
+def test_swapping_the_attention_leaves_the_model_as_it_was():
+    model, x = layer(), inputs()
+    before = model(x, mask=CAUSAL)
+    tensors = []
+    probe = js.nn.with_attention(model, js.nn.recording(model._method, tensors))
+    np.testing.assert_array_equal(probe(x, mask=CAUSAL), before)
+    assert [t.shape for t in tensors[0]] == [(2, 40, 4, 8), (2, 40, 2, 8), (2, 40, 2, 8)]
+    assert model.attention is None
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: layer(num_heads=3), ValueError, "num_heads=3 must be a multiple of 2"),
+        (lambda: layer(head_dim=5), ValueError, "head_dim=5 must be a multiple of 2"),
+        (lambda: layer()(inputs(features=16)), ValueError, "x has 16 features"),
+        (lambda: KVCache.empty((), 0, 2, 8), ValueError, "max_len=0"),
+        (
+            lambda: layer()(inputs(), cache=layer().init_cache((2,), 8)),
+            ValueError,
+            "40 tokens do not fit",
+        ),
+        (
+            lambda: nnx_attention(
+                lambda *a, **k: js.nn.attention_fn()(
+                    *a, **{**k, "dropout_rate": 0.5, "deterministic": False}
+                )
+            )(inputs()),
+            NotImplementedError,
+            "dropout_rate=0.5",
+        ),
+        (
+            lambda: js.nn.attention_fn()(*[inputs()[..., None]] * 3, precision="highest"),
+            NotImplementedError,
+            "precision='highest'",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
