@@ -1,4 +1,4 @@
-"""Sparse attention in JAX: masks, methods that plan, and executors that compute what was planned."""
+"""Sparse attention in JAX: masks, methods that plan, executors that compute what was planned."""
 
 # types
 # masks and the plans they make
@@ -20,3 +20,6 @@ from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid
 from jsparse.types import Method as Method
 from jsparse.types import TokenGroups as TokenGroups
+
+# for tests of one's own kernels
+from jsparse import testing as testing

@@ -1,6 +1,7 @@
 """The names of JAX that move between versions or are not public; nobody else imports those."""
 
 import jax
+import jax.core
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 

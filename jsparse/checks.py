@@ -56,10 +56,9 @@ def integers(**arrays: Any) -> None:
             raise ValueError(f"{name} holds {dtype}; it must hold integers, cast it to int32.")
 
 
-def tile_grid(q_len: int, kv_len: int, block_q: int, block_kv: int, grid: Any) -> Any:
+def tile_grid(grid: Any) -> None:
     """The lengths and tile sizes are positive."""
-    positive(q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv)
-    return grid(q_len, kv_len, block_q, block_kv)
+    positive(**grid._asdict())
 
 
 def dense_tiles(tiles: Any, grid: Any) -> None:
@@ -67,7 +66,7 @@ def dense_tiles(tiles: Any, grid: Any) -> None:
     shape = getattr(tiles, "shape", None)
     if shape is None or len(shape) < 3:
         raise ValueError(f"tiles has shape {shape}; expected [*batch, heads, q_blocks, kv_blocks].")
-    if tiles.dtype != bool:
+    if not jnp.issubdtype(tiles.dtype, jnp.bool_):
         raise ValueError(f"tiles holds {tiles.dtype}; it must hold bools, True means attend.")
     if tuple(shape[-2:]) != (grid.q_blocks, grid.kv_blocks):
         raise ValueError(
@@ -271,7 +270,7 @@ def at_most(limit: int, **values: int) -> None:
 
 def pairs(array: Any) -> None:
     """One bool per pair of query and key."""
-    if getattr(array, "dtype", None) != bool:
+    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.bool_):
         raise ValueError(
             f"pairs holds {getattr(array, 'dtype', type(array).__name__)}; it must hold bools, "
             "True means attend."

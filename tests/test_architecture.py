@@ -93,7 +93,8 @@ def test_flax_is_imported_by_nn_alone():
 
 
 def test_importing_jsparse_does_not_import_flax_or_matplotlib():
-    code = "import sys, jsparse; print([m for m in ('flax', 'matplotlib', 'torch') if m in sys.modules])"
+    modules = ("flax", "matplotlib", "torch")
+    code = f"import sys, jsparse; print([m for m in {modules} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 

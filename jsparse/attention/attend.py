@@ -1,7 +1,7 @@
 """`attend`: attention for a plan and a mask, by whichever implementation can do it here."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
 
 Plan = BlockMask | TokenGroups | BlockPyramid
+P = TypeVar("P", bound=Plan)
 IMPLEMENTATIONS = ("reference", "xla", "mosaic", "triton")
 DEFAULT_BLOCK = 128
 
@@ -114,7 +115,7 @@ def prepare(
     if plan is not None:
         checks.plan_type(plan, (BlockMask, TokenGroups, BlockPyramid))
         checks.plan_lengths(plan, q_len, kv_len)
-        plan = _flatten_plan(plan, batch_shape, heads, kv_heads)
+        plan = flatten_plan(plan, batch_shape, heads, kv_heads)
     if bias is not None:
         full = (*batch_shape, heads, q_len, kv_len)
         bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
@@ -123,11 +124,13 @@ def prepare(
     captured: tuple[Array, ...] = ()
     if score_mod is not None:
         score_mod, captured = hoist(score_mod)
-    static_scale = dim**-0.5 if scale is None else scale
-    traced_scale = None
+    static_scale: float | None = None
+    traced_scale: Array | None = None
     if isinstance(scale, jax.Array):
         checks.scalar("scale", scale)
-        static_scale, traced_scale = None, scale.astype(jnp.float32)
+        traced_scale = scale.astype(jnp.float32)
+    else:
+        static_scale = dim**-0.5 if scale is None else float(scale)
     if softcap is not None:
         checks.positive_number(softcap=softcap)
     rule = LogitRule(q_len, kv_len, static_scale, softcap, score_mod)
@@ -136,7 +139,8 @@ def prepare(
     return Problem(operands, plan, mask, rule, batch_shape)
 
 
-def _flatten_plan(plan: Plan, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> Plan:
+def flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> P:
+    """Brings a plan's batch axes to one, of length 1 where all sequences share the lists."""
     lists = plan.block_mask if isinstance(plan, BlockPyramid) else plan
     checks.list_heads(lists.list_heads, heads, kv_heads)
     checks.batch_fits("plan", lists.batch_shape, batch_shape)
@@ -206,11 +210,18 @@ def with_plan(problem: Problem) -> BlockMask:
     if mask is not None:
         plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)
         batches, _, heads, _ = problem.operands.q.shape
-        return _flatten_plan(plan, (batches,), heads, problem.operands.k.shape[-2])
+        return flatten_plan(plan, (batches,), heads, problem.operands.k.shape[-2])
     grid = TileGrid(rule.q_len, rule.kv_len, **sizes)
     lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, 1, grid.q_blocks, grid.kv_blocks))
     counts = jnp.full((1, 1, grid.q_blocks), grid.kv_blocks, jnp.int32)
-    return BlockMask.from_lists(lists, counts, q_len=rule.q_len, kv_len=rule.kv_len, **sizes)
+    return BlockMask.from_lists(
+        lists,
+        counts,
+        q_len=rule.q_len,
+        kv_len=rule.kv_len,
+        block_q=DEFAULT_BLOCK,
+        block_kv=DEFAULT_BLOCK,
+    )
 
 
 def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, implementation):

@@ -6,7 +6,7 @@ output and its log-sum-exp; it walks the inverse list, keeping dk and dv of one 
 and adding to dq, so five matrix products per tile are all it does.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -372,7 +372,7 @@ def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule,
     d_q, d_k, d_v, (d_bias, d_scale, d_floats) = jax.lax.fori_loop(0, columns, column, carry)
 
     d_floats = iter(d_floats)
-    d_captured = tuple(
+    d_captured: Any = tuple(
         next(d_floats).astype(x.dtype) if is_float else np.zeros(x.shape, jax.dtypes.float0)
         for x, is_float in zip(operands.captured, inexact, strict=True)
     )

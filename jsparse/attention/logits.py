@@ -45,6 +45,11 @@ class LogitRule(NamedTuple):
         """Whether anything but a constant scale acts before the mask."""
         return self.scale is None or self.softcap is not None or self.score_mod is not None
 
+    def scaled(self, logits: Array, scale: Array | None) -> Array:
+        """Applies the scale, static or traced."""
+        factor = self.scale if scale is None else scale
+        return logits if factor is None else logits * factor
+
     def modify(
         self,
         logits: Float[Array, "..."],
@@ -57,7 +62,7 @@ class LogitRule(NamedTuple):
         head: Int[Array, "..."] | int,
     ) -> Float[Array, "..."]:
         """Applies scale, softcap, score_mod and bias. Indices broadcast against the logits."""
-        logits = logits * (self.scale if scale is None else scale)
+        logits = self.scaled(logits, scale)
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.score_mod is not None:

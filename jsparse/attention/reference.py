@@ -31,7 +31,7 @@ def forward(
     )
     logits = rule.hide(logits, mask, q_index, kv_index, batch, head, ragged=False)
     if isinstance(plan, BlockPyramid):
-        logits, v = _append_pooled(logits, v, q, plan, rule, heads)
+        logits, v = _append_pooled(logits, v, operands, plan, rule)
     elif plan is not None:
         logits = jnp.where(visible(plan, heads), logits, -jnp.inf)
 
@@ -39,7 +39,8 @@ def forward(
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
     probs = jnp.exp(logits - peak)
     total = probs.sum(-1, keepdims=True)
-    seen = total > 0
+    # not `> 0`: a row of NaNs has to show
+    seen = total != 0
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(seen, probs / safe, 0.0), v)
     lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)[..., 0]
@@ -56,10 +57,12 @@ def visible(plan: BlockMask | TokenGroups, heads: int) -> Bool[Array, "*batch he
     return jnp.repeat(pairs, heads // plan.list_heads, axis=-3)
 
 
-def _append_pooled(logits, v, q, plan: BlockPyramid, rule: LogitRule, heads: int):
+def _append_pooled(logits, v, operands: Operands, plan: BlockPyramid, rule: LogitRule):
     """Hides what the list leaves out and appends one column per block in its place."""
     if plan.pooled_k is None or plan.pooled_v is None or plan.log_count is None:
-        raise NotImplementedError("A BlockPyramid with levels has no dense reference yet.")
+        raise NotImplementedError("the reference takes pyramids of pooled columns, not of levels.")
+    q = operands.q.astype(jnp.float32)
+    heads = q.shape[-2]
     tiles = plan.block_mask.to_dense()
     tiles = jnp.repeat(tiles, heads // plan.block_mask.list_heads, axis=-3)
     tiles = jnp.repeat(tiles, plan.block_mask.block_q, axis=-2)[..., : plan.q_len, :]
@@ -67,7 +70,7 @@ def _append_pooled(logits, v, q, plan: BlockPyramid, rule: LogitRule, heads: int
     pooled_k = heads_.expand_kv_heads(plan.pooled_k, heads).astype(jnp.float32)
     pooled_v = heads_.expand_kv_heads(plan.pooled_v, heads).astype(jnp.float32)
     log_count = jnp.repeat(plan.log_count, heads // plan.log_count.shape[-1], axis=-1)
-    pooled = jnp.einsum("bqhd,bkhd->bhqk", q, pooled_k) * rule.scale
+    pooled = rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, pooled_k), operands.scale)
     pooled = pooled + jnp.swapaxes(log_count, -1, -2)[..., None, :]
     pooled = jnp.where(tiles, -jnp.inf, pooled)
     return jnp.concatenate([logits, pooled], -1), jnp.concatenate([v, pooled_v], -3)

@@ -25,7 +25,8 @@ def merge(parts: Sequence[Part]) -> Part:
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(lses - peak)
     total = weights.sum(0)
-    seen = total > 0
+    # not `> 0`: a row of NaNs has to show
+    seen = total != 0
     share = weights / jnp.where(seen, total, 1.0)
     outs = jnp.stack([out.astype(jnp.float32) for out, _ in parts])
     out = (outs * jnp.swapaxes(share, -1, -2)[..., None]).sum(0)

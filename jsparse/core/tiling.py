@@ -41,7 +41,8 @@ def block_mask(
     Raises:
       ValueError: if a length or tile size is not positive, or a mask's array has another length.
     """
-    grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+    grid = TileGrid(q_len, kv_len, block_q, block_kv)
+    checks.tile_grid(grid)
     batch_shape = mask.batch_shape
     flat = mask.flatten_batch(batch_shape)
     if width is None:

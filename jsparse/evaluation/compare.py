@@ -35,7 +35,9 @@ class Setting(NamedTuple):
 
     def method(self) -> Method:
         """The method at this setting."""
-        return self.row.factory(**({} if self.value is None else {self.row.control: self.value}))
+        if self.row.control is None or self.value is None:
+            return self.row.factory()
+        return self.row.factory(**{self.row.control: self.value})
 
 
 class Result(NamedTuple):

@@ -50,11 +50,11 @@ def _count(jaxpr: Jaxpr) -> float:
         total += inner
         if inner or equation.primitive.name in _MOVES:
             continue
-        out = equation.outvars[0].aval
+        out: Any = equation.outvars[0].aval
         if equation.primitive.name == "dot_general":
             (contracting, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * prod(out.shape) * prod(shape[axis] for axis in contracting)
+            left: Any = equation.invars[0].aval
+            total += 2.0 * prod(out.shape) * prod(left.shape[axis] for axis in contracting)
         elif getattr(out, "dtype", None) is not None and out.dtype.kind in "fV":
             total += prod(out.shape)
     return total

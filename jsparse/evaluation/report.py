@@ -216,7 +216,7 @@ def _frontier(comparison: Comparison, score_name: str) -> Any:
         density = [100 * np.mean(r.density) for r in results]
         panels[0].plot(density, [np.mean(r.error) for r in results], "o-", label=name)
         if has_score:
-            gaps = [r.score - comparison.dense_score for r in results]
+            gaps = [(r.score or 0.0) - (comparison.dense_score or 0.0) for r in results]
             panels[1].plot(density, gaps, "o-", label=name)
     panels[0].set_ylabel("relative output error")
     if has_score:
@@ -262,7 +262,7 @@ def _recall(comparison: Comparison) -> Any:
     chosen = [results[len(results) // 2] for results in _by_method(comparison).values()]
     figure = Figure(figsize=(2.6 * len(chosen) + 1, 3.2), layout="constrained")
     axes = figure.subplots(1, len(chosen), squeeze=False)[0]
-    image = None
+    image: Any = None
     for panel, result in zip(axes, chosen, strict=True):
         recall = 100 * np.asarray(result.recall)
         image = panel.imshow(recall, vmin=0, vmax=100, cmap="viridis", aspect="auto")

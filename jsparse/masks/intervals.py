@@ -108,4 +108,5 @@ def intervals(
         return Intervals(columns[0], lower_end, None, None, q_len) & causal_mask()
     if bounds == 2:
         return Intervals(columns[0], None, None, columns[1], q_len)
-    return Intervals(*columns, q_len)
+    lower_start, lower_end, upper_start, upper_end = columns
+    return Intervals(lower_start, lower_end, upper_start, upper_end, q_len)

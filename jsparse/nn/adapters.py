@@ -20,7 +20,7 @@ def attention_fn(
     params: Any = (),
     implementation: str | None = None,
 ) -> Callable[..., Array]:
-    """Makes an `attention_fn` for `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`.
+    """Makes an `attention_fn` for Flax's own multi-head attention, NNX and Linen.
 
     Both pass what they have by keyword, and Linen only those that the function spells out, so all
     are spelled out here. What has no counterpart raises; nothing is dropped.

@@ -62,7 +62,8 @@ class BlockMask:
         Raises:
           ValueError: if shapes or dtypes do not fit the lengths and tile sizes.
         """
-        grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+        grid = TileGrid(q_len, kv_len, block_q, block_kv)
+        checks.tile_grid(grid)
         checks.block_lists(kv_indices, kv_num_blocks, grid)
         if overflowed is None:
             overflowed = jnp.zeros(kv_num_blocks.shape[:-1], bool)
@@ -91,7 +92,8 @@ class BlockMask:
             all kv blocks where it is traced. Rows that need more lose their last tiles, and
             `overflowed` says so.
         """
-        grid = checks.tile_grid(q_len, kv_len, block_q, block_kv, TileGrid)
+        grid = TileGrid(q_len, kv_len, block_q, block_kv)
+        checks.tile_grid(grid)
         checks.dense_tiles(tiles, grid)
         counts = tiles.sum(-1, dtype=jnp.int32)
         if width is None:

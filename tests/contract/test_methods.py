@@ -1,4 +1,4 @@
-"""What every method of the registry must keep, whatever it does; exceptions are columns of its row."""
+"""What every method of the registry must keep; exceptions are columns of its row."""
 
 import inspect
 

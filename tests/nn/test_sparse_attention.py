@@ -1,4 +1,4 @@
-"""The layer equals the function with its parameters; it decodes, trains, and is saved and restored."""
+"""The layer equals the function; it decodes, trains, and is saved and restored."""
 
 import jax
 import jax.numpy as jnp
