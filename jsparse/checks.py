@@ -381,3 +381,17 @@ def known_methods(names: Any, known: Any) -> None:
             raise ValueError(
                 f"There is no method {name!r} here; choose from {', '.join(sorted(known))}."
             )
+
+
+def plan_or_method(plan: Any, method: Any) -> None:
+    """Not both."""
+    if plan is not None and method is not None:
+        raise ValueError("plan and method are both given; pass the one that should decide.")
+
+
+def jax_alone(plan: Any, method: Any) -> None:
+    """jax.nn's own implementation takes neither plan nor method."""
+    if plan is not None or method is not None:
+        raise ValueError(
+            "implementation='cudnn' takes neither plan nor method; leave it at None for those."
+        )

@@ -2,8 +2,13 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jsparse import checks
+from jsparse.attention.attend import attend
+from jsparse.masks import causal, dense, lengths, sliding_window
 from jsparse.types import Mask, Method
 
 
@@ -19,7 +24,7 @@ def sparse_attention(
     positions: Any = None,
     state: Any = None,
     key: Any = None,
-    **attend: Any,
+    **options: Any,
 ) -> Float[Array, "*batch q_len heads v_dim"]:
     """Plans, attends and corrects in one call.
 
@@ -34,9 +39,118 @@ def sparse_attention(
       positions: Token positions, for methods that use them.
       state: What the method returned as `info.state` at the step or layer before.
       key: A PRNG key, for methods that sample.
-      **attend: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, implementation.
+      **options: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, implementation.
     """
     out, _ = method.attend(
-        params, q, k, v, x=x, positions=positions, mask=mask, state=state, key=key, **attend
+        params, q, k, v, x=x, positions=positions, mask=mask, state=state, key=key, **options
     )
     return out
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    plan: Any = None,
+    method: Method | None = None,
+) -> Any:
+    """Computes what `jax.nn.dot_product_attention` computes, sparsely where it is told how.
+
+    Signature and semantics are jax.nn's: a call site changes its import and nothing else. That
+    includes what differs from `js.attend`: causality and windows are aligned top-left, and a row
+    whose keys are all hidden gives the mean of all values.
+
+    Args:
+      query: [batch, q_len, heads, dim], or without the batch axis.
+      key: [batch, kv_len, kv_heads, dim].
+      value: Of the key's shape.
+      bias: Added to the scaled logits; broadcastable to [batch, heads, q_len, kv_len].
+      mask: Bools, True means attend; broadcastable like `bias`.
+      scale: Factor on the logits, default `dim ** -0.5`.
+      is_causal: Whether query `i` sees keys `j <= i` only.
+      query_seq_lengths: True queries per sequence; the rest of the output is zero.
+      key_value_seq_lengths: True keys per sequence.
+      local_window_size: Keys visible to the (left, right) of each query; one number for both.
+      implementation: jax.nn's "xla" and "cudnn", or any of `js.attend`. "cudnn" goes to jax.nn
+        itself and takes neither plan nor method.
+      return_residual: Also return the log-sum-exp, [batch, q_len, heads].
+      plan: Which tiles are computed; see `js.attend`. Rows that it leaves empty give zeros.
+      method: What chooses the tiles; see `js.sparse_attention`.
+
+    Raises:
+      ValueError: if arguments do not fit each other, or both `plan` and `method` are given.
+    """
+    checks.plan_or_method(plan, method)
+    if implementation == "cudnn":
+        checks.jax_alone(plan, method)
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation="cudnn",
+            return_residual=return_residual,
+        )
+    q, k, v = (jnp.asarray(x) for x in (query, key, value))
+    shape = q.shape
+    q, k, v = (x if x.ndim == 4 else x[None] for x in (q, k, v))
+    checks.attention_inputs(q, k, v)
+    q_len, kv_len = q.shape[1], k.shape[1]
+    parts: list[Mask] = []
+    if mask is not None:
+        pairs = jnp.asarray(mask)
+        pairs = pairs.reshape((1,) * (4 - pairs.ndim) + pairs.shape)
+        checks.pairs(pairs)
+        checks.broadcasts("mask", pairs.shape, (*q.shape[:1], q.shape[2], q_len, kv_len))
+        parts.append(dense(jnp.broadcast_to(pairs, (*pairs.shape[:2], q_len, kv_len))))
+    if is_causal:
+        parts.append(causal(offset=0))
+    if local_window_size is not None:
+        window = local_window_size
+        left, right = (window, window) if isinstance(window, int) else window
+        parts.append(sliding_window(left=left, right=right, offset=0))
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        parts.append(lengths(query_seq_lengths, key_value_seq_lengths))
+    whole: Mask | None = None
+    for part in parts:
+        whole = part if whole is None else whole & part
+
+    options = {"bias": bias, "scale": scale, "implementation": implementation}
+    if method is None:
+        out, lse = attend(q, k, v, plan, mask=whole, return_lse=True, **options)
+    else:
+        (out, lse), _ = method.attend((), q, k, v, mask=whole, return_lse=True, **options)
+    lse = jnp.swapaxes(lse, -1, -2)
+    if plan is None and method is None:
+        out, lse = _fill_empty_rows(out, lse, v, query_seq_lengths)
+    out = out.reshape(shape)
+    return (out, lse.reshape(shape[:-1])) if return_residual else out
+
+
+def _fill_empty_rows(out: Array, lse: Array, v: Array, q_lengths: Any) -> tuple[Array, Array]:
+    """What jax.nn gives rows without a key: logits all equally low, so the mean of the values."""
+    group = out.shape[2] // v.shape[2]
+    mean = jnp.repeat(v.astype(jnp.float32).mean(1), group, axis=1)[:, None].astype(out.dtype)
+    empty = jnp.isneginf(lse)
+    fill = empty
+    if q_lengths is not None:
+        true = jnp.arange(out.shape[1]) < jnp.asarray(q_lengths)[:, None]
+        fill = empty & true[..., None]
+    lowest = -0.7 * float(jnp.finfo(jnp.float32).max)
+    return jnp.where(fill[..., None], mean, out), jnp.where(empty, lowest, lse)

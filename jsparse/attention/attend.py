@@ -1,6 +1,6 @@
 """`attend`: attention for a plan and a mask, by whichever implementation can do it here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -166,17 +166,35 @@ def _flatten_bias(bias: Array, batch_shape: tuple[int, ...]) -> Array:
 def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
+        reason = _REFUSES[implementation](problem)
+        if reason:
+            raise NotImplementedError(f"implementation={implementation!r}: {reason}")
         return _CALLS[implementation](problem)
-    reasons = []
+    chosen, refused = refusals(problem)
+    if chosen is None:
+        reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise NotImplementedError(
+            "No implementation can do this here; implementation='reference' can, with memory for "
+            f"every pair of tokens. {reasons}"
+        )
+    return _CALLS[chosen](problem)
+
+
+def refusals(problem: Problem) -> tuple[str | None, dict[str, str]]:
+    """The implementation that would run, and why each faster one would not."""
+    refused = {}
     for name in ("mosaic", "triton", "xla"):
-        try:
-            return _CALLS[name](problem)
-        except NotImplementedError as reason:
-            reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(
-        "No implementation can do this here; implementation='reference' can, with memory for "
-        "every pair of tokens. " + " ".join(reasons)
-    )
+        reason = _REFUSES[name](problem)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return None, refused
+
+
+def _xla_refuses(problem: Problem) -> str | None:
+    if problem.plan is None or isinstance(problem.plan, BlockMask):
+        return None
+    return f"the tile executor does not take {type(problem.plan).__name__}."
 
 
 def _reference(problem: Problem) -> tuple[Array, Array]:
@@ -188,15 +206,13 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     return block_sparse.block_sparse_attention(problem.operands, plan, problem.mask, problem.rule)
 
 
-def _mosaic(problem: Problem) -> tuple[Array, Array]:
-    raise NotImplementedError("the Mosaic kernels need an NVIDIA GPU of compute capability 9.0.")
-
-
-def _triton(problem: Problem) -> tuple[Array, Array]:
-    raise NotImplementedError("there is no Triton kernel for this plan.")
-
-
-_CALLS = {"reference": _reference, "xla": _xla, "mosaic": _mosaic, "triton": _triton}
+_CALLS = {"reference": _reference, "xla": _xla}
+_REFUSES: dict[str, Callable[[Problem], str | None]] = {
+    "reference": lambda problem: None,
+    "xla": _xla_refuses,
+    "mosaic": lambda problem: "there is no Mosaic kernel for this plan in this version.",
+    "triton": lambda problem: "there is no Triton kernel for this plan in this version.",
+}
 
 
 def with_plan(problem: Problem) -> BlockMask:

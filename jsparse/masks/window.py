@@ -14,17 +14,18 @@ class SlidingWindow(Mask):
 
     left: int | None = static_field()
     right: int | None = static_field()
+    offset: int | None = static_field(default=None)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        distance = q_index + frame.diagonal - kv_index
+        distance = q_index + self._offset(frame) - kv_index
         return self._within(distance, distance)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
             q_first, q_last = grid.q_range(q_block)
             kv_first, kv_last = grid.kv_range(kv_block)
-            nearest = q_first + frame.diagonal - kv_last
-            farthest = q_last + frame.diagonal - kv_first
+            nearest = q_first + self._offset(frame) - kv_last
+            farthest = q_last + self._offset(frame) - kv_first
             # every distance between the two occurs, so the tile is empty only if all are outside
             return TileBounds(self._within(farthest, nearest), self._within(nearest, farthest))
 
@@ -37,6 +38,9 @@ class SlidingWindow(Mask):
         # a span of n keys that starts anywhere touches at most this many tiles
         return min(grid.kv_blocks, (keys - 2) // grid.block_kv + 2)
 
+    def _offset(self, frame: Frame) -> int:
+        return frame.diagonal if self.offset is None else self.offset
+
     def _within(self, low: Index, high: Index) -> Bool[Array, "..."]:
         """True where `low >= -right` and `high <= left`."""
         inside = jnp.ones(jnp.broadcast_shapes(jnp.shape(low), jnp.shape(high)), bool)
@@ -47,15 +51,16 @@ class SlidingWindow(Mask):
         return inside
 
 
-def sliding_window(*, left: int | None, right: int | None = 0) -> Mask:
+def sliding_window(*, left: int | None, right: int | None = 0, offset: int | None = None) -> Mask:
     """Lets each query see `left` keys before its own position and `right` after it.
 
-    Positions are aligned bottom-right: the last query sits at the last key. A "window of w tokens"
-    that includes the query's own is `left=w - 1`.
+    A "window of w tokens" that includes the query's own is `left=w - 1`.
 
     Args:
       left: How many keys before the own one are visible, at least 0; None is all.
       right: How many after it; None is all.
+      offset: The key index that query 0 sits at. Default `kv_len - q_len`: the last query sits at
+        the last key.
 
     Raises:
       ValueError: if a bound is negative.
@@ -63,4 +68,4 @@ def sliding_window(*, left: int | None, right: int | None = 0) -> Mask:
     for name, bound in (("left", left), ("right", right)):
         if bound is not None:
             checks.non_negative(**{name: bound})
-    return SlidingWindow(left, right)
+    return SlidingWindow(left, right, offset)

@@ -1,0 +1,100 @@
+"""js.dot_product_attention is jax.nn.dot_product_attention, and sparse where it is told how."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from tests.inputs import qkv
+
+PAIRS = np.random.default_rng(0).random((2, 1, 24, 40)) < 0.4
+PAIRS[0, 0, 5] = False  # a row that sees nothing
+BIAS = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 24, 40)), jnp.float32)
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "bias": {"bias": BIAS},
+    "mask": {"mask": jnp.asarray(PAIRS)},
+    "mask_broadcast": {"mask": jnp.asarray(PAIRS[:1, :, :1])},
+    "lengths": {
+        "query_seq_lengths": jnp.asarray([24, 7]),
+        "key_value_seq_lengths": jnp.asarray([40, 9]),
+    },
+    "window": {"local_window_size": 3},
+    "window_pair": {"local_window_size": (5, 1)},
+    "all": {
+        "bias": BIAS,
+        "mask": jnp.asarray(PAIRS),
+        "is_causal": True,
+        "query_seq_lengths": jnp.asarray([24, 7]),
+        "key_value_seq_lengths": jnp.asarray([40, 9]),
+        "local_window_size": (9, 4),
+        "scale": 0.2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_jax_nn(name):
+    q, k, v = qkv(24, 40, batch=(2,))
+
+    def run(function):
+        def loss(q, k, v):
+            out, lse = function(q, k, v, return_residual=True, **CASES[name])
+            return jnp.sin(out).sum(), (out, lse)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    got, expected = run(js.dot_product_attention), run(jax.nn.dot_product_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+
+
+def test_without_a_batch_axis():
+    q, k, v = qkv(24)
+    got = js.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(
+        got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=2e-6
+    )
+
+
+def test_the_signature_is_that_of_jax_nn_and_two_more():
+    ours = inspect.signature(js.dot_product_attention).parameters
+    theirs = inspect.signature(jax.nn.dot_product_attention).parameters
+    assert [*ours] == [*theirs, "plan", "method"]
+    for name, parameter in theirs.items():
+        assert ours[name].kind == parameter.kind
+        assert ours[name].default == parameter.default
+
+
+def test_a_plan_and_a_method_decide():
+    q, k, v = qkv(64, batch=(1,))
+    plan = js.BlockMask.from_dense(
+        jnp.asarray(np.eye(4, dtype=bool))[None], q_len=64, kv_len=64, block_q=16, block_kv=16
+    )
+    out = js.dot_product_attention(q, k, v, plan=plan, is_causal=True)
+    expected = js.attend(q, k, v, plan, mask=js.masks.causal(), implementation="reference")
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    method = js.mean_pooled(block_size=16, density=0.5)
+    out = js.dot_product_attention(q, k, v, method=method, is_causal=True)
+    expected = js.sparse_attention(q, k, v, method, mask=js.masks.causal(offset=0))
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": jnp.zeros((1, 1, 24, 40))}, "must hold bools"),
+        ({"mask": jnp.zeros((1, 1, 24, 39), bool)}, "does not broadcast"),
+        ({"bias": jnp.zeros((3, 24, 40))}, "bias has shape"),
+        ({"implementation": "fast"}, "implementation='fast' must be one of"),
+        ({"implementation": "cudnn", "method": js.xattention()}, "takes neither plan nor method"),
+    ],
+)
+def test_bad_input_is_named(options, message, without_shape_checks):
+    q, k, v = qkv(24, 40, batch=(2,))
+    with pytest.raises(ValueError, match=message):
+        js.dot_product_attention(q, k, v, **options)
