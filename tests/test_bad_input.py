@@ -1,0 +1,65 @@
+"""A wrong call of attend gets one sentence that names the argument, its value and the remedy."""
+
+import jax.numpy as jnp
+import pytest
+
+import jsparse as js
+from tests.inputs import qkv
+
+Q, K, V = qkv(32)
+
+
+def plan(q_len=32, kv_len=32, heads=1):
+    grid = {"q_len": q_len, "kv_len": kv_len, "block_q": 16, "block_kv": 16}
+    tiles = jnp.ones((heads, -(-q_len // 16), -(-kv_len // 16)), bool)
+    return js.BlockMask.from_dense(tiles, **grid)
+
+
+CASES = {
+    "rank": (lambda: js.attend(Q[:, 0], K, V), r"q has shape \(32, 16\)"),
+    "heads": (lambda: js.attend(Q[:, :3], K, V), "q has 3 heads and k 2"),
+    "dim": (lambda: js.attend(Q[..., :8], K, V), "q has dim 8 and k 16"),
+    "kv lengths": (lambda: js.attend(Q, K[:9], V), "k has 9 tokens and v 32"),
+    "kv heads": (lambda: js.attend(Q, K, V[:, :1]), "k has 2 heads and v 1"),
+    "dtype": (lambda: js.attend(Q, K.astype(jnp.bfloat16), V), "cast them to one dtype"),
+    "integers": (lambda: js.attend(*[x.astype(int) for x in (Q, K, V)]), "q holds int32"),
+    "batch": (lambda: js.attend(Q[None], K, V), "batch axes"),
+    "empty": (lambda: js.attend(Q[:0], K, V), "no axis may be empty"),
+    "plan length": (lambda: js.attend(Q, K, V, plan(kv_len=48)), "made for q_len=32, kv_len=48"),
+    "plan heads": (lambda: js.attend(Q, K, V, plan(heads=3)), "3 lists per sequence"),
+    "plan type": (lambda: js.attend(Q, K, V, jnp.ones((2, 2), bool)), "must be one of BlockMask"),
+    "no plans": (lambda: js.attend(Q, K, V, ()), "empty tuple"),
+    "mask array": (lambda: js.attend(Q, K, V, mask=jnp.ones((32, 32), bool)), "js.masks.dense"),
+    "mask length": (
+        lambda: js.attend(Q, K, V, mask=js.masks.segments(jnp.zeros(31, int))),
+        "covers 31 tokens; the input has 32",
+    ),
+    "mask heads": (
+        lambda: js.attend(Q, K, V, mask=js.masks.dense(jnp.ones((3, 32, 32), bool))),
+        "The mask has 3 heads",
+    ),
+    "mask batch": (
+        lambda: js.attend(Q, K, V, mask=js.masks.segments(jnp.zeros((2, 32), int))),
+        "mask has batch axes",
+    ),
+    "bias": (lambda: js.attend(Q, K, V, bias=jnp.zeros((31, 32))), "bias has shape"),
+    "sinks": (lambda: js.attend(Q, K, V, sinks=jnp.zeros(3)), "one logit per query head"),
+    "softcap": (lambda: js.attend(Q, K, V, softcap=-1.0), "softcap=-1.0"),
+    "scale": (lambda: js.attend(Q, K, V, scale=jnp.ones(4)), "scale has shape"),
+    "score_mod": (
+        lambda: js.attend(Q, K, V, score_mod=lambda s, b, h, i, j: s[None]),
+        "one scalar logit",
+    ),
+    "implementation": (
+        lambda: js.attend(Q, K, V, implementation="cuda"),
+        "implementation='cuda' must be one of 'reference', 'xla', 'mosaic', 'triton'",
+    ),
+    "merge": (lambda: js.merge([]), "merge got no parts"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_sentence(name, without_shape_checks):
+    call, message = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
