@@ -13,6 +13,8 @@ from jsparse.core.merging import merge as merge
 from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import xattention as xattention
+from jsparse.attention.explain import explain as explain
+from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.streaming import streaming as streaming

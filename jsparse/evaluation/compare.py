@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -202,7 +203,9 @@ def compare(
     itemsize = layers[0].q.dtype.itemsize
     sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
     tensors = (x for layer in layers for x in layer)
-    store = Store(partial, fingerprint(tensors, repeats, Result._fields, sorted(blocks)))
+    store = Store(
+        partial, fingerprint(tensors, repeats, score is None, Result._fields, sorted(blocks))
+    )
 
     progress("dense")
     dense = jax.jit(lambda q, k, v: attend(q, k, v, mask=mask, return_lse=True))
