@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/compare.html"))
     parser.add_argument("--keep", type=Path, help="also write the captured tensors here")
     parser.add_argument("--picture", type=Path, help="also write the picture of tiles here")
-    parser.add_argument("--fresh", action="store_true", help="forget figures of an earlier run")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the figures of a run that was stopped"
+    )
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     layers = capture(model, tokens)
     if arguments.keep:
         save_captured(layers, arguments.keep)
-    partial = arguments.output.with_suffix(".json")
+    partial = arguments.output.with_suffix(".partial.json")
     if arguments.fresh:
         partial.unlink(missing_ok=True)
 

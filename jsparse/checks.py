@@ -395,3 +395,46 @@ def jax_alone(plan: Any, method: Any) -> None:
         raise ValueError(
             "implementation='cudnn' takes neither plan nor method; leave it at None for those."
         )
+
+
+def one_sequence(path: Any, layer: int, tensors: Any) -> None:
+    """Captured tensors are floats of one sequence."""
+    for name, x in tensors.items():
+        tensor = f"{path}: layers.{layer}.{name}"
+        if x.ndim < 3 or any(size != 1 for size in x.shape[:-3]):
+            raise ValueError(
+                f"{tensor} has shape {tuple(x.shape)}; expected [length, heads, dim] of one "
+                "sequence: split a batch into files, add a heads axis of 1 if there is one head."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{tensor} holds {x.dtype}; it must hold floating-point numbers.")
+
+
+def same_layers(layers: Any) -> None:
+    """Captured layers have the same shapes and dtype."""
+    if not len(layers):
+        raise ValueError("layers is empty; capture at least one.")
+    first = [(x.shape, x.dtype) for x in layers[0]]
+    for index, layer in enumerate(layers):
+        if [(x.shape, x.dtype) for x in layer] != first:
+            raise ValueError(
+                f"Layer {index} has q {layer.q.shape}, k {layer.k.shape}, v {layer.v.shape} in "
+                f"{layer.q.dtype}; layer 0 has q {layers[0].q.shape}, k {layers[0].k.shape}, v "
+                f"{layers[0].v.shape} in {layers[0].q.dtype}. Compare layers of one shape at a "
+                "time."
+            )
+
+
+def applicable_methods(names: Any, known: Any) -> None:
+    """Methods named for a comparison can take part in it."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} does not serve causal attention of a trained model; choose from "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def writable(path: Any, error: Any) -> None:
+    """A file could not be written."""
+    raise ValueError(f"{path} cannot be written ({error}); choose another place.")

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from jsparse import checks
 from jsparse.evaluation.capture import Captured, load_captured
-from jsparse.evaluation.compare import BLOCK, Comparison, Setting, compare, settings
+from jsparse.evaluation.compare import Comparison, Setting, compare, settings
 from jsparse.registry import METHODS
 
 _EXAMPLES = """examples:
   jsparse methods
   jsparse compare captured.safetensors
   jsparse compare captured.safetensors --methods xattention streaming --output report.html
+  jsparse compare captured.safetensors --block 64 --repeats 5
 """
 
 
@@ -37,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Compares methods with dense causal attention on q, k, v that were captured "
         "from a model: tensors layers.<n>.q [length, heads, dim], layers.<n>.k and .v [length, "
         "kv_heads, dim] in a safetensors file, as jsparse.evaluation.save_captured writes them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     comparing.add_argument("file", type=Path, help="the safetensors file")
     comparing.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that apply")
     comparing.add_argument("--output", type=Path, default=Path("build/compare.html"))
+    comparing.add_argument(
+        "--block", type=int, help="tokens per block, for methods that have a block_size"
+    )
     comparing.add_argument("--repeats", type=int, default=3, help="timed runs per layer")
     parsed = parser.parse_args(arguments)
     try:
@@ -82,15 +88,16 @@ def _methods() -> None:
 def _compare(parsed: argparse.Namespace) -> None:
     from jsparse.evaluation.report import print_table, write_report
 
-    if parsed.methods is not None:
-        checks.known_methods(parsed.methods, {row.name for row in METHODS})
     checks.positive(repeats=parsed.repeats)
+    if parsed.block is not None:
+        checks.positive(block=parsed.block)
+    which = settings(parsed.methods, block=parsed.block)
     layers = load_captured(parsed.file)
     comparison = compare_with_progress(
         layers,
-        settings(parsed.methods),
+        which,
         repeats=parsed.repeats,
-        partial=parsed.output.with_suffix(".json"),
+        partial=parsed.output.with_suffix(".partial.json"),
     )
     print_table(comparison)
     q_len, heads, dim = layers[0].q.shape
@@ -107,7 +114,6 @@ def compare_with_progress(
     layers: list[Captured], which: list[Setting], *, score=None, repeats: int = 3, partial=None
 ) -> Comparison:
     """`compare` with a bar in the terminal."""
-    checks.longer_than_a_tile(layers[0].q.shape[0], BLOCK)
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),

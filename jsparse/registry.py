@@ -23,6 +23,8 @@ class Row(NamedTuple):
       bidirectional: Whether it serves attention without a mask.
       training_free: Whether it works on a trained model as it is.
       control: The argument that trades density for accuracy; None where there is none.
+      control_traced: Whether `control` may be a traced array, so that one compiled program serves
+        all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
       needs_state: Whether it carries state over steps or layers.
@@ -39,6 +41,7 @@ class Row(NamedTuple):
     bidirectional: bool
     training_free: bool
     control: str | None = None
+    control_traced: bool = False
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
     needs_state: bool = False
@@ -82,6 +85,7 @@ METHODS: tuple[Row, ...] = (
         bidirectional=True,
         training_free=True,
         control="density",
+        control_traced=True,
         settings=(0.05, 0.1, 0.2, 0.4),
         keeps_all=1.0,
     ),
@@ -96,6 +100,7 @@ METHODS: tuple[Row, ...] = (
         bidirectional=True,
         training_free=True,
         control="threshold",
+        control_traced=True,
         settings=(0.5, 0.7, 0.9, 0.95),
         keeps_all=1.0,
     ),

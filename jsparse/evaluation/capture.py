@@ -1,5 +1,6 @@
 """Taking q, k, v out of a model, and keeping them in a file."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 from jsparse import checks
+
+_NAME = re.compile(r"layers\.(\d+)\.[qkv]")
 
 
 class Captured(NamedTuple):
@@ -73,17 +76,16 @@ def load_captured(path: str | Path) -> list[Captured]:
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
         checks.readable(path, error)
+    found = {match[1] for name in tensors if (match := _NAME.fullmatch(name))}
+    checks.some_captured(path, len(found))
     layers = []
-    count = 1 + max(
-        (int(n.split(".")[1]) for n in tensors if n.startswith("layers.") and n[-2:] == ".q"),
-        default=-1,
-    )
-    checks.some_captured(path, count)
-    for index in range(count):
+    for index in range(1 + max(map(int, found))):
         checks.captured_layer(path, index, tensors)
-        q, k, v = (jnp.asarray(tensors[f"layers.{index}.{name}"]) for name in "qkv")
+        tensors_of = {name: tensors[f"layers.{index}.{name}"] for name in "qkv"}
+        checks.one_sequence(path, index, tensors_of)
+        q, k, v = (jnp.asarray(x.reshape(x.shape[-3:])) for x in tensors_of.values())
         checks.attention_inputs(q, k, v)
-        layers.append(Captured(*(x.reshape(x.shape[-3:]) for x in (q, k, v))))
+        layers.append(Captured(q, k, v))
     return layers

@@ -1,6 +1,7 @@
 """Every method against dense attention, on the same captured tensors, in the same run."""
 
-import json
+import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,53 +10,132 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
 from jsparse.evaluation.capture import Captured
-from jsparse.evaluation.cost import attend_cost, count_flops
-from jsparse.evaluation.metrics import output_error, recalled_mass, visible_density
+from jsparse.evaluation.cost import Cost, attend_backward_cost, attend_cost, plan_cost
+from jsparse.evaluation.metrics import (
+    output_error,
+    pairs_attended,
+    pairs_visible,
+    recalled_mass,
+    visible_density,
+)
+from jsparse.evaluation.store import Store, fingerprint
 from jsparse.masks import causal
 from jsparse.registry import METHODS, Row
-from jsparse.types import BlockMask, Method
+from jsparse.types import BlockMask, Mask, Method
 
 BLOCK = 128
 
 
 class Setting(NamedTuple):
-    """One method at one value of what controls its density."""
+    """One method at one value of what controls its density.
+
+    Attributes:
+      row: The method's row of the registry.
+      value: Of the argument that the row names as its control; None where there is none.
+      block: Tokens per block, for methods that have a `block_size`; None for their default.
+    """
 
     row: Row
     value: float | None
+    block: int | None = None
 
     @property
     def label(self) -> str:
         """The method, and its setting where it has one."""
         return self.row.name if self.value is None else f"{self.row.name} {self.value:g}"
 
-    def method(self) -> Method:
-        """The method at this setting."""
-        if self.row.control is None or self.value is None:
-            return self.row.factory()
-        return self.row.factory(**{self.row.control: self.value})
+    @property
+    def operand(self) -> Array | None:
+        """The value as an operand of compiled programs; None where it must be static."""
+        return jnp.asarray(self.value, jnp.float32) if self.row.control_traced else None
+
+    def method(self, operand: Array | None = None) -> Method:
+        """The method at this setting, its value replaced by `operand` where that is given."""
+        value = self.value if operand is None else operand
+        arguments: dict[str, Any] = {}
+        if self.row.control is not None and value is not None:
+            arguments[self.row.control] = value
+        if self.block and "block_size" in inspect.signature(self.row.factory).parameters:
+            arguments["block_size"] = self.block
+        return self.row.factory(**arguments)
 
 
 class Result(NamedTuple):
-    """Figures of one setting; lists are per layer, or per layer and head."""
+    """Figures of one setting; lists are per layer and head, costs and times of all layers.
+
+    Attributes:
+      label: The setting's label.
+      method: The method's name.
+      density: Computed tiles over visible tiles.
+      token_density: Attended pairs of tokens over visible pairs.
+      recall: The share of dense attention's mass on attended pairs.
+      error: Norm of the output's difference over the norm of the dense output.
+      largest_error: The largest difference of a single number of the output.
+      cosine: Of the angle between the output and the dense one.
+      plan_seconds: Making the plans alone.
+      seconds: Planning and attending.
+      dense_seconds: Dense attention by the same executor in the same run.
+      plan_flops: Of making the plans.
+      flops: Of planning and attending.
+      dense_flops: Of dense attention.
+      backward_flops: Of the gradients of q, k and v through the plan.
+      dense_backward_flops: Of those of dense attention.
+      bytes: Read and written at least, planning and attending.
+      dense_bytes: The same of dense attention.
+      overflowed: Whether some list was too short for what the method chose.
+      score: What the whole model costs with the method inside.
+    """
 
     label: str
     method: str
     density: list[list[float]]
+    token_density: list[list[float]]
     recall: list[list[float]]
     error: list[list[float]]
+    largest_error: list[list[float]]
+    cosine: list[list[float]]
     plan_seconds: float
     seconds: float
     dense_seconds: float
+    plan_flops: float
     flops: float
     dense_flops: float
+    backward_flops: float
+    dense_backward_flops: float
     bytes: float
     dense_bytes: float
+    overflowed: bool
     score: float | None
+
+
+class _Programs(NamedTuple):
+    """What is compiled for a method; the first operand is the setting's."""
+
+    plan: Callable[..., Any]
+    attend: Callable[..., Any]
+    pairs: Callable[..., Any]
+
+    @classmethod
+    def of(cls, setting: Setting, mask: Mask) -> "_Programs":
+        """Programs of a setting, good for others of its method where the control is traced."""
+        method = setting.method
+
+        def plan(operand, q, k):
+            return method(operand).plan((), q, k, mask=mask)[0]
+
+        def attend(operand, q, k, v):
+            return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
+
+        def pairs(operand, q, k, v):
+            return pairs_attended(method(operand), q, k, v, mask=mask)
+
+        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs))
 
 
 class Comparison(NamedTuple):
@@ -68,12 +148,23 @@ class Comparison(NamedTuple):
     heads: int
 
 
-def settings(names: Iterable[str] | None = None) -> list[Setting]:
-    """All causal training-free methods of the registry, or those named, at their settings."""
+def settings(names: Iterable[str] | None = None, *, block: int | None = None) -> list[Setting]:
+    """All causal training-free methods of the registry, or those named, at their settings.
+
+    Args:
+      names: Names of methods.
+      block: Tokens per block, for methods that have a `block_size`.
+
+    Raises:
+      ValueError: if a name is unknown, or its method is not causal and training-free.
+    """
     wanted = [row for row in METHODS if row.causal and row.training_free]
     if names is not None:
-        wanted = [row for row in wanted if row.name in set(names)]
-    return [Setting(row, value) for row in wanted for value in (row.settings or (None,))]
+        names = set(names)
+        checks.known_methods(names, {row.name for row in METHODS})
+        checks.applicable_methods(names, {row.name for row in wanted})
+        wanted = [row for row in wanted if row.name in names]
+    return [Setting(row, value, block) for row in wanted for value in (row.settings or (None,))]
 
 
 def compare(
@@ -94,61 +185,90 @@ def compare(
         `score(attention)`, where `attention(q, k, v, *, mask, x) -> out`, None for dense.
       progress: Called with a label before each piece of work.
       repeats: Timed runs per layer; the median counts.
-      partial: A JSON file that keeps each setting's figures as they come; those it has already are
-        not computed again.
+      partial: A JSON file that keeps each setting's figures as they come, so that a run that was
+        stopped goes on where it was; removed once all are there.
+
+    Raises:
+      ValueError: if there is no layer or setting, layers differ in shape, or there is nothing to
+        leave out because the sequence is not longer than a tile.
     """
     which = settings() if which is None else which
+    checks.positive(repeats=repeats, settings=len(which))
+    checks.same_layers(layers)
     mask = causal()
     q_len, heads, dim = layers[0].q.shape
     (kv_len, kv_heads), v_dim = layers[0].k.shape[:2], layers[0].v.shape[-1]
+    blocks = {setting.block or BLOCK for setting in which}
+    checks.longer_than_a_tile(min(q_len, kv_len), max(blocks))
+    itemsize = layers[0].q.dtype.itemsize
     sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
-    store = _Store(partial, layers)
+    tensors = (x for layer in layers for x in layer)
+    store = Store(
+        partial, fingerprint(tensors, repeats, score is None, Result._fields, sorted(blocks))
+    )
 
     progress("dense")
     dense = jax.jit(lambda q, k, v: attend(q, k, v, mask=mask, return_lse=True))
     references = [dense(*layer) for layer in layers]
     dense_seconds = _median_seconds(dense, layers, repeats)
     dense_plan = block_mask(mask, q_len, kv_len, block_q=BLOCK, block_kv=BLOCK)
-    dense_cost = attend_cost(dense_plan, **sizes)
+    dense_cost = attend_cost(dense_plan, **sizes, itemsize=itemsize)
+    dense_backward = attend_backward_cost(dense_plan, **sizes, itemsize=itemsize)
+    visible = pairs_visible(mask, q_len, kv_len, heads)
     dense_score = store.get("dense score", lambda: None if score is None else score(None))
 
     results, tiles = [], {}
+    programs: dict[str, _Programs] = {}
     for setting in which:
         progress(setting.label)
-        method = setting.method()
-        plan_of = jax.jit(lambda q, k, m=method: m.plan((), q, k, mask=mask)[0])
+        name = setting.row.name if setting.row.control_traced else setting.label
+        program = programs.setdefault(name, _Programs.of(setting, mask))
+        plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
         plans = [plan_of(layer.q, layer.k) for layer in layers]
         tiles[setting.label] = [_tiles(plan, heads) for plan in plans]
 
-        def figures(setting=setting, method=method, plan_of=plan_of, plans=plans):
-            run = jax.jit(lambda q, k, v: method.attend((), q, k, v, mask=mask, return_lse=True)[0])
+        def figures(setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans):
             outs = [run(*layer) for layer in layers]
-            costs = [attend_cost(plan, **sizes) for plan in plans if plan is not None]
-            planning = count_flops(plan_of, layers[0].q, layers[0].k)
+            errors = [
+                output_error(out, full)
+                for (out, _), (full, _) in zip(outs, references, strict=True)
+            ]
+            recall = [
+                recalled_mass(lse, full)
+                for (_, lse), (_, full) in zip(outs, references, strict=True)
+            ]
+            planning = plan_cost(plan_of, layers[0].q, layers[0].k)
+            whole, backward = Cost(0.0, 0.0), Cost(0.0, 0.0)
+            for plan in plans:
+                attending = attend_cost(plan, **sizes, itemsize=itemsize)
+                whole = whole.plus(planning).plus(attending)
+                backward = backward.plus(attend_backward_cost(plan, **sizes, itemsize=itemsize))
             result = Result(
                 label=setting.label,
                 method=setting.row.name,
                 density=[visible_density(plan, mask, heads).tolist() for plan in plans],
-                recall=[
-                    recalled_mass(lse, full).tolist()
-                    for (_, lse), (_, full) in zip(outs, references, strict=True)
-                ],
-                error=[
-                    output_error(out, full).tolist()
-                    for (out, _), (full, _) in zip(outs, references, strict=True)
-                ],
+                token_density=[(pairs(*layer) / visible).tolist() for layer in layers],
+                recall=[share.tolist() for share in recall],
+                error=[error.relative.tolist() for error in errors],
+                largest_error=[error.largest.tolist() for error in errors],
+                cosine=[error.cosine.tolist() for error in errors],
                 plan_seconds=_median_seconds(lambda q, k, v: plan_of(q, k), layers, repeats),
                 seconds=_median_seconds(run, layers, repeats),
                 dense_seconds=dense_seconds,
-                flops=planning * len(layers) + sum(cost.flops for cost in costs),
+                plan_flops=planning.flops * len(layers),
+                flops=whole.flops,
                 dense_flops=dense_cost.flops * len(layers),
-                bytes=sum(cost.bytes for cost in costs),
+                backward_flops=backward.flops,
+                dense_backward_flops=dense_backward.flops * len(layers),
+                bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
-                score=None if score is None else score(_inside(method)),
+                overflowed=any(bool(plan.overflowed.any()) for plan in plans),
+                score=None if score is None else score(_inside(setting.method())),
             )
             return result._asdict()
 
         results.append(Result(**store.get(setting.label, figures)))
+    store.discard()
     return Comparison(results, tiles, dense_score, q_len, heads)
 
 
@@ -175,25 +295,3 @@ def _median_seconds(run: Callable[..., Any], layers: list[Captured], repeats: in
             times.append(time.perf_counter() - start)
         total += float(np.median(times))
     return total
-
-
-class _Store:
-    """Figures kept in a file as they come, for these tensors and no others."""
-
-    def __init__(self, path: str | Path | None, layers: list[Captured]):
-        self.path = None if path is None else Path(path)
-        sums = [float(jnp.abs(x).sum()) for layer in layers for x in layer]
-        self.data: dict[str, Any] = {"tensors": sums}
-        if self.path is not None and self.path.exists():
-            kept = json.loads(self.path.read_text())
-            if kept.get("tensors") == sums:
-                self.data = kept
-
-    def get(self, label: str, compute: Callable[[], Any]) -> Any:
-        """What is kept under a label, or computed and kept now."""
-        if label not in self.data:
-            self.data[label] = compute()
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self.data))
-        return self.data[label]

@@ -16,6 +16,14 @@ class Cost(NamedTuple):
     flops: float
     bytes: float
 
+    def plus(self, other: "Cost") -> "Cost":
+        """Both pieces of work, one after the other."""
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def share(self, of: "Cost") -> "Cost":
+        """This cost as a share of another, such as that of dense attention."""
+        return Cost(self.flops / of.flops, self.bytes / of.bytes)
+
 
 def attend_cost(
     plan: BlockMask, *, heads: int, kv_heads: int, dim: int, v_dim: int, itemsize: int = 4
@@ -24,12 +32,41 @@ def attend_cost(
 
     Two products per tile; queries and outputs once, keys and values once per tile.
     """
-    per_list = float(plan.kv_num_blocks.sum())
-    tiles = per_list * heads / plan.list_heads
+    tiles, rows, _ = _sizes(plan, heads, kv_heads)
     flops = 2.0 * tiles * plan.block_q * plan.block_kv * (dim + v_dim)
+    numbers = rows * (dim + v_dim) + tiles * plan.block_kv * (dim + v_dim)
+    return Cost(flops, float(itemsize * numbers))
+
+
+def attend_backward_cost(
+    plan: BlockMask, *, heads: int, kv_heads: int, dim: int, v_dim: int, itemsize: int = 4
+) -> Cost:
+    """Counts what the gradients of q, k and v take, after a forward pass.
+
+    Five products per tile, none saved: the logits again, the gradients of the probabilities and of
+    q, k and v. Keys, values and their gradients once; queries, outgoing gradients, two numbers per
+    row and the gradient of q, read and written, once per tile; besides, each row's output and
+    outgoing gradient once for their product.
+    """
+    tiles, rows, columns = _sizes(plan, heads, kv_heads)
+    flops = 2.0 * tiles * plan.block_q * plan.block_kv * (3 * dim + 2 * v_dim)
+    per_tile = plan.block_q * (3 * dim + v_dim + 2)
+    numbers = 2 * rows * v_dim + tiles * per_tile + 2 * columns * (dim + v_dim)
+    return Cost(flops, float(itemsize * numbers))
+
+
+def plan_cost(plan_of: Callable[..., Any], *args: Any) -> Cost:
+    """Counts what making a plan takes: `count_flops`, its inputs read and the plan written once."""
+    arrays = jax.tree.leaves((args, jax.eval_shape(plan_of, *args)))
+    size = sum(prod(x.shape) * x.dtype.itemsize for x in arrays)
+    return Cost(count_flops(plan_of, *args), float(size))
+
+
+def _sizes(plan: BlockMask, heads: int, kv_heads: int) -> tuple[float, int, int]:
+    """Tiles over all query heads, rows over all query heads, columns over all kv heads."""
+    tiles = float(plan.kv_num_blocks.sum()) * heads / plan.list_heads
     batches = prod(plan.batch_shape)
-    rows = batches * plan.q_len * heads * (dim + v_dim)
-    return Cost(flops, itemsize * (rows + tiles * plan.block_kv * (dim + v_dim)))
+    return tiles, batches * plan.q_len * heads, batches * plan.kv_len * kv_heads
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:

@@ -1,10 +1,28 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
-from jsparse.types import BlockMask, Mask
+from jsparse.types import BlockMask, Mask, Method
+
+
+class OutputError(NamedTuple):
+    """Distances of each head's output from that of dense attention.
+
+    Attributes:
+      relative: The norm of the difference over the norm of the dense output.
+      largest: The largest difference of a single number.
+      cosine: The cosine of the angle between the two outputs, 1 where both are zero.
+    """
+
+    relative: Float[Array, "*batch heads"]
+    largest: Float[Array, "*batch heads"]
+    cosine: Float[Array, "*batch heads"]
 
 
 def recalled_mass(
@@ -12,7 +30,8 @@ def recalled_mass(
 ) -> Float[Array, "*batch heads"]:
     """The share of the dense softmax's mass that falls on the pairs computed, mean over rows.
 
-    Both are log-sum-exps of the same logits, over some pairs and over all.
+    Both are log-sum-exps of the same logits, over some pairs and over all. Rows that see no key
+    under dense attention are left out.
     """
     seen = ~jnp.isneginf(dense_lse)
     share = jnp.exp(sparse_lse - jnp.where(seen, dense_lse, 0.0))
@@ -21,10 +40,20 @@ def recalled_mass(
 
 def output_error(
     out: Float[Array, "*batch q_len heads v_dim"], dense: Float[Array, "*batch q_len heads v_dim"]
-) -> Float[Array, "*batch heads"]:
-    """Relative error of each head's output: the norm of the difference over that of the dense."""
-    difference = jnp.square(out - dense).sum((-3, -1))
-    return jnp.sqrt(difference / jnp.square(dense).sum((-3, -1)))
+) -> OutputError:
+    """Compares outputs head by head, in float32."""
+    out, dense = out.astype(jnp.float32), dense.astype(jnp.float32)
+    difference = _norm(out - dense)
+    norm, dense_norm = _norm(out), _norm(dense)
+    relative = jnp.where(difference == 0, 0.0, difference / dense_norm)
+    product = norm * dense_norm
+    inner = jnp.where((norm == 0) & (dense_norm == 0), 1.0, (out * dense).sum((-3, -1)))
+    cosine = inner / jnp.where(product == 0, 1.0, product)
+    return OutputError(relative, jnp.abs(out - dense).max((-3, -1)), cosine)
+
+
+def _norm(x: Float[Array, "*batch q_len heads v_dim"]) -> Float[Array, "*batch heads"]:
+    return jnp.sqrt(jnp.square(x).sum((-3, -1)))
 
 
 def visible_density(
@@ -36,3 +65,33 @@ def visible_density(
     visible, _ = candidates(mask, plan.grid, plan.batch_shape, heads)
     computed = jnp.repeat(plan.kv_num_blocks.sum(-1), heads // plan.list_heads, axis=-1)
     return computed / visible.sum((-1, -2))
+
+
+def pairs_attended(
+    method: Method,
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    v: Float[Array, "*batch kv_len kv_heads v_dim"],
+    *,
+    mask: Mask | None = None,
+) -> Float[Array, "*batch heads"]:
+    """Counts the pairs of tokens that a method attends to, element-wise masks included.
+
+    With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
+    executor that does the work does the counting too, one tile at a time. Exact up to f32
+    rounding.
+    """
+
+    def zero(logit, batch, head, q_index, kv_index):
+        return jnp.zeros_like(logit)
+
+    (_, lse), _ = method.attend((), q, k, v, mask=mask, score_mod=zero, return_lse=True)
+    return jnp.exp(lse).sum(-1)
+
+
+def pairs_visible(mask: Mask, q_len: int, kv_len: int, heads: int) -> Float[Array, " heads"]:
+    """Counts the pairs of tokens that a mask without batch axes leaves visible, per head."""
+    zeros = jnp.zeros((1, heads, 1))
+    q, k = jnp.broadcast_to(zeros, (q_len, heads, 1)), jnp.broadcast_to(zeros, (kv_len, heads, 1))
+    _, lse = jax.jit(lambda q, k: attend(q, k, k, mask=mask, return_lse=True))(q, k)
+    return jnp.exp(lse).sum(-1)

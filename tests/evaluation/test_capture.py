@@ -1,0 +1,132 @@
+"""Captured tensors are what attention was given, and survive a file; bad files say why."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import jsparse as js
+import jsparse.nn
+from jsparse.evaluation import Captured, capture, load_captured, save_captured
+from tests.inputs import qkv
+
+
+class Stacked(nnx.Module):
+    """A stand-in for a model: layers of attention, each on what came before."""
+
+    def __init__(self):
+        def layer(seed):
+            return js.nn.SparseAttention(16, num_heads=4, num_kv_heads=2, rngs=nnx.Rngs(seed))
+
+        self.blocks = nnx.List([layer(seed) for seed in range(12)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = x + block(x, mask=js.masks.causal())
+        return x
+
+
+def test_capture_gives_what_each_layer_attends_to():
+    model, x = Stacked(), jax.random.normal(jax.random.key(0), (1, 20, 16))
+    layers = capture(model, x)
+    # more than ten layers: their order is that of numbers, not of letters
+    assert len(layers) == 12
+    for block, layer in zip(model.blocks, layers, strict=True):
+        out = js.attend(*(y[None] for y in layer), mask=js.masks.causal())
+        expected = block.out_proj(out.reshape(1, 20, 16))
+        # sums of 16 products, taken in another order
+        atol = 16 * np.finfo(np.float32).eps * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(block(x, mask=js.masks.causal()), expected, atol=atol)
+        x = x + expected
+
+
+def test_capture_leaves_the_model_as_it_was():
+    model, x = Stacked(), jnp.ones((1, 8, 16))
+    before = model(x)
+    capture(model, x)
+    assert all(block.attention is None for block in model.blocks)
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(ValueError, match="SparseAttention"):
+        capture(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 4)))
+
+
+def test_a_file_gives_back_the_same_bits(tmp_path):
+    layers = [Captured(*qkv(20, 30, seed=seed)) for seed in range(11)]
+    save_captured(layers, tmp_path / "all.safetensors")
+    back = load_captured(tmp_path / "all.safetensors")
+    assert len(back) == 11
+    for layer, again in zip(layers, back, strict=True):
+        for x, y in zip(layer, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_batch_axis_of_one_is_dropped_and_half_precision_kept(tmp_path):
+    q, k, v = (np.asarray(x, np.float16)[None] for x in qkv(8))
+    path = tmp_path / "half.safetensors"
+    safetensors.numpy.save_file({"layers.0.q": q, "layers.0.k": k, "layers.0.v": v}, str(path))
+    (layer,) = load_captured(path)
+    assert layer.q.shape == (8, 4, 16)
+    assert layer.q.dtype == jnp.float16
+
+
+def test_bfloat16_is_read(tmp_path):
+    names = dict(zip("qkv", qkv(8), strict=True))
+    path = tmp_path / "bf16.safetensors"
+    tensors = {f"layers.0.{n}": np.asarray(x, ml_dtypes.bfloat16) for n, x in names.items()}
+    safetensors.numpy.save_file(tensors, str(path))
+    (layer,) = load_captured(path)
+    assert layer.k.dtype == jnp.bfloat16
+
+
+def write(path, **changes):
+    """A good file of two layers with some tensors replaced, or left out where None."""
+    q, k, v = (np.asarray(x) for x in qkv(8))
+    tensors = {f"layers.{i}.{n}": x for i in (0, 1) for n, x in zip("qkv", (q, k, v), strict=True)}
+    tensors |= {name.replace("_", "."): x for name, x in changes.items()}
+    safetensors.numpy.save_file({n: x for n, x in tensors.items() if x is not None}, str(path))
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers_1_k": None}, r"lacks layers\.1\.k"),
+        ({f"layers_0_{n}": None for n in "qkv"}, r"lacks layers\.0\.q, layers\.0\.k"),
+        ({f"layers_{i}_{n}": None for i in (0, 1) for n in "qkv"} | {"w": zeros(1)}, "holds no"),
+        ({"layers_0_q": zeros(8, 16)}, r"layers\.0\.q has shape \(8, 16\)"),
+        ({"layers_0_q": zeros(2, 8, 4, 16)}, r"layers\.0\.q has shape \(2, 8, 4, 16\)"),
+        ({"layers_0_v": zeros(8, 2, 16, dtype=np.int32)}, r"layers\.0\.v holds int32"),
+        ({"layers_0_k": zeros(8, 3, 16)}, "heads"),
+        ({"layers_0_k": zeros(8, 2, 8)}, "dim"),
+        ({"layers_0_v": zeros(9, 2, 16)}, "tokens"),
+    ],
+)
+def test_a_bad_file_says_what_is_wrong(tmp_path, changes, sentence):
+    path = tmp_path / "bad.safetensors"
+    write(path, **changes)
+    with pytest.raises(ValueError, match=sentence):
+        load_captured(path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = tmp_path / "cut.safetensors"
+    write(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_captured(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            load_captured(path)

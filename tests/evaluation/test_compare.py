@@ -1,0 +1,256 @@
+"""Known figures are found, a stopped run goes on where it was, the report is one file."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.evaluation import Captured, compare
+from jsparse.evaluation.compare import Setting, settings
+from jsparse.evaluation.report import rows, write_report
+from jsparse.evaluation.store import Store, fingerprint
+from tests.inputs import qkv
+
+LENGTH = 300
+ROWS = {row.name: row for row in js.registry.METHODS}
+WHICH = [
+    Setting(ROWS["flashmask"], None),
+    Setting(ROWS["streaming"], 64),
+    Setting(ROWS["mean_pooled"], 0.3),
+    Setting(ROWS["mean_pooled"], 1.0),
+]
+
+
+def captured(layers=2, **sizes):
+    return [Captured(*qkv(LENGTH, seed=seed, **sizes)) for seed in range(layers)]
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    def score(attention):
+        return 1.0 if attention is None else 1.25
+
+    return compare(captured(), which=WHICH, score=score, repeats=1)
+
+
+def test_figures_of_exact_and_sparse_settings(comparison):
+    exact, window, some, everything = comparison.results
+    for result in (exact, everything):
+        np.testing.assert_allclose(result.density, 1.0)
+        np.testing.assert_allclose(result.recall, 1.0, atol=2e-6)
+        np.testing.assert_allclose(result.token_density, 1.0, atol=2e-6)
+        assert np.max(result.error) < 2e-6
+    assert exact.flops >= exact.dense_flops
+    assert exact.backward_flops == exact.dense_backward_flops
+    # 3 rows of tiles, of 1, 2 and 3 visible; a window of 64 leaves out the last row's first tile
+    # but for the sinks in it, so all six are computed, for few of their tokens
+    np.testing.assert_allclose(window.density, 1.0)
+    pairs = sum(len({*range(min(4, i + 1)), *range(max(0, i - 63), i + 1)}) for i in range(LENGTH))
+    np.testing.assert_allclose(window.token_density, pairs / (LENGTH * (LENGTH + 1) / 2), rtol=1e-5)
+    # forced first and diagonal tiles: 1 + 2 + 2 of 6
+    np.testing.assert_allclose(some.density, 5 / 6, rtol=1e-6)
+    assert some.backward_flops == pytest.approx(some.dense_backward_flops * 5 / 6)
+    for result in (window, some):
+        assert 0 < np.max(result.recall) < 1
+        assert np.min(result.error) > 1e-3
+        assert np.max(result.cosine) < 1
+    for result in comparison.results:
+        assert np.shape(result.error) == (2, 4)
+        assert result.seconds > 0
+        assert result.plan_seconds > 0
+        assert not result.overflowed
+        assert result.score == 1.25
+    assert comparison.dense_score == 1.0
+    assert comparison.tiles["mean_pooled 0.3"][0].shape == (4, 3, 3)
+
+
+def test_a_traced_control_gives_what_a_static_one_gives(comparison):
+    layer = captured()[0]
+    plan, _ = js.mean_pooled(density=0.3).plan((), layer.q, layer.k, mask=js.masks.causal())
+    np.testing.assert_array_equal(comparison.tiles["mean_pooled 0.3"][0], plan.to_dense())
+
+
+@pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.control], ids=lambda r: r.name)
+def test_only_controls_that_can_be_traced_are(row, without_shape_checks):
+    """The registry's column is what lets settings share a program."""
+    layer = captured(1)[0]
+
+    def density(value):
+        method = row.factory(**{row.control: value})
+        return method.plan((), layer.q, layer.k, mask=js.masks.causal())[0].kv_num_blocks
+
+    if row.control_traced:
+        value = jnp.asarray(row.settings[0], jnp.float32)
+        np.testing.assert_array_equal(jax.jit(density)(value), density(row.settings[0]))
+    else:
+        with pytest.raises(ValueError, match=row.control):
+            jax.jit(density)(jnp.asarray(row.settings[0]))
+
+
+def test_settings_cover_every_causal_training_free_method():
+    names = {setting.row.name for setting in settings()}
+    assert names == {r.name for r in js.registry.METHODS if r.causal and r.training_free}
+    assert len({setting.label for setting in settings()}) == len(settings())
+
+
+def test_block_reaches_methods_that_have_one():
+    layer = captured(1)[0]
+    chosen = {s.row.name: s for s in settings(block=64)}
+    for name, size in (("mean_pooled", 64), ("xattention", 64), ("streaming", 128)):
+        plan, _ = chosen[name].method().plan((), layer.q, layer.k, mask=js.masks.causal())
+        assert plan.block_q == size
+
+
+def test_settings_refuse_names_that_do_not_apply(monkeypatch):
+    with pytest.raises(ValueError, match="no method 'nothing'"):
+        settings(["nothing"])
+    trained = ROWS["streaming"]._replace(training_free=False)
+    # the function hides the module of its name
+    module = sys.modules["jsparse.evaluation.compare"]
+    monkeypatch.setattr(module, "METHODS", (trained, ROWS["flashmask"]))
+    with pytest.raises(ValueError, match="does not serve causal attention"):
+        settings(["streaming"])
+
+
+def test_layers_of_different_shapes_are_refused():
+    other = Captured(*qkv(LENGTH, heads=2, kv_heads=1))
+    with pytest.raises(ValueError, match="Layer 1 has q"):
+        compare([captured(1)[0], other], which=WHICH)
+    with pytest.raises(ValueError, match="capture at least one"):
+        compare([], which=WHICH)
+
+
+def test_a_text_within_a_tile_is_refused():
+    with pytest.raises(ValueError, match="100 tokens, a tile 128"):
+        compare([Captured(*qkv(100))], which=WHICH)
+
+
+class Stopped(Exception):
+    """What interrupts a run in these tests."""
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    partial = tmp_path / "run.partial.json"
+    scored = []
+
+    def score(attention):
+        if len(scored) == 3:
+            raise Stopped
+        scored.append(attention)
+        return float(len(scored))
+
+    def run(layers=None):
+        return compare(
+            layers or captured(1), which=WHICH[:3], score=score, repeats=1, partial=partial
+        )
+
+    with pytest.raises(Stopped):
+        run()
+    assert set(json.loads(partial.read_text())["figures"]) == {
+        "dense score", "flashmask", "streaming 64",
+    }  # fmt: skip
+    scored.clear()
+    second = run()
+    # dense and two settings were kept: one is computed
+    assert [r.score for r in second.results] == [2.0, 3.0, 1.0]
+    assert second.dense_score == 1.0
+    assert not partial.exists()
+
+
+def test_figures_of_other_tensors_are_not_taken_up(tmp_path):
+    path = tmp_path / "partial.json"
+    first, second = captured(1)[0], captured(2)[1]
+    Store(path, fingerprint(first)).get("a", lambda: 1)
+    assert Store(path, fingerprint(first)).get("a", lambda: 2) == 1
+    assert Store(path, fingerprint(first, "more repeats")).get("a", lambda: 3) == 3
+    assert Store(path, fingerprint(second)).get("a", lambda: 4) == 4
+    changed = first._replace(v=first.v.at[5, 1, 3].add(1e-3))
+    assert Store(path, fingerprint(changed)).get("a", lambda: 5) == 5
+
+
+def test_fingerprints_know_nan():
+    x = jnp.asarray([1.0, jnp.nan])
+    assert fingerprint([x]) == fingerprint([x])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"tensors": []}'])
+def test_a_damaged_partial_file_is_started_afresh(tmp_path, content):
+    path = tmp_path / "partial.json"
+    path.write_text(content)
+    assert Store(path, "x").get("a", lambda: 7) == 7
+    assert Store(path, "x").get("a", lambda: 8) == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["partial.json"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        Store(tmp_path / "file" / "partial.json", "x").get("a", lambda: 1)
+
+
+class Page(HTMLParser):
+    """Notes what a page opens, closes and refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.cells, self.images = [], [], 0, 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br", "hr", "link", "input"):
+            self.open.append(tag)
+        self.cells += tag == "td"
+        self.images += tag == "img"
+        for name, value in attrs:
+            if name in ("src", "href", "data", "srcset", "action"):
+                self.references.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def test_the_report_is_one_well_formed_file(comparison, tmp_path):
+    path = tmp_path / "new" / "report.html"
+    write_report(
+        comparison, path, title="<Title> & more", source="A 'source' <b>.", score_name="bits/byte"
+    )
+    text = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert not page.open
+    assert page.images == 3
+    assert page.references
+    assert all(r.startswith("data:image/png;base64,") for r in page.references)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "&lt;Title&gt; &amp; more" in text
+    assert "<b>" not in text
+    header, cells = rows(comparison, "bits/byte")
+    assert page.cells == len(header) * (1 + len(WHICH)) == sum(map(len, cells))
+    assert [row[0] for row in cells] == ["dense", *(s.label for s in WHICH)]
+
+
+def test_the_report_needs_no_score(tmp_path):
+    result = compare(captured(1), which=WHICH[2:3], repeats=1)
+    write_report(result, tmp_path / "r.html", title="t", source="s")
+    assert "None" not in (tmp_path / "r.html").read_text()
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_report(result, tmp_path, title="t", source="s")
+
+
+def test_the_summary_says_when_sparse_beats_dense(comparison):
+    """A score that falls with sparsity is a finding about the model, not a loss of minus some."""
+    from jsparse.evaluation.report import _summary
+
+    results = [r._replace(score=0.75, density=[[0.5]]) for r in comparison.results]
+    text = _summary(comparison._replace(results=results), "bits/byte")
+    assert "gains 0.2500 bits/byte" in text
+    assert "does not rank the methods" in text
+    results = [r._replace(score=1.005, density=[[0.5]]) for r in comparison.results]
+    text = _summary(comparison._replace(results=results), "bits/byte")
+    assert "loses 0.0050 bits/byte" in text
+    assert "does not rank" not in text

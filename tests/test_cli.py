@@ -1,0 +1,112 @@
+"""The command line: what it prints, and one line and exit code 2 for a wrong call."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jsparse.cli import main
+from jsparse.evaluation import Captured, save_captured
+from jsparse.registry import METHODS
+from tests.inputs import qkv
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "captured.safetensors"
+    save_captured([Captured(*qkv(300, seed=seed)) for seed in (0, 1)], path)
+    return path
+
+
+def fails(capsys, *arguments):
+    """Runs a wrong call and gives its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("jsparse: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_methods_lists_the_registry(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["methods"])
+    out = capsys.readouterr().out
+    for row in METHODS:
+        (line,) = [x for x in out.splitlines() if f" {row.name} " in x]
+        assert row.paper in line
+        assert row.summary in line
+
+
+def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
+    output = tmp_path / "new" / "report.html"
+    arguments = ["--methods", "mean_pooled", "--output", output, "--repeats", 1, "--block", 64]
+    main(["compare", *map(str, [file, *arguments])])
+    out = capsys.readouterr().out
+    assert "mean_pooled 0.05" in out
+    assert "streaming" not in out
+    assert f"report: {output}" in out
+    assert "2 layers, 300 tokens, 4 heads of 16" in output.read_text()
+    assert [p.name for p in output.parent.iterdir()] == ["report.html"]
+
+
+def test_a_wrong_method_is_named_with_the_right_ones(capsys, file):
+    line = fails(capsys, "compare", file, "--methods", "xattention", "nosuch")
+    assert "'nosuch'" in line
+    assert all(row.name in line for row in METHODS)
+
+
+def test_a_missing_or_truncated_file_is_named(capsys, file, tmp_path):
+    assert "nothing.safetensors" in fails(capsys, "compare", tmp_path / "nothing.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "not a readable safetensors file" in fails(capsys, "compare", file)
+
+
+def test_missing_tensors_and_wrong_shapes_are_named(capsys, tmp_path):
+    path = tmp_path / "x.safetensors"
+    q, k, v = map(np.asarray, qkv(300))
+    safetensors.numpy.save_file({"layers.0.q": q, "layers.0.v": v}, str(path))
+    assert "layers.0.k" in fails(capsys, "compare", path)
+    safetensors.numpy.save_file({"layers.0.q": q, "layers.0.k": k[1:], "layers.0.v": v}, str(path))
+    assert "299 tokens" in fails(capsys, "compare", path)
+
+
+def test_too_short_a_sequence_is_refused(capsys, tmp_path):
+    path = tmp_path / "short.safetensors"
+    save_captured([Captured(*qkv(128))], path)
+    assert "Use a longer text" in fails(capsys, "compare", path, "--output", tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--repeats", 0), ("--block", -1)])
+def test_numbers_out_of_range_are_refused(capsys, file, option, value):
+    assert f"{option[2:]}={value}" in fails(capsys, "compare", file, option, value)
+
+
+def test_a_place_that_cannot_be_written_is_refused(capsys, file):
+    line = fails(capsys, "compare", file, "--methods", "flashmask", "--output", file / "r.html")
+    assert "cannot be written" in line
+
+
+def test_argparse_exits_with_2_and_help_shows_examples(capsys):
+    for arguments in ([], ["nosuch"], ["compare"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    for arguments in (["--help"], ["compare", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert "jsparse compare captured.safetensors" in capsys.readouterr().out
+
+
+def test_python_m_jsparse_is_the_same_command():
+    command = [sys.executable, "-m", "jsparse", "compare", "nosuch.safetensors"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("jsparse: nosuch.safetensors")
+    assert done.stderr.count("\n") == 1
