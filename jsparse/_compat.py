@@ -1,8 +1,18 @@
 """The names of JAX that move between versions or are not public; nobody else imports those."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.core
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+# calls that stand for their body; the name of the parameter that holds it differs
+_CALLS = frozenset(
+    "jit pjit closed_call core_call remat checkpoint custom_jvp_call custom_vjp_call "
+    "custom_vjp_call_jaxpr custom_lin".split()
+)
+_BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def closed_jaxpr_call(closed, consts, *args):
@@ -13,3 +23,95 @@ def closed_jaxpr_call(closed, consts, *args):
 def is_traced(tree) -> bool:
     """Whether any leaf of a pytree is a tracer."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_variable(operand: Any) -> bool:
+    """Whether an operand of a traced step is a variable, not a number written into it."""
+    return not isinstance(operand, Literal)
+
+
+class Step(NamedTuple):
+    """One operation of a traced function, its operands resolved through all calls."""
+
+    index: int
+    name: str
+    operands: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    equation: Any
+
+    @property
+    def variables(self) -> tuple[Any, ...]:
+        """The operands that are variables."""
+        return tuple(v for v in self.operands if is_variable(v))
+
+    def bind(self, *values: Any) -> Any:
+        """Applies the operation to other values than it was traced with."""
+        primitive = self.equation.primitive
+        return primitive.bind(*values, **primitive.get_bind_params(self.equation.params))
+
+
+class Program(NamedTuple):
+    """A traced function of one result as a flat list of operations."""
+
+    inputs: tuple[Any, ...]
+    constants: dict[Any, Any]
+    steps: tuple[Step, ...]
+    output: Any
+
+    def evaluate(self, inputs: Sequence[Any], wanted: Any) -> Any:
+        """Computes one variable, taking only the steps that it follows from."""
+        needed, taken = {wanted}, []
+        for step in reversed(self.steps):
+            if needed.intersection(step.outputs):
+                taken.append(step)
+                needed.update(step.variables)
+        known = {**self.constants, **dict(zip(self.inputs, inputs, strict=True))}
+        for step in reversed(taken):
+            operands = [known[v] if is_variable(v) else v.val for v in step.operands]
+            results = step.bind(*operands)
+            results = results if step.equation.primitive.multiple_results else [results]
+            known.update(zip(step.outputs, results, strict=True))
+        return known[wanted]
+
+
+def inline(closed: ClosedJaxpr) -> Program:
+    """Flattens a traced function of one result; calls disappear into the steps they make."""
+    constants: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    steps: list[Step] = []
+
+    def walk(jaxpr: Any, names: dict[Any, Any]) -> list[Any]:
+        def resolve(v: Any) -> Any:
+            return names.get(v, v) if is_variable(v) else v
+
+        for equation in jaxpr.eqns:
+            operands = tuple(resolve(v) for v in equation.invars)
+            body = next((equation.params[b] for b in _BODIES if b in equation.params), None)
+            if equation.primitive.name in _CALLS and body is not None:
+                inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+                fresh = _renamed(inner)
+                names_inside = dict(zip(inner.invars, operands, strict=True)) | fresh
+                if isinstance(body, ClosedJaxpr):
+                    for v, constant in zip(inner.constvars, body.consts, strict=True):
+                        constants[names_inside[v]] = constant
+                results = walk(inner, names_inside)
+                names.update(zip(equation.outvars, results, strict=True))
+            else:
+                outputs = tuple(names.get(v, v) for v in equation.outvars)
+                name = equation.primitive.name
+                steps.append(Step(len(steps), name, operands, outputs, equation))
+        return [resolve(v) for v in jaxpr.outvars]
+
+    (output,) = walk(closed.jaxpr, {})
+    return Program(tuple(closed.jaxpr.invars), constants, tuple(steps), output)
+
+
+class _Fresh:
+    """A variable of one call of a body that may be called more than once."""
+
+    def __init__(self, aval: Any):
+        self.aval = aval
+
+
+def _renamed(jaxpr: Any) -> dict[Any, Any]:
+    own = [*jaxpr.constvars, *(v for equation in jaxpr.eqns for v in equation.outvars)]
+    return {v: _Fresh(v.aval) for v in own}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention import block_sparse, reference
+from jsparse.attention import block_sparse, mosaic, reference
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
@@ -206,12 +206,27 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     return block_sparse.block_sparse_attention(problem.operands, plan, problem.mask, problem.rule)
 
 
-_CALLS = {"reference": _reference, "xla": _xla}
+def _mosaic(problem: Problem) -> tuple[Array, Array]:
+    return block_sparse.block_sparse_attention(
+        problem.operands, with_plan(problem), problem.mask, problem.rule, mosaic.forward
+    )
+
+
+def _mosaic_refuses(problem: Problem) -> str | None:
+    if not (problem.plan is None or isinstance(problem.plan, BlockMask)):
+        return f"the tile executor does not take {type(problem.plan).__name__}."
+    block_q = block_kv = DEFAULT_BLOCK
+    if problem.plan is not None:
+        block_q, block_kv = problem.plan.block_q, problem.plan.block_kv
+    return mosaic.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
+
+
+_CALLS = {"reference": _reference, "xla": _xla, "mosaic": _mosaic}
 _REFUSES: dict[str, Callable[[Problem], str | None]] = {
     "reference": lambda problem: None,
     "xla": _xla_refuses,
-    "mosaic": lambda problem: "there is no Mosaic kernel for this plan in this version.",
-    "triton": lambda problem: "there is no Triton kernel for this plan in this version.",
+    "mosaic": _mosaic_refuses,
+    "triton": lambda problem: "there is no Triton kernel in this version.",
 }
 
 

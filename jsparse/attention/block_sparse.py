@@ -6,6 +6,7 @@ output and its log-sum-exp; it walks the inverse list, keeping dk and dv of one 
 and adding to dq, so five matrix products per tile are all it does.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,13 +44,22 @@ class Sizes(NamedTuple):
         return self.heads // self.kv_heads
 
 
+# of whole tiles; `(out, lse)` in f32
+Forward = Callable[[Operands, Lists, LogitRule, Sizes], tuple[Array, Array]]
+
+
 def block_sparse_attention(
-    operands: Operands, plan: BlockMask, mask: Mask | None, rule: LogitRule
+    operands: Operands,
+    plan: BlockMask,
+    mask: Mask | None,
+    rule: LogitRule,
+    forward: Forward | None = None,
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` over the tiles of `plan`, element-masked by `mask`.
 
     Batch axes are flattened to one. Differentiable twice and more: the backward rule is itself a
-    function with a derivative.
+    function with a derivative. `forward` is a kernel that takes the place of the loops below; the
+    gradients stay theirs.
     """
     grid = plan.grid
     batches, _, heads, _ = operands.q.shape
@@ -70,7 +80,7 @@ def block_sparse_attention(
         v=_pad_tokens(operands.v, grid.kv_blocks * grid.block_kv),
         bias=_pad_bias(operands.bias, grid),
     )
-    out, lse = _attention(rule, sizes)(padded, lists)
+    out, lse = _attention(rule, sizes, forward or _forward)(padded, lists)
     return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
 
 
@@ -87,11 +97,11 @@ def _pad_bias(bias: Array | None, grid) -> Array | None:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, q_missing), (0, kv_missing)))
 
 
-def _attention(rule: LogitRule, sizes: Sizes):
+def _attention(rule: LogitRule, sizes: Sizes, forward: Forward):
     """Builds the differentiable function for one rule and one set of sizes."""
     # a vmapped call becomes a loop: batching the loops themselves would drag every carry along
     forward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists: _forward(operands, lists, rule, sizes)
+        lambda operands, lists: forward(operands, lists, rule, sizes)
     )
     backward_loop = jax.custom_batching.sequential_vmap(
         lambda operands, lists, inverse, out, lse, d_out, d_lse: _backward(

@@ -1,0 +1,273 @@
+"""Compiles every GPU kernel for its chips on a machine without a GPU, and holds it to gates.
+
+Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings both.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# all three are read when jax or its plugin is loaded
+DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-")))
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import jsparse as js  # noqa: E402
+from jsparse.attention import mosaic as adapter  # noqa: E402
+from jsparse.attention.attend import prepare  # noqa: E402
+from jsparse.attention.block_sparse import block_sparse_attention  # noqa: E402
+from pallas_kernels.block_sparse_attention import mosaic  # noqa: E402
+
+# what XLA's CUDA compiler wants to know of an H200 when none is there
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132
+  fpus_per_core: 128  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535  memory_bandwidth: 4800000000000  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98  device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536 }
+platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+class Case(NamedTuple):
+    """One compilation: sizes, and what changes the logits."""
+
+    name: str
+    dim: int = 128
+    v_dim: int = 128
+    block_q: int = 128
+    block_kv: int = 128
+    dtype: str = "bfloat16"
+    q_len: int = 8192
+    heads: int = 16
+    kv_heads: int = 4
+    # given arrays of the shapes in `arrays`, the keyword arguments of attention
+    options: Callable[..., dict[str, Any]] = lambda: {}
+    arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
+
+
+T = 8192
+IDS = ((1, T), "int32")
+CASES = (
+    Case("dim 64", 64, 64),
+    Case("dim 64, tiles 64 x 64", 64, 64, 64, 64),
+    Case("dim 64, tiles 128 x 64", 64, 64, 128, 64),
+    Case("dim 128"),
+    Case("dim 128, float16", dtype="float16"),
+    Case("dim 128, tiles 64 x 128", block_q=64),
+    Case("dim 192, v_dim 128", 192, 128),
+    Case("dim 256, tiles 128 x 64", 256, 256, 128, 64),
+    Case("dim 80, odd length", 80, 80, q_len=8000),
+    Case("causal", options=lambda: {"mask": js.masks.causal()}),
+    Case(
+        "causal window, sinks",
+        options=lambda: {
+            "mask": js.masks.causal() & (js.masks.sliding_window(left=1024) | js.masks.sinks(4))
+        },
+    ),
+    Case(
+        "segments",
+        options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids)},
+        arrays=(IDS,),
+    ),
+    Case(
+        "intervals",
+        options=lambda ends: {"mask": js.masks.intervals(ends, causal=False, q_len=T)},
+        arrays=(((1, 16, T, 4), "int32"),),
+    ),
+    Case(
+        "prefix, lengths",
+        options=lambda prefix, length: {
+            "mask": js.masks.prefix_lm(prefix) & js.masks.lengths(length, length)
+        },
+        arrays=(((1,), "int32"), ((1,), "int32")),
+    ),
+    Case(
+        "dilated, strided",
+        options=lambda: {
+            "mask": js.masks.dilated(stride=4, window=64)
+            | (js.masks.strided(stride=64) & js.masks.causal())
+        },
+    ),
+    Case("softcap", options=lambda: {"softcap": 30.0}),
+    Case(
+        "score_mod (ALiBi)",
+        options=lambda slopes: {
+            "mask": js.masks.causal(),
+            "score_mod": lambda logit, batch, head, q, kv: logit - slopes[head] * (q - kv),
+        },
+        arrays=(((16,), "float32"),),
+    ),
+    Case(
+        "bias per key, traced scale",
+        options=lambda bias, scale: {"bias": bias, "scale": scale},
+        arrays=(((16, 1, T), "bfloat16"), ((), "float32")),
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="compile only cases whose name has this in it")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    chosen = [case for case in CASES if not arguments.only or arguments.only in case.name]
+    if not chosen:
+        parser.error(f"no case has {arguments.only!r} in its name")
+    device = topologies.get_topology_desc(
+        platform="cuda", topology_name="H200", target_config=H200, topology="1x1x1"
+    ).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    console = Console()
+    rows = [measure(case, sharding) for case in track(chosen, "compiling", console=console)]
+    console.print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1))
+    failed = [row for row in rows if row["failed"]]
+    for row in failed:
+        console.print(f"[red]{row['name']}: {'; '.join(row['failed'])}")
+    return 1 if failed else 0
+
+
+def measure(case: Case, sharding: Any) -> dict[str, Any]:
+    """Compiles a case and reads what the compiler says of it."""
+    q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-case.q_len // case.block_kv)
+    shapes = (
+        ((1, case.q_len, case.heads, case.dim), case.dtype),
+        ((1, case.q_len, case.kv_heads, case.dim), case.dtype),
+        ((1, case.q_len, case.kv_heads, case.v_dim), case.dtype),
+        ((1, case.heads, q_blocks, kv_blocks), "int32"),
+        ((1, case.heads, q_blocks), "int32"),
+        *case.arrays,
+    )
+    inputs = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+
+    def attention(q, k, v, kv_indices, kv_num_blocks, *arrays):
+        plan = js.BlockMask(
+            kv_indices,
+            kv_num_blocks,
+            jnp.zeros(kv_num_blocks.shape[:-1], bool),
+            case.q_len,
+            case.q_len,
+            case.block_q,
+            case.block_kv,
+        )
+        problem = prepare(q, k, v, plan, **case.options(*arrays))
+        return block_sparse_attention(
+            problem.operands, problem.plan, problem.mask, problem.rule, adapter.forward
+        )
+
+    before = set(DUMP.iterdir())
+    with _without_c_stderr():
+        compiled = jax.jit(attention).lower(*inputs).compile()
+    ptx, report = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
+    width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
+    config = mosaic.default_config(case.block_q, case.block_kv, *width)
+    assert config is not None
+    memory = compiled.memory_analysis()
+    row: dict[str, Any] = {
+        "name": case.name,
+        "tile": f"{case.block_q}x{case.block_kv}",
+        "target": _first(r"^\.target (\S+)", ptx),
+        "stages": config.stages,
+        "registers": int(_first(r"Used (\d+) registers", report)),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "shared_memory": mosaic.shared_memory(case.block_q, case.block_kv, *width, config),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "input_bytes": memory.argument_size_in_bytes,
+    }
+    row["failed"] = [sentence for sentence, wrong in _gates(row) if wrong]
+    return row
+
+
+def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    return [
+        ("no wgmma: its products are not on Hopper's tensor cores", row["wgmma"] == 0),
+        ("no TMA: its loads are not the copy engine's", row["tma"] == 0),
+        (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
+        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
+        (
+            f"{row['shared_memory']} bytes of shared memory, more than a program may have",
+            row["shared_memory"] > mosaic.SHARED_MEMORY,
+        ),
+        # padded copies and the f32 output, at most; a [q_len, kv_len] array would be far more
+        (
+            f"{row['temp_bytes']} bytes of temporaries for {row['input_bytes']} of inputs",
+            row["temp_bytes"] > 4 * row["input_bytes"],
+        ),
+    ]
+
+
+def _new(before: set[Path], suffix: str) -> str:
+    found = [path for path in set(DUMP.iterdir()) - before if path.suffix == suffix]
+    if not found:
+        sys.exit(f"The compiler left no {suffix} file in {DUMP}; is ptxas installed?")
+    return "\n".join(path.read_text() for path in found)
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match.group(1).rstrip(",") if match else "0"
+
+
+class _without_c_stderr:  # noqa: N801
+    """Drops what C++ prints: that nvdisasm, which is not needed, is missing."""
+
+    def __enter__(self) -> None:
+        self.saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+
+    def __exit__(self, *exception: object) -> None:
+        os.dup2(self.saved, 2)
+        os.close(self.saved)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The figures, and a mark for each kernel that passed."""
+    out = Table(
+        title=f"block-sparse forward, Mosaic, jax {jax.__version__}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    out.add_column("kernel", no_wrap=True)
+    for name in ("tile", "stages", "regs", "spill", "smem KB", "wgmma", "TMA", "temp MB", ""):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row["name"],
+            row["tile"],
+            str(row["stages"]),
+            str(row["registers"]),
+            str(row["spill_bytes"]),
+            f"{row['shared_memory'] / 1024:.0f}",
+            str(row["wgmma"]),
+            str(row["tma"]),
+            f"{row['temp_bytes'] / 2**20:.1f}",
+            "[red]fails" if row["failed"] else "[green]ok",
+        )
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsparse.attention.block_sparse import Lists, Sizes
+from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.separation import Separated, separate
+from jsparse.types import Mask
+from pallas_kernels import _compat as kernels
+from pallas_kernels.block_sparse_attention import mosaic
+
+# the width that one swizzled row of shared memory holds
+_LANES = 64
+
+
+def refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str | None:
+    """Why the kernel cannot do this here, or None if it can."""
+    q, k, v = operands[:3]
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v must have one dtype for it, not {q.dtype}, {k.dtype} and {v.dtype}."
+    reason = _device_refuses() or mosaic.refusal(
+        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
+    )
+    if reason:
+        return reason
+    ragged = bool(rule.kv_len % block_kv)
+    tile_rule = _tile_rule(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    return tile_rule if isinstance(tile_rule, str) else None
+
+
+def forward(
+    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
+    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
+    q, k, v = operands[:3]
+    tile_rule = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(tile_rule, str):
+        raise NotImplementedError(tile_rule)
+    out, lse = mosaic.forward(
+        _pad_width(q),
+        _pad_width(k),
+        _pad_width(v),
+        lists.kv_indices,
+        lists.kv_num_blocks,
+        block_q=sizes.block_q,
+        block_kv=sizes.block_kv,
+        scale=rule.scale if tile_rule is None else None,
+        rule=tile_rule and tile_rule.rule,
+        row_values=tile_rule.row_values if tile_rule else (),
+        column_values=tile_rule.column_values if tile_rule else (),
+    )
+    return out[..., : v.shape[-1]].astype(jnp.float32), lse
+
+
+def _device_refuses() -> str | None:
+    if kernels.interpreting():
+        return None
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return f"it needs a Hopper GPU (compute capability 9.0); the default backend is {platform}."
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if not str(capability).startswith("9."):
+        return f"it needs a Hopper GPU (compute capability 9.0); this one has {capability}."
+    return None
+
+
+def _tile_rule(
+    operands: Operands,
+    mask: Mask | None,
+    rule: LogitRule,
+    q_len: int,
+    kv_len: int,
+    ragged: bool,
+) -> Separated | str | None:
+    """What happens to logits, as the kernel takes it; None where only a constant scales them."""
+    bias = operands.bias
+    if mask is None and bias is None and not ragged and not rule.changes_logits:
+        return None
+
+    def on_scalars(logit, q_index, kv_index, batch, head):
+        extra = None
+        if bias is not None:
+            position = (batch, head, q_index, kv_index)
+            at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
+            extra = bias[at]
+        logit = rule.modify(
+            logit, extra, operands.scale, operands.captured, q_index, kv_index, batch, head
+        )
+        return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
+
+    batches, _, heads, _ = operands.q.shape
+    return separate(on_scalars, batches=batches, heads=heads, q_len=q_len, kv_len=kv_len)
+
+
+def _padded_width(x: Array) -> int:
+    return -(-x.shape[-1] // _LANES) * _LANES
+
+
+def _pad_width(x: Array) -> Array:
+    missing = _padded_width(x) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x

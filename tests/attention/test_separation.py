@@ -1,0 +1,137 @@
+"""A rule in two parts says what the whole rule says."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.attention.separation import separate
+from jsparse.types import Frame
+
+BATCHES, HEADS, Q_LEN, KV_LEN = 2, 3, 12, 16
+RNG = np.random.default_rng(0)
+IDS = jnp.asarray(np.sort(RNG.integers(0, 3, (BATCHES, KV_LEN)), axis=1), jnp.int32)
+ENDS = jnp.asarray(RNG.integers(0, Q_LEN + 1, (BATCHES, HEADS, KV_LEN, 4)), jnp.int32)
+SLOPES = jnp.asarray(RNG.normal(size=HEADS), jnp.float32)
+TABLE = jnp.asarray(RNG.normal(size=KV_LEN), jnp.float32)
+m = js.masks
+
+MASKS = {
+    "causal": m.causal(),
+    "window": m.causal() & m.sliding_window(left=3),
+    "prefix_lm": m.prefix_lm(jnp.asarray([3, 5])),
+    "segments": m.segments(IDS[:, -Q_LEN:], IDS),
+    "lengths": m.lengths(jnp.asarray([9, 12]), jnp.asarray([16, 7])),
+    "sinks": m.sinks(2) | m.sliding_window(left=2),
+    "global_tokens": m.global_tokens(2) | m.sliding_window(left=2),
+    "dilated": m.dilated(stride=3, window=2),
+    "strided": m.strided(stride=4, count=2) & m.causal(),
+    "intervals": m.intervals(ENDS, causal=False, q_len=Q_LEN),
+    "not": ~m.sliding_window(left=2),
+    "predicate": m.predicate(lambda batch, head, q, kv: (q * 3 + kv + head) % 4 != batch),
+}
+
+
+def masked(mask):
+    mask = mask.flatten_batch((BATCHES,))
+
+    def function(logit, q_index, kv_index, batch, head):
+        frame = Frame(Q_LEN, KV_LEN, batch, head)
+        return jnp.where(mask.visible(q_index, kv_index, frame), logit, -jnp.inf)
+
+    return function
+
+
+def whole(function, logits):
+    """The rule pair by pair."""
+    per_key = jax.vmap(function, (0, None, 0, None, None))
+    per_query = jax.vmap(per_key, (0, 0, None, None, None))
+    per_head = jax.vmap(per_query, (0, None, None, None, 0))
+    per_batch = jax.vmap(per_head, (0, None, None, 0, None))
+    indices = (jnp.arange(n) for n in (Q_LEN, KV_LEN, BATCHES, HEADS))
+    return per_batch(logits, *indices)
+
+
+def in_parts(function, logits):
+    parts = separate(function, batches=BATCHES, heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN)
+    assert not isinstance(parts, str), parts
+    assert all(x.shape[2:] == (Q_LEN,) for x in parts.row_values)
+    assert all(x.shape[2:] == (KV_LEN,) for x in parts.column_values)
+    full = logits.shape
+    q_index = jnp.broadcast_to(jnp.arange(Q_LEN, dtype=jnp.int32)[:, None], full)
+    kv_index = jnp.broadcast_to(jnp.arange(KV_LEN, dtype=jnp.int32), full)
+    rows = tuple(partial(jnp.broadcast_to, x[..., None], full) for x in parts.row_values)
+    columns = tuple(partial(jnp.broadcast_to, x[..., None, :], full) for x in parts.column_values)
+    return parts.rule(logits, q_index, kv_index, rows, columns), parts
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return jnp.asarray(RNG.normal(size=(BATCHES, HEADS, Q_LEN, KV_LEN)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, logits):
+    function = masked(MASKS[name])
+    got, _ = in_parts(function, logits)
+    np.testing.assert_array_equal(got, whole(function, logits))
+
+
+def test_what_positions_say_needs_no_values(logits):
+    _, parts = in_parts(masked(m.causal() & m.sliding_window(left=3)), logits)
+    assert parts.row_values == parts.column_values == ()
+
+
+def test_values_have_an_axis_only_where_they_differ(logits):
+    _, parts = in_parts(masked(MASKS["segments"]), logits)
+    assert {x.shape[:2] for x in (*parts.row_values, *parts.column_values)} == {(BATCHES, 1)}
+
+
+def test_score_mod_with_lookups_per_head_and_per_key(logits):
+    def function(logit, q_index, kv_index, batch, head):
+        tilt = SLOPES[head] * (q_index - kv_index).astype(jnp.float32)
+        return 5.0 * jnp.tanh(logit / 5.0) + tilt + jax.nn.relu(TABLE[kv_index]) * TABLE[0] + batch
+
+    got, _ = in_parts(function, logits)
+    np.testing.assert_allclose(got, whole(function, logits), rtol=1e-6, atol=1e-6)
+
+
+def test_traced_arrays(logits):
+    @jax.jit
+    def run(slopes, logits):
+        return in_parts(lambda s, q, kv, b, h: s * slopes[h], logits)[0]
+
+    np.testing.assert_allclose(run(SLOPES, logits), logits * SLOPES[:, None, None], rtol=1e-6)
+
+
+def test_a_function_called_twice(logits):
+    twist = jax.jit(lambda x, n: jnp.where(n > 2, x * 2.0, x + 1.0))
+
+    def function(logit, q_index, kv_index, batch, head):
+        return twist(twist(logit, q_index), kv_index)
+
+    got, _ = in_parts(function, logits)
+    np.testing.assert_array_equal(got, whole(function, logits))
+
+
+def test_a_rule_that_ignores_the_logit(logits):
+    got, _ = in_parts(lambda s, q, kv, b, h: TABLE[kv], logits)
+    np.testing.assert_array_equal(got, jnp.broadcast_to(TABLE, logits.shape))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, q, kv, b, h: s + jnp.ones((Q_LEN, KV_LEN))[q, kv],
+        lambda s, q, kv, b, h: TABLE[s.astype(jnp.int32)],
+        masked(m.dense(jnp.ones((1, Q_LEN, KV_LEN), bool))),
+    ],
+    ids=["pair_table", "table_by_logit", "dense_mask"],
+)
+def test_a_lookup_by_query_and_key_is_refused(function):
+    answer = separate(function, batches=BATCHES, heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN)
+    assert isinstance(answer, str)
+    assert "cannot do in registers" in answer

@@ -1,0 +1,209 @@
+"""The Mosaic kernel in JAX's interpreter, which also looks for data races.
+
+Small on purpose: the interpreter makes a host call for every access to shared memory.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import jsparse as js
+from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention import mosaic
+from tests.inputs import qkv
+
+
+def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, seed=0):
+    """A random plan whose second row of tiles is empty."""
+    rng = np.random.default_rng(seed)
+    shape = (*batch, heads, -(-q_len // block_q), -(-kv_len // block_kv))
+    tiles = rng.random(shape) < density
+    tiles[..., 0, :] = True
+    if shape[-2] > 1:
+        tiles[..., 1, :] = False
+    return js.BlockMask.from_dense(
+        jnp.asarray(tiles), q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv
+    )
+
+
+def compare(q, k, v, plan, **options):
+    """Holds the kernel to the f32 reference, within the rounding of probabilities and output."""
+    with _compat.interpreter():
+        run = jax.jit(
+            lambda q, k, v: js.attend(
+                q, k, v, plan, return_lse=True, implementation="mosaic", **options
+            )
+        )
+        out, lse = jax.block_until_ready(run(q, k, v))
+    assert out.dtype == v.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+
+    def exact(v):
+        return js.attend(q, k, v, plan, return_lse=True, implementation="reference", **options)
+
+    want, want_lse = exact(v)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
+    # probabilities are rounded once, the output too, and once more when a sink takes its share
+    roundings = 3 if "sinks" in options else 2
+    unit = float(jnp.finfo(out.dtype).eps) / 2
+    allowed = roundings * unit * np.asarray(exact(jnp.abs(v))[0]) + 1e-6
+    error = np.abs(np.asarray(out, np.float32) - np.asarray(want))
+    assert (error <= allowed).all(), float((error / allowed).max())
+
+
+def test_lists_per_head_grouped_heads_and_an_empty_row():
+    q, k, v = qkv(128, 192, heads=2, kv_heads=1, dim=64, v_dim=128, dtype=jnp.bfloat16)
+    compare(q, k, v, lists(128, 192, block_q=64, block_kv=64, heads=2))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
+    monkeypatch.setattr(mosaic, "default_config", lambda *sizes: mosaic.Config(stages, columns=64))
+    q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
+    compare(q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0))
+
+
+def test_masks_from_lookups_ragged_lengths_and_odd_widths():
+    q, k, v = qkv(100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16)
+    rng = np.random.default_rng(1)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
+    mask = js.masks.causal() & js.masks.segments(ids[:, 50:], ids)
+    plan = lists(100, 150, block_q=128, block_kv=128, density=1.0)
+    compare(q, k, v, plan, mask=mask)
+
+
+def test_everything_that_changes_logits():
+    q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
+    rng = np.random.default_rng(2)
+    slopes, table = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (2, 70))
+    bias = jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16)
+
+    def score_mod(logit, batch, head, q_index, kv_index):
+        far = jnp.abs(q_index - kv_index).astype(jnp.float32)
+        return logit - slopes[head] * far * 0.05 + table[kv_index] * table[0] + 0.1 * batch
+
+    compare(
+        q,
+        k,
+        v,
+        lists(64, 70, block_q=64, block_kv=64),
+        mask=js.masks.causal() | js.masks.sinks(3),
+        bias=bias,
+        score_mod=score_mod,
+        softcap=20.0,
+        sinks=jnp.asarray([0.5, -1.0]),
+        scale=jnp.asarray(0.2),
+    )
+
+
+def test_gradients_are_those_of_xla():
+    q, k, v = qkv(64, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    plan = lists(64, 64, block_q=64, block_kv=64)
+
+    def loss(operands, implementation):
+        out, lse = js.attend(
+            *operands, plan, mask=js.masks.causal(), return_lse=True, implementation=implementation
+        )
+        return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+
+    with _compat.interpreter():
+        got = jax.block_until_ready(jax.grad(loss)((q, k, v), "mosaic"))
+    want = jax.grad(loss)((q, k, v), "xla")
+    for a, b in zip(got, want, strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert float(jnp.linalg.norm(a - b)) <= 2**-7 * float(jnp.linalg.norm(b))
+
+
+def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read():
+    q, k, v = qkv(64, 192, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    tiles = jnp.asarray([[[True, False, True]]])
+    plan = js.BlockMask.from_dense(tiles, q_len=64, kv_len=192, block_q=64, block_kv=64)
+    q = q.at[7].set(jnp.nan)
+    k, v = k.at[64:128].set(jnp.nan), v.at[64:128].set(jnp.nan)
+    with _compat.interpreter():
+        out = jax.block_until_ready(js.attend(q, k, v, plan, implementation="mosaic"))
+    bad = np.isnan(np.asarray(out, np.float32)).any(axis=(1, 2))
+    assert bad.tolist() == [row == 7 for row in range(64)]
+
+
+def test_vmap_is_the_batch_axis():
+    q, k, v = qkv(64, heads=1, kv_heads=1, dim=64, batch=(2,), dtype=jnp.bfloat16)
+    plan = lists(64, 64, block_q=64, block_kv=64)
+    attend = lambda q, k, v: js.attend(q, k, v, plan, implementation="mosaic")  # noqa: E731
+    with _compat.interpreter():
+        batched = jax.block_until_ready(attend(q, k, v))
+        mapped = jax.block_until_ready(jax.vmap(attend)(q, k, v))
+    np.testing.assert_array_equal(np.asarray(batched, np.float32), np.asarray(mapped, np.float32))
+
+
+def test_the_choice_falls_on_the_kernel_and_can_be_asked_for():
+    q, k, v = qkv(64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    with _compat.interpreter():
+        assert js.explain(q, k, v).implementation == "mosaic"
+        refused = js.explain(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert refused.implementation == "xla"
+    assert "float32" in refused.refused["mosaic"]
+    assert "Hopper" in js.explain(q, k, v).refused["mosaic"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 or float16, not float32"),
+        ({"block_q": 32}, "64 or 128 queries, not 32"),
+        ({"block_kv": 1}, "64 or 128 keys, not 1"),
+        ({"dim": 320}, "up to 256, not 320"),
+        ({"mask": js.masks.dense(jnp.ones((1, 256, 256), bool))}, "with a query and a key"),
+        ({"bias": jnp.ones((256, 256))}, "with a query and a key"),
+        ({"block_kv": 128, "dim": 256}, "do not fit in shared memory"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_a_sentence(change, reason):
+    sizes = {"dtype": jnp.bfloat16, "block_q": 128, "block_kv": 64, "dim": 64, **change}
+    q, k, v = qkv(256, heads=1, kv_heads=1, dim=sizes["dim"], dtype=sizes["dtype"])
+    plan = lists(256, 256, block_q=sizes["block_q"], block_kv=sizes["block_kv"])
+    options = {name: change[name] for name in ("mask", "bias") if name in change}
+    with (
+        _compat.interpreter(detect_races=False),
+        pytest.raises(NotImplementedError, match=reason),
+    ):
+        js.attend(q, k, v, plan, implementation="mosaic", **options)
+
+
+def test_without_a_gpu_it_is_refused():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    q, k, v = qkv(64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        js.attend(q, k, v, implementation="mosaic")
+
+
+def test_the_interpreter_notices_a_race():
+    def racy(x_ref, out_ref, scratch):
+        member = lax.axis_index("member")
+
+        @pl.when(member == 0)
+        def _():
+            scratch[...] = x_ref[...]
+
+        @pl.when(member == 1)
+        def _():
+            # nobody waited for the other
+            out_ref[...] = scratch[...]
+
+    x = jnp.ones((128,), jnp.float32)
+    run = plgpu.kernel(
+        racy,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=(plgpu.SMEM(x.shape, x.dtype),),
+        grid=(1,),
+        grid_names=("program",),
+        num_threads=2,
+        thread_name="member",
+    )
+    with pytest.raises(RuntimeError, match="data race"), _compat.interpreter():
+        jax.block_until_ready(run(x))
