@@ -79,7 +79,7 @@ test-newest: $(NEWEST_VENV)/.test
 
 $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(PIN) jax jaxlib numpy absl-py rich
+	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(PIN) --editable .
 	$(CUDA_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$(JAX_VERSION) jax-cuda13-pjrt==$(JAX_VERSION)
 	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint requirements/cuda.txt nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@

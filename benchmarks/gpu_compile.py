@@ -136,7 +136,8 @@ def main() -> int:
         platform="cuda", topology_name="H200", target_config=H200, topology="1x1x1"
     ).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    console = Console()
+    # a log is no narrower than the table
+    console = Console(width=None if sys.stdout.isatty() else 110)
     rows = [measure(case, sharding) for case in track(chosen, "compiling", console=console)]
     console.print(table(rows))
     if arguments.json:
