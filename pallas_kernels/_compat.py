@@ -4,6 +4,7 @@ Nothing else in this package imports from `jax._src` or looks at a version.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,6 @@ def transpose(ref: Any) -> Any:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """Reads a reference into registers in the given layout."""
-    try:
-        return plgpu.load(ref, layout=layout, optimized=False)
-    except TypeError:  # before 0.11 the index was an argument
-        return plgpu.load(ref, (), layout=layout, optimized=False)
+    # before 0.11 the index was an argument
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)  # pyright: ignore

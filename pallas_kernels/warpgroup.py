@@ -68,7 +68,7 @@ class Hopper:
         def issue(ref):
             plgpu.wgmma(ref, a, b)
 
-        return pl.run_state(issue)(plgpu.ACC.init(accumulator))
+        return pl.run_state(issue)(plgpu.ACC.init(accumulator))  # pyright: ignore
 
 
 class Interpreted:

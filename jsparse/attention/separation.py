@@ -105,9 +105,7 @@ def separate(
             return program.evaluate(inputs, value.variable)
 
         for axis in reversed(range(len(sizes))):
-            axes = [None] * len(sizes)
-            axes[axis] = 0
-            at = jax.vmap(at, in_axes=tuple(axes))
+            at = jax.vmap(at, in_axes=tuple(0 if n == axis else None for n in range(len(sizes))))
         used = (
             jnp.arange(size if name in value.depends or name == argument else 1)
             for name, size in sizes.items()
