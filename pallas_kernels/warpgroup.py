@@ -104,12 +104,17 @@ class Interpreted:
     @staticmethod
     def product_nt(a: Ref, b: Ref) -> jax.Array:
         """`a @ b.T` in f32."""
-        return _dot(a[...], b[...], 1)
+        left, right = a[...], b[...]
+        # wgmma reads as the copy engine writes; ordinary reads like these want a fence between
+        plgpu.commit_smem()
+        return _dot(left, right, 1)
 
     @staticmethod
     def add_product(accumulator: jax.Array, a: jax.Array, b: Ref) -> jax.Array:
         """`accumulator + a @ b` in f32."""
-        return accumulator + _dot(a, b[...], 0)
+        right = b[...]
+        plgpu.commit_smem()
+        return accumulator + _dot(a, right, 0)
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -22,7 +22,7 @@ def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, s
     rng = np.random.default_rng(seed)
     shape = (*batch, heads, -(-q_len // block_q), -(-kv_len // block_kv))
     tiles = rng.random(shape) < density
-    tiles[..., 0, :] = True
+    tiles[..., 0, 0] = True
     if shape[-2] > 1:
         tiles[..., 1, :] = False
     return js.BlockMask.from_dense(
@@ -56,22 +56,29 @@ def compare(q, k, v, plan, **options):
 
 
 def test_lists_per_head_grouped_heads_and_an_empty_row():
-    q, k, v = qkv(128, 192, heads=2, kv_heads=1, dim=64, v_dim=128, dtype=jnp.bfloat16)
-    compare(q, k, v, lists(128, 192, block_q=64, block_kv=64, heads=2))
+    q, k, v = qkv(128, 192, heads=4, kv_heads=2, dim=64, v_dim=128, dtype=jnp.bfloat16)
+    plan = lists(128, 192, block_q=64, block_kv=64, heads=4)
+    assert len({tuple(row) for row in np.asarray(plan.to_dense())[:, 0].tolist()}) > 1
+    compare(q, k, v, plan)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
     monkeypatch.setattr(mosaic, "default_config", lambda *sizes: mosaic.Config(stages, columns=64))
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
-    compare(q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0))
+    compare(
+        q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0), mask=js.masks.causal()
+    )
 
 
 def test_masks_from_lookups_ragged_lengths_and_odd_widths():
     q, k, v = qkv(100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16)
     rng = np.random.default_rng(1)
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
-    mask = js.masks.causal() & js.masks.segments(ids[:, 50:], ids)
+    # the first queries see nothing at all, the last nothing in their first tile
+    q_ids = ids[:, 50:].at[:, :5].set(-1)
+    window = js.masks.sliding_window(left=19)
+    mask = js.masks.causal() & window & js.masks.segments(q_ids, ids)
     plan = lists(100, 150, block_q=128, block_kv=128, density=1.0)
     compare(q, k, v, plan, mask=mask)
 
