@@ -15,30 +15,32 @@ JAX_VERSION := $(shell sed -n 's/^jax==//p' $(PIN))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
-export MPLBACKEND := Agg
 
 .PHONY: help demo test test-all test-newest check format bench gpu gpu-compile clean
 
 help:
-	@echo "make demo         run the main job: methods compared on a language model (build/compare.html)"
-	@echo "make test         run the tests; make test-all runs the slow ones too"
-	@echo "make test-newest  run the tests on the newest JAX (needs Python 3.12+)"
+	@echo "make demo         methods compared on a language model: a table, build/compare.html"
+	@echo "make test         the tests; make test-all adds the slow ones"
+	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
 	@echo "make check        lint, types, import contracts"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make bench        time attention on this CPU against torch"
 	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU"
 	@echo "make gpu          numerics and timings on this machine's GPU"
+	@echo "make clean        remove what the others made, .venv included"
+	@echo
+	@echo "Each makes .venv first where it needs it; PYTHON=python3.12 says from which Python."
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("jsparse needs Python 3.11 or newer; this is " + sys.version) if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml $(PIN)
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report]'
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[test,lint]'
 	@touch $@
 
 # where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
@@ -71,7 +73,7 @@ bench: $(VENV)/.bench
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	sh .ci/find-python.sh > /dev/null
 	"$$(sh .ci/find-python.sh)" -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[report,test]'
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[test]'
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test

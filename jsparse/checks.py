@@ -438,3 +438,22 @@ def applicable_methods(names: Any, known: Any) -> None:
 def writable(path: Any, error: Any) -> None:
     """A file could not be written."""
     raise ValueError(f"{path} cannot be written ({error}); choose another place.")
+
+
+def file_place(path: Any) -> None:
+    """A path names a file to write, not a folder that is there."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'compare.html'}.")
+
+
+def readable_text(path: Any, error: Any) -> None:
+    """A text could not be read."""
+    raise ValueError(f"{path} cannot be read ({error.strerror}); name a file of text.")
+
+
+def captured_inputs(path: Any, layer: int, tensors: Any) -> None:
+    """The tensors of a captured layer fit each other."""
+    try:
+        attention_inputs(*tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: in layer {layer}, {error}") from None

@@ -1,24 +1,41 @@
 """The command line: `jsparse methods`, `jsparse compare`."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jsparse import checks
 from jsparse.evaluation.capture import Captured, load_captured
 from jsparse.evaluation.compare import Comparison, Setting, compare, settings
+from jsparse.evaluation.report import write_report
+from jsparse.evaluation.table import print_first_that_fits, print_table
 from jsparse.registry import METHODS
 
 _EXAMPLES = """examples:
   jsparse methods
   jsparse compare captured.safetensors
-  jsparse compare captured.safetensors --methods xattention streaming --output report.html
+  jsparse compare captured.safetensors --methods xattention streaming --output page.html
   jsparse compare captured.safetensors --block 64 --repeats 5
+"""
+
+
+_CAPTURED = """Compares methods with dense causal attention on q, k, v captured from a model, and
+writes one HTML page with the figures and pictures of them.
+
+The file holds tensors layers.<n>.q [length, heads, dim], layers.<n>.k and
+layers.<n>.v [length, kv_heads, dim], positions applied. For a model built on
+jsparse.nn two calls make it:
+
+  from jsparse.evaluation import capture, save_captured
+  save_captured(capture(model, tokens), "captured.safetensors")
+
+Stopped with Ctrl-C, the same command goes on where it was.
 """
 
 
@@ -31,66 +48,91 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("methods", help="print the registry")
+    commands.add_parser("methods", help="print the methods, their sources and controls")
     comparing = commands.add_parser(
         "compare",
         help="compare methods with dense attention on captured tensors",
-        description="Compares methods with dense causal attention on q, k, v that were captured "
-        "from a model: tensors layers.<n>.q [length, heads, dim], layers.<n>.k and .v [length, "
-        "kv_heads, dim] in a safetensors file, as jsparse.evaluation.save_captured writes them.",
+        description=_CAPTURED,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     comparing.add_argument("file", type=Path, help="the safetensors file")
-    comparing.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that apply")
-    comparing.add_argument("--output", type=Path, default=Path("build/compare.html"))
     comparing.add_argument(
-        "--block", type=int, help="tokens per block, for methods that have a block_size"
+        "--methods", nargs="+", metavar="NAME", help="default: all causal ones without training"
     )
-    comparing.add_argument("--repeats", type=int, default=3, help="timed runs per layer")
+    comparing.add_argument(
+        "--output",
+        type=Path,
+        metavar="PAGE",
+        default=Path("build/compare.html"),
+        help="default: %(default)s",
+    )
+    comparing.add_argument(
+        "--block",
+        type=int,
+        metavar="TOKENS",
+        help="tokens per block, for methods that have a block_size; default: the method's own",
+    )
+    comparing.add_argument(
+        "--repeats",
+        type=int,
+        metavar="RUNS",
+        default=3,
+        help="timed runs per layer; default: %(default)s",
+    )
     parsed = parser.parse_args(arguments)
-    try:
+    with one_line_errors("jsparse"):
         if parsed.command == "methods":
             _methods()
         else:
             _compare(parsed)
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Makes a wrong call one line and exit code 2, and being stopped one line and 130."""
+    try:
+        yield
     except (ValueError, NotImplementedError) as error:
-        print(f"jsparse: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"{program}: stopped; what was finished is kept, the same command goes on from there.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 def _methods() -> None:
-    table = Table()
-    for name in (
-        "method",
-        "family",
-        "what it does",
-        "source",
-        "causal",
-        "trained",
-        "controlled by",
-    ):
-        table.add_column(name)
-    for row in METHODS:
-        yes = {True: "yes", False: "no"}
-        table.add_row(
-            row.name,
-            row.family,
-            row.summary,
-            f"{row.paper} ({row.year})",
-            yes[row.causal],
-            yes[not row.training_free],
-            row.control or "",
-        )
-    Console().print(table)
+    def table(*shown: str) -> Table:
+        made = Table(box=box.SIMPLE_HEAD)
+        for name in shown:
+            made.add_column(name, no_wrap=name != "what it does")
+        for row in METHODS:
+            cells = {
+                "method": row.name,
+                "family": row.family,
+                "what it does": row.summary,
+                "source": row.paper,
+                "year": str(row.year),
+                "causal": "yes" if row.causal else "no",
+                "trained": "no" if row.training_free else "yes",
+                "controlled by": row.control or "",
+            }
+            made.add_row(*(cells[name] for name in shown))
+        return made
+
+    brief = "method", "what it does", "source", "controlled by"
+    more = "method", "family", "what it does", "source", "year", "causal", "trained"
+    print_first_that_fits(table(*more, "controlled by"), table(*brief))
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    from jsparse.evaluation.report import print_table, write_report
-
     checks.positive(repeats=parsed.repeats)
     if parsed.block is not None:
         checks.positive(block=parsed.block)
+    checks.file_place(parsed.output)
     which = settings(parsed.methods, block=parsed.block)
     layers = load_captured(parsed.file)
     comparison = compare_with_progress(
@@ -100,12 +142,13 @@ def _compare(parsed: argparse.Namespace) -> None:
         partial=parsed.output.with_suffix(".partial.json"),
     )
     print_table(comparison)
-    q_len, heads, dim = layers[0].q.shape
+    (q_len, heads, dim), kv_heads = layers[0].q.shape, layers[0].k.shape[1]
     write_report(
         comparison,
         parsed.output,
         title="Sparse attention methods on captured tensors",
-        source=f"{parsed.file.name}: {len(layers)} layers, {q_len} tokens, {heads} heads of {dim}.",
+        source=f"{parsed.file.name}: {len(layers)} layers, {q_len} tokens, {heads} query heads "
+        f"over {kv_heads} kv heads of {dim}, {layers[0].q.dtype}.",
     )
     print(f"report: {parsed.output}")
 

@@ -15,14 +15,17 @@ def files() -> list[Path]:
     """The library's source files, in an order that does not depend on the machine."""
     root = Path(sysconfig.get_path("stdlib"))
     found = [p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts)]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    return sorted(found, key=name_of)
+
+
+def name_of(path: Path) -> str:
+    """A file's name within the library, such as "asyncio/events.py"."""
+    return path.relative_to(sysconfig.get_path("stdlib")).as_posix()
 
 
 def is_held_out(path: Path) -> bool:
     """Whether a file is kept from training: by a hash of its name, on every Python the same."""
-    root = Path(sysconfig.get_path("stdlib"))
-    name = path.relative_to(root).as_posix()
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_EVERY == 0
+    return int(hashlib.sha256(name_of(path).encode()).hexdigest(), 16) % HELD_OUT_EVERY == 0
 
 
 def read(paths: list[Path]) -> np.ndarray:

@@ -56,13 +56,21 @@ def capture(model: Any, *inputs: Any) -> list[Captured]:
 
 
 def save_captured(layers: list[Captured], path: str | Path) -> None:
-    """Writes tensors `layers.<n>.q`, `.k` and `.v`, as float32."""
+    """Writes tensors `layers.<n>.q`, `.k` and `.v`, as float32; folders are made.
+
+    Raises:
+      ValueError: if the file cannot be written.
+    """
     tensors = {
         f"layers.{index}.{name}": np.asarray(value, np.float32)
         for index, layer in enumerate(layers)
         for name, value in layer._asdict().items()
     }
-    safetensors.numpy.save_file(tensors, str(path))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(tensors, str(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        checks.writable(path, error)
 
 
 def load_captured(path: str | Path) -> list[Captured]:
@@ -86,6 +94,6 @@ def load_captured(path: str | Path) -> list[Captured]:
         tensors_of = {name: tensors[f"layers.{index}.{name}"] for name in "qkv"}
         checks.one_sequence(path, index, tensors_of)
         q, k, v = (jnp.asarray(x.reshape(x.shape[-3:])) for x in tensors_of.values())
-        checks.attention_inputs(q, k, v)
+        checks.captured_inputs(path, index, (q, k, v))
         layers.append(Captured(q, k, v))
     return layers

@@ -146,6 +146,7 @@ class Comparison(NamedTuple):
     dense_score: float | None
     q_len: int
     heads: int
+    repeats: int
 
 
 def settings(names: Iterable[str] | None = None, *, block: int | None = None) -> list[Setting]:
@@ -156,7 +157,8 @@ def settings(names: Iterable[str] | None = None, *, block: int | None = None) ->
       block: Tokens per block, for methods that have a `block_size`.
 
     Raises:
-      ValueError: if a name is unknown, or its method is not causal and training-free.
+      ValueError: if a name is unknown, its method is not causal and training-free, or a method
+        refuses the block.
     """
     wanted = [row for row in METHODS if row.causal and row.training_free]
     if names is not None:
@@ -164,7 +166,11 @@ def settings(names: Iterable[str] | None = None, *, block: int | None = None) ->
         checks.known_methods(names, {row.name for row in METHODS})
         checks.applicable_methods(names, {row.name for row in wanted})
         wanted = [row for row in wanted if row.name in names]
-    return [Setting(row, value, block) for row in wanted for value in (row.settings or (None,))]
+    chosen = [Setting(row, value, block) for row in wanted for value in (row.settings or (None,))]
+    for setting in chosen:
+        # factories check their arguments: better now than after the first settings have run
+        setting.method()
+    return chosen
 
 
 def compare(
@@ -269,7 +275,7 @@ def compare(
 
         results.append(Result(**store.get(setting.label, figures)))
     store.discard()
-    return Comparison(results, tiles, dense_score, q_len, heads)
+    return Comparison(results, tiles, dense_score, q_len, heads, repeats)
 
 
 def _inside(method: Method):

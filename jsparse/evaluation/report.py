@@ -1,109 +1,76 @@
-"""The comparison as one self-contained HTML page and as a table for the terminal."""
+"""The comparison as one HTML page that needs nothing else."""
 
-import base64
+import datetime
 import html
-import io
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from jsparse import checks
+from jsparse.evaluation import figures
 from jsparse.evaluation.compare import Comparison, Result
+from jsparse.evaluation.table import columns, mean, percent, rows
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem;
-       color: #1b1f24; background: #fff; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-p.lead { color: #444c56; max-width: 52rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-figcaption { color: #57606a; font-size: .9rem; max-width: 52rem; }
+# the density at which methods are shown side by side, each by its nearest setting
+SHOWN_DENSITY = 0.2
+_LAYERS, _HEADS = 6, 8
+
+_TILES_STYLE = """
+.tiles text { font: 11px system-ui, sans-serif; fill: currentColor; }
+.tile { stroke: currentColor; stroke-width: 1; fill: none; }
+.seen { fill: currentColor; opacity: .09; }
+.frame { fill: none; stroke: currentColor; stroke-width: .6; opacity: .35; }
 """
 
-_COLUMNS = (
-    "method",
-    "tiles",
-    "tokens",
-    "recall",
-    "error",
-    "cosine",
-    "score",
-    "ms",
-    "of it plan",
-    "x dense",
-    "GFLOP",
-    "of dense",
-    "backward",
-    "MB",
-)
-
-
-def rows(comparison: Comparison, score_name: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells of the table, dense first."""
-    first = comparison.results[0]
-    header = tuple(score_name if name == "score" else name for name in _COLUMNS)
-
-    def number(x: float | None) -> str:
-        return "" if x is None else f"{x:.4f}"
-
-    table = [
-        (
-            "dense",
-            "100.0 %",
-            "100.0 %",
-            "100.0 %",
-            "0",
-            "1",
-            number(comparison.dense_score),
-            f"{first.dense_seconds * 1e3:.0f}",
-            "",
-            "1.00",
-            f"{first.dense_flops / 1e9:.1f}",
-            "100 %",
-            "100 %",
-            f"{first.dense_bytes / 1e6:.0f}",
-        )
-    ]
-    for result in comparison.results:
-        table.append(
-            (
-                result.label,
-                f"{100 * np.mean(result.density):.1f} %",
-                f"{100 * np.mean(result.token_density):.1f} %",
-                f"{100 * np.mean(result.recall):.1f} %",
-                f"{np.mean(result.error):.3f}",
-                f"{np.mean(result.cosine):.3f}",
-                number(result.score),
-                f"{result.seconds * 1e3:.0f}",
-                f"{result.plan_seconds * 1e3:.0f}",
-                f"{result.dense_seconds / result.seconds:.2f}",
-                f"{result.flops / 1e9:.1f}",
-                f"{100 * result.flops / result.dense_flops:.0f} %",
-                f"{100 * result.backward_flops / result.dense_backward_flops:.0f} %",
-                f"{result.bytes / 1e6:.0f}",
-            )
-        )
-    return header, table
-
-
-def print_table(comparison: Comparison, score_name: str = "score") -> None:
-    """Prints the table, on one line per setting however narrow the terminal says it is."""
-    header, cells = rows(comparison, score_name)
-    if comparison.dense_score is None:
-        drop = header.index(score_name)
-        header = header[:drop] + header[drop + 1 :]
-        cells = [row[:drop] + row[drop + 1 :] for row in cells]
-    table = Table(title="against dense attention, all layers")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    Console(width=max(Console().width, 132)).print(table)
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --muted: #57606a; --line: #d0d7de;
+  --page: #fff; --raised: #f6f8fa; --missed: #d1495b; --c0: #0072b2; --c1: #c2500a; --c2: #00805b;
+  --c3: #b0518a; --c4: #8a6a00; --c5: #3a4fbf; --c6: #6b6b6b; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --muted: #9aa4af; --line: #30363d;
+  --page: #0d1117; --raised: #161b22; --missed: #ff6b7d; --c0: #56b4e9; --c1: #ff8f4a;
+  --c2: #3ddc97; --c3: #f29ccb; --c4: #e8c547; --c5: #94a3ff; --c6: #b0b0b0; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 76rem;
+  padding: 2rem 1.2rem 4rem; color: var(--text); background: var(--page); }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.8rem 0 .3rem; }
+p, ul, dl, figcaption { max-width: 50rem; } p { margin: .4rem 0; } li { margin: .25rem 0; }
+.note, figcaption, dd, summary { color: var(--muted); font-size: .92rem; }
+.findings { border-left: 3px solid var(--c0); padding: .2rem 0 .2rem 1.6rem; margin: 1.2rem 0; }
+figure { margin: 0; }
+.row { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
+.row > * { min-width: 0; max-width: 34rem; } .row h3 { font-size: 1rem; margin: .9rem 0 .2rem; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
+svg.key { width: 28px; height: 14px; display: inline-block; vertical-align: -2px;
+  margin-right: .35rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .8rem 0 .4rem; }
+.chart text { font: 12px system-ui, sans-serif; fill: var(--muted); }
+.grid { stroke: var(--line); stroke-width: .7; } .zero { stroke: var(--muted); }
+.guide { stroke: var(--muted); stroke-dasharray: 4 4; fill: none; }
+.chart polyline, .key > path { fill: none; stroke: var(--c); stroke-width: 1.8; }
+.chart .guide { stroke: var(--muted); stroke-width: 1.2; }
+.mark path { fill: var(--c); stroke: transparent; stroke-width: 14; }
+.chart .mark text { font-size: 10.5px; fill: var(--c); }
+SERIES
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+.all { width: 100%; white-space: nowrap; }
+th, td { padding: .32rem .45rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; } th[title] { cursor: help; text-decoration: underline dotted; }
+.all th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+tbody th { font-weight: 400; } tr.first > * { border-top: 2px solid var(--line); }
+.heat td { text-align: center; border: 2px solid var(--page); min-width: 2.4rem;
+  background: color-mix(in srgb, var(--missed) calc(var(--m) * 85%), var(--raised)); }
+.heat th { font-weight: 400; color: var(--muted); border: 0; text-align: center; }
+dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; }
+pre { background: var(--raised); padding: .8rem; overflow-x: auto; font-size: .8rem;
+  line-height: 1.35; border-radius: 6px; }
+""".replace("SERIES", "".join(f".s{n} {{ --c: var(--c{n}); }} " for n in range(figures.COLORS)))
 
 
 def write_report(
@@ -113,6 +80,7 @@ def write_report(
     title: str,
     source: str,
     score_name: str = "score",
+    text: str = "",
 ) -> None:
     """Writes one HTML file that needs no other.
 
@@ -120,185 +88,305 @@ def write_report(
       comparison: What `compare` returned.
       path: Where to write; folders are made.
       title: The page's title.
-      source: One sentence on what was measured, on which model and text.
+      source: A sentence or two on what was measured, on which model and text.
       score_name: What the score is, such as "bits/byte".
+      text: The opening of the text that the model read, if it is known.
     """
-    header, cells = rows(comparison, score_name)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
+    findings = "".join(f"<li>{html.escape(x)}</li>" for x in _findings(comparison, score_name))
+    opening = (
+        f"<details><summary>The text begins so</summary><pre>{html.escape(text)}</pre></details>"
+        if text
+        else ""
     )
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class=lead>{html.escape(source)} {html.escape(_summary(comparison, score_name))}</p>",
-        "<h2>Density against error</h2>",
-        _figure(
-            _frontier(comparison, score_name),
-            "Left: relative error of the attention output against the share of visible tiles that "
-            "is computed, mean over layers and heads; lower left is better. Right: what the whole "
-            f"model loses with the method inside, in {score_name}."
-            if comparison.dense_score is not None
-            else "Relative error of the attention output against the share of visible tiles that "
-            "is computed, mean over layers and heads; lower left is better.",
-        ),
+        f"<p>{html.escape(source)}</p>{opening}",
+        f"<ul class='findings'>{findings}</ul>",
+        "<h2>What leaving tiles out costs, and what it saves</h2>",
+        _frontier(comparison, score_name),
         "<h2>Which tiles are computed</h2>",
         _figure(
-            block_mask_figure(comparison),
-            "One picture per head, queries downwards, keys to the right; a dark tile is computed. "
-            "Each row is one setting of one method on one layer.",
+            "".join(_model_tiles(comparison, r) for r in shown_settings(comparison)),
+            "Each square is one head's attention map, queries downwards, keys to the right, with "
+            "the share of its visible tiles that is computed: strong tiles are computed, faint "
+            f"ones skipped. Of each method the setting nearest to {percent(SHOWN_DENSITY, 0)} "
+            "density, so that all spend about the same: what differs is where.",
         ),
-        "<h2>Attention mass recalled, by layer and head</h2>",
+        "<h2>Attention recalled, head by head</h2>",
         _figure(
-            _recall(comparison),
-            "The share of dense attention's probability that falls on computed pairs. One line per "
-            "layer, one cell per head.",
+            "".join(_recall(r) for r in shown_settings(comparison)),
+            "Percent of dense attention's probability that falls on attended pairs, layers "
+            "downwards, heads to the right; the redder a cell, the more the head loses.",
         ),
         "<h2>All figures</h2>",
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        "<p class=lead>Tiles: computed tiles over visible tiles. Tokens: attended pairs of tokens "
-        "over visible pairs. Recall: mean probability of dense attention on attended pairs. Error: "
-        "norm of the difference of outputs over the norm of the dense output; cosine: of the angle "
-        "between the two. ms: all layers, planning included, median of repeated runs; x dense: "
-        "how many times faster than dense attention by the same executor in the same run. GFLOP "
-        "and MB: counted, not timed, planning included; backward: the gradients' operations as a "
-        "share of dense attention's.</p>",
+        _page_table(comparison, score_name),
+        "<h2>How this was measured</h2>",
+        f"<dl>{_conditions(comparison)}</dl>",
     ]
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{html.escape(title)}</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<style>{_STYLE}{_TILES_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+    _write(path, page)
+
+
+def write_tiles(comparison: Comparison, path: str | Path) -> None:
+    """Writes an SVG file of tiles: a row per method, the heads of a middle and the last layer."""
+    chosen = shown_settings(comparison)
+    count = len(chosen[0].density)
+    layers = sorted({count // 2, count - 1})
+    grid = [
+        (r.label, [p for n in layers for p in _panels(comparison, r, n, f"L{n} head ")])
+        for r in chosen
+    ]
+    _write(path, figures.standalone(figures.tile_grid(grid), _TILES_STYLE))
+
+
+def _write(path: str | Path, text: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(page, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         checks.writable(path, error)
 
 
-def _summary(comparison: Comparison, score_name: str) -> str:
-    """Key findings in a sentence or two, from the figures."""
-    sparse = [r for r in comparison.results if np.mean(r.density) < 0.9]
-    if not sparse:
-        return ""
-    near = [r for r in sparse if np.mean(r.error) < 0.1]
-    fastest = max(sparse, key=lambda r: r.dense_seconds / r.seconds)
-    text = (
-        f"The fastest setting, {fastest.label}, takes "
-        f"{fastest.seconds / fastest.dense_seconds:.0%} of dense attention's time at an output "
-        f"error of {np.mean(fastest.error):.2f}."
-    )
+def _is_exact(result: Result) -> bool:
+    """Whether it leaves no visible tile out."""
+    return float(np.min(result.density)) > 1 - 1e-6
+
+
+def shown_settings(comparison: Comparison) -> list[Result]:
+    """Of each method that leaves something out, the setting nearest to `SHOWN_DENSITY`."""
+    sparse = [r for r in comparison.results if not _is_exact(r)] or comparison.results
+    groups = [[r for r in sparse if r.method == m] for m in dict.fromkeys(r.method for r in sparse)]
+    return [min(g, key=lambda r: abs(mean(r.density) - SHOWN_DENSITY)) for g in groups]
+
+
+def _findings(comparison: Comparison, score_name: str) -> list[str]:
+    """What the figures say, a sentence each."""
+    sparse = [r for r in comparison.results if not _is_exact(r)]
+    found = []
+
+    def speed(r: Result) -> str:
+        return f"{r.dense_seconds / r.seconds:.1f} times as fast as dense attention"
+
+    faithful = [r for r in sparse if mean(r.recall) >= 0.9]
+    if faithful:
+        least = min(faithful, key=lambda r: mean(r.density))
+        fastest = max(faithful, key=lambda r: r.dense_seconds / r.seconds)
+        it_is = "and it is" if fastest is least else f"{fastest.label} is"
+        found.append(
+            f"Of the settings that recall {percent(0.9, 0)} of dense attention, {least.label} "
+            f"computes the fewest tiles, {percent(mean(least.density), 0)}, at an output error of "
+            f"{mean(least.error):.2f}; {it_is} the fastest, {speed(fastest)}, planning included."
+        )
+    near = [r for r in sparse if mean(r.error) < 0.1]
     if near:
-        best = min(near, key=lambda r: float(np.mean(r.density)))
-        text += (
-            f" The sparsest with an output error below 0.1 is {best.label}: it computes "
-            f"{np.mean(best.density):.0%} of the visible tiles."
+        best = min(near, key=lambda r: mean(r.density))
+        found.append(
+            f"For an output error below 0.1, {best.label} computes the fewest, "
+            f"{percent(mean(best.density), 0)} of the tiles: {speed(best)}."
         )
     if comparison.dense_score is not None:
         loss = [(r.score - comparison.dense_score, r) for r in sparse if r.score is not None]
-        close = [(np.mean(r.density), r, gap) for gap, r in loss if gap < 0.01]
+        close = [(gap, r) for gap, r in loss if gap < 0.01]
         if close:
-            density, result, gap = min(close, key=lambda item: item[0])
+            gap, best = min(close, key=lambda item: mean(item[1].density))
             change = "loses" if gap > 0 else "gains"
-            text += (
-                f" Inside the model, {result.label} {change} {abs(gap):.4f} {score_name} while "
-                f"computing {density:.0%} of the tiles."
+            found.append(
+                f"Inside the model, {best.label} {change} {abs(gap):.4f} {score_name} while "
+                f"computing {percent(mean(best.density), 0)} of the tiles."
             )
         better = sum(gap < -0.01 for gap, _ in loss)
         if better:
-            text += (
-                f" {better} of {len(loss)} sparse settings predict better than dense attention by "
+            found.append(
+                f"{better} of {len(loss)} sparse settings predict better than dense attention by "
                 f"over 0.01 {score_name}: at this length the model is not at its best with "
                 "all pairs, so this score does not rank the methods; recall and error do."
             )
-    return text
+    exact = [r for r in comparison.results if _is_exact(r)]
+    if exact:
+        names = ", ".join(r.label for r in exact)
+        worst = max(float(np.max(r.error)) for r in exact)
+        found.append(
+            f"{names}: at this setting nothing is left out under a causal mask. It stands here as "
+            "a check, planned attention against dense attention: the output's error is "
+            f"{worst:.1g}, and the time differs by what planning and chance make of it."
+        )
+    cut = [r.label for r in comparison.results if r.overflowed]
+    if cut:
+        found.append(
+            f"Lists were too short for all that was chosen by {', '.join(cut)}: tiles are missing "
+            "from those plans, and their figures are of what was left."
+        )
+    return found
 
 
-def _figure(figure: Any, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    alt = html.escape(caption)
-    return (
-        f"<figure><img alt='{alt}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{alt}</figcaption></figure>"
+def _figure(drawn: str, caption: str, legend: str = "") -> str:
+    text = html.escape(caption)
+    return f"<figure><figcaption>{text}</figcaption>{legend}<div class='row'>{drawn}</div></figure>"
+
+
+def _frontier(comparison: Comparison, score_name: str) -> str:
+    sparse = [r for r in comparison.results if not _is_exact(r)]
+    if not sparse:
+        return "<p class='note'>No setting leaves anything out.</p>"
+    methods = list(dict.fromkeys(r.method for r in sparse))
+
+    def density(r: Result) -> float:
+        return 100 * mean(r.density)
+
+    x = figures.Axis.over("visible tiles computed, %", map(density, sparse), log=True)
+
+    def panel(title: str, said: str, y_label: str, value: Callable[[Result], float], log=False):
+        points = {
+            m: sorted(
+                figures.Point(
+                    density(r),
+                    value(r),
+                    r.label.removeprefix(m).strip(),
+                    f"{r.label}: {density(r):.1f} % of the tiles, {y_label} {value(r):.3g}",
+                )
+                for r in sparse
+                if r.method == m
+            )
+            for m in methods
+        }
+        ideal = [figures.Point(d, 100 / d, "", "") for d in (x.low, x.high)] if log else []
+        values = [*map(value, sparse), *([p.y for p in ideal] if log else [0.0])]
+        drawn = figures.chart(points, x, figures.Axis.over(y_label, values, log=log), guide=ideal)
+        return f"<div><h3>{title}</h3>{drawn}<p class='note'>{html.escape(said)}</p></div>"
+
+    panels = [
+        panel(
+            "Error of the output",
+            "How far attention's output is from dense attention's: lower is better.",
+            "relative error",
+            lambda r: mean(r.error),
+        ),
+        panel(
+            "Speed",
+            "Planning included, higher is better; the dashed line is what leaving tiles out would "
+            "bring if all else were free.",
+            "times as fast as dense",
+            lambda r: r.dense_seconds / r.seconds,
+            log=True,
+        ),
+    ]
+    dense_score = comparison.dense_score
+    if dense_score is not None:
+        cost = panel(
+            "Cost inside the model",
+            f"What the model loses in {score_name} with the method in every layer: lower is "
+            "better, below zero it gains.",
+            f"{score_name} above dense",
+            lambda r: (r.score or 0.0) - dense_score,
+        )
+        panels.insert(1, cost)
+    legend = "".join(
+        f"<span>{figures.key(n)}{html.escape(m)}</span>" for n, m in enumerate(methods)
+    )
+    return _figure(
+        "".join(panels),
+        "A line is a method, a point one of its settings, marked with its value; means over layers "
+        "and heads. Farther left, fewer tiles are computed.",
+        f"<div class='legend'>{legend}</div>",
     )
 
 
-def _by_method(comparison: Comparison) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in comparison.results:
-        groups.setdefault(result.method, []).append(result)
-    return groups
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, evenly spread, first and last among them."""
+    return sorted({round(x) for x in np.linspace(0, count - 1, min(count, most))})
 
 
-def _frontier(comparison: Comparison, score_name: str) -> Any:
-    from matplotlib.figure import Figure
-
-    has_score = comparison.dense_score is not None
-    figure = Figure(figsize=(11 if has_score else 6, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2 if has_score else 1, squeeze=False)[0]
-    for name, results in _by_method(comparison).items():
-        results = sorted(results, key=lambda r: np.mean(r.density))
-        density = [100 * np.mean(r.density) for r in results]
-        panels[0].plot(density, [np.mean(r.error) for r in results], "o-", label=name)
-        if has_score:
-            gaps = [(r.score or 0.0) - (comparison.dense_score or 0.0) for r in results]
-            panels[1].plot(density, gaps, "o-", label=name)
-    panels[0].set_ylabel("relative output error")
-    if has_score:
-        panels[1].set_ylabel(f"{score_name} above dense")
-        panels[1].axhline(0, color="0.7", linewidth=1, zorder=0)
-    for panel in panels:
-        panel.set_xlabel("visible tiles computed, %")
-        panel.set_xlim(0, 103)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
-    return figure
+def _panels(
+    comparison: Comparison, result: Result, layer: int, prefix: str = "head "
+) -> list[figures.Panel]:
+    panels = []
+    for head in _spread(comparison.heads, _HEADS):
+        density, recall, error = (
+            float(values[layer][head]) for values in (result.density, result.recall, result.error)
+        )
+        panels.append(
+            figures.Panel(
+                comparison.tiles[result.label][layer][head],
+                f"{prefix}{head}: {percent(density, 0)}",
+                f"{result.label}, layer {layer}, head {head}: computes {percent(density)} of the "
+                f"visible tiles, recalls {percent(recall)}, error {error:.3f}",
+            )
+        )
+    return panels
 
 
-def block_mask_figure(comparison: Comparison, *, layers: int = 2) -> Any:
-    """Pictures of the tiles: a row per method and layer, a column per head."""
-    from matplotlib.figure import Figure
-
-    chosen = []
-    for results in _by_method(comparison).values():
-        result = results[len(results) // 2]
-        count = len(comparison.tiles[result.label])
-        for layer in sorted({count // 3, count - 1})[:layers]:
-            chosen.append((result, layer))
-    heads = min(comparison.heads, 8)
-    figure = Figure(figsize=(1.7 * heads + 1.6, 1.75 * len(chosen)), layout="constrained")
-    axes = figure.subplots(len(chosen), heads, squeeze=False)
-    for row, (result, layer) in zip(axes, chosen, strict=True):
-        for head, panel in enumerate(row):
-            tiles = comparison.tiles[result.label][layer][head]
-            panel.imshow(~tiles, cmap="gray", vmin=-0.3, vmax=1, interpolation="nearest")
-            panel.set_xticks([])
-            panel.set_yticks([])
-            density = np.mean(result.density[layer][head])
-            panel.set_title(f"head {head}: {100 * density:.0f} %", fontsize=8)
-        row[0].set_ylabel(f"{result.label}\nlayer {layer}", fontsize=8)
-    return figure
+def _model_tiles(comparison: Comparison, result: Result) -> str:
+    picture = figures.tile_grid(
+        [
+            (f"layer {layer}", _panels(comparison, result, layer))
+            for layer in _spread(len(result.density), _LAYERS)
+        ]
+    )
+    heading = f"{html.escape(result.label)}: {percent(mean(result.density), 0)} of the tiles"
+    return f"<div><h3>{heading}</h3>{picture}</div>"
 
 
-def _recall(comparison: Comparison) -> Any:
-    from matplotlib.figure import Figure
+def _recall(result: Result) -> str:
+    recall = np.asarray(result.recall)
+    heads = "".join(f"<th>{head}</th>" for head in range(recall.shape[1]))
+    lines = "".join(
+        f"<tr><th>{layer}</th>"
+        + "".join(f"<td style='--m:{1 - x:.2f}'>{100 * x:.0f}</td>" for x in line)
+        + "</tr>"
+        for layer, line in enumerate(recall)
+    )
+    return (
+        f"<div><h3>{html.escape(result.label)}: {percent(recall.mean())}</h3><div class='scroll'>"
+        f"<table class='heat'><tr><th></th>{heads}</tr>{lines}</table></div></div>"
+    )
 
-    chosen = [results[len(results) // 2] for results in _by_method(comparison).values()]
-    figure = Figure(figsize=(2.6 * len(chosen) + 1, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(chosen), squeeze=False)[0]
-    image: Any = None
-    for panel, result in zip(axes, chosen, strict=True):
-        recall = 100 * np.asarray(result.recall)
-        image = panel.imshow(recall, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        for (layer, head), value in np.ndenumerate(recall):
-            color = "white" if value < 60 else "black"
-            panel.text(head, layer, f"{value:.0f}", ha="center", va="center", color=color, size=8)
-        panel.set_title(result.label, fontsize=10)
-        panel.set_xlabel("head")
-        panel.set_xticks(range(recall.shape[1]))
-        panel.set_yticks(range(recall.shape[0]))
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes), label="recall, %", shrink=0.9)
-    return figure
+
+def _page_table(comparison: Comparison, score_name: str) -> str:
+    shown = columns(comparison, score_name)
+    head = "".join(
+        f"<th title='{html.escape(c.meaning)}'>{html.escape(c.name)}</th>" for c in shown
+    )
+    lines, before = [], ""
+    for result in rows(comparison):
+        first = " class='first'" if before != result.method else ""
+        before = result.method
+        cells = "".join(f"<td>{html.escape(c.cell(result))}</td>" for c in shown)
+        lines.append(f"<tr{first}><th>{html.escape(result.label)}</th>{cells}</tr>")
+    meanings = "; ".join(f"<b>{html.escape(c.name)}</b>: {html.escape(c.meaning)}" for c in shown)
+    return (
+        f"<div class='scroll'><table class='all'><thead><tr><th>method</th>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<p class='note'>Means over layers and heads. {meanings}.</p>"
+    )
+
+
+def _conditions(comparison: Comparison) -> str:
+    device = jax.devices()[0]
+    said = {
+        "Times": f"Wall-clock time of compiled programs, without compilation: the median of "
+        f"{comparison.repeats} runs per layer, summed over layers. Dense attention runs through "
+        "the same js.attend on the same causal mask, before the others in the same run. Other work "
+        "on the machine shows in these times; nothing else on this page depends on them.",
+        "Errors and recall": "Against dense attention on the same tensors, with each layer's "
+        "input as dense attention makes it: errors do not build up over layers, except in the "
+        "model's own cost, where the method stands in every layer.",
+        "Operations and bytes": "Counted from the plans, two operations per multiply and add.",
+        "Machine": f"{_processor()}, {os.cpu_count()} cores; JAX runs on "
+        f"{' '.join(dict.fromkeys((device.platform, device.device_kind)))}.",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "numpy"))
+        + f", Python {platform.python_version()}; {datetime.date.today().isoformat()}.",
+    }
+    return "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in said.items())
+
+
+def _processor() -> str:
+    """The processor's name, as the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]

@@ -1,9 +1,7 @@
-"""Known figures are found, a stopped run goes on where it was, the report is one file."""
+"""Known figures are found, and a stopped run goes on where it was."""
 
 import json
-import re
 import sys
-from html.parser import HTMLParser
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import pytest
 import jsparse as js
 from jsparse.evaluation import Captured, compare
 from jsparse.evaluation.compare import Setting, settings
-from jsparse.evaluation.report import rows, write_report
 from jsparse.evaluation.store import Store, fingerprint
 from tests.inputs import qkv
 
@@ -107,6 +104,11 @@ def test_block_reaches_methods_that_have_one():
         assert plan.block_q == size
 
 
+def test_settings_refuse_a_block_before_anything_runs():
+    with pytest.raises(ValueError, match="block_size=100 must be a multiple of 16"):
+        settings(["xattention"], block=100)
+
+
 def test_settings_refuse_names_that_do_not_apply(monkeypatch):
     with pytest.raises(ValueError, match="no method 'nothing'"):
         settings(["nothing"])
@@ -192,65 +194,3 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         Store(tmp_path / "file" / "partial.json", "x").get("a", lambda: 1)
-
-
-class Page(HTMLParser):
-    """Notes what a page opens, closes and refers to."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.references, self.cells, self.images = [], [], 0, 0
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "br", "hr", "link", "input"):
-            self.open.append(tag)
-        self.cells += tag == "td"
-        self.images += tag == "img"
-        for name, value in attrs:
-            if name in ("src", "href", "data", "srcset", "action"):
-                self.references.append(value)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, tag
-
-
-def test_the_report_is_one_well_formed_file(comparison, tmp_path):
-    path = tmp_path / "new" / "report.html"
-    write_report(
-        comparison, path, title="<Title> & more", source="A 'source' <b>.", score_name="bits/byte"
-    )
-    text = path.read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text)
-    assert not page.open
-    assert page.images == 3
-    assert page.references
-    assert all(r.startswith("data:image/png;base64,") for r in page.references)
-    assert not re.search(r"https?://|@import|url\(", text)
-    assert "&lt;Title&gt; &amp; more" in text
-    assert "<b>" not in text
-    header, cells = rows(comparison, "bits/byte")
-    assert page.cells == len(header) * (1 + len(WHICH)) == sum(map(len, cells))
-    assert [row[0] for row in cells] == ["dense", *(s.label for s in WHICH)]
-
-
-def test_the_report_needs_no_score(tmp_path):
-    result = compare(captured(1), which=WHICH[2:3], repeats=1)
-    write_report(result, tmp_path / "r.html", title="t", source="s")
-    assert "None" not in (tmp_path / "r.html").read_text()
-    with pytest.raises(ValueError, match="cannot be written"):
-        write_report(result, tmp_path, title="t", source="s")
-
-
-def test_the_summary_says_when_sparse_beats_dense(comparison):
-    """A score that falls with sparsity is a finding about the model, not a loss of minus some."""
-    from jsparse.evaluation.report import _summary
-
-    results = [r._replace(score=0.75, density=[[0.5]]) for r in comparison.results]
-    text = _summary(comparison._replace(results=results), "bits/byte")
-    assert "gains 0.2500 bits/byte" in text
-    assert "does not rank the methods" in text
-    results = [r._replace(score=1.005, density=[[0.5]]) for r in comparison.results]
-    text = _summary(comparison._replace(results=results), "bits/byte")
-    assert "loses 0.0050 bits/byte" in text
-    assert "does not rank" not in text
