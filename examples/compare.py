@@ -22,7 +22,7 @@ from jsparse import checks
 from jsparse.cli import compare_with_progress, one_line_errors
 from jsparse.evaluation import capture, save_captured
 from jsparse.evaluation.compare import BLOCK, settings
-from jsparse.evaluation.report import write_report, write_tiles
+from jsparse.evaluation.report import make_room, write_report, write_tiles
 from jsparse.evaluation.table import print_table
 
 CHECKPOINT = Path(__file__).parent / "language_model" / "checkpoint" / "model.safetensors"
@@ -57,7 +57,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     checks.positive(context=arguments.context)
-    checks.file_place(arguments.output)
+    for path in (arguments.output, arguments.keep, arguments.picture):
+        if path:
+            make_room(path)
     model = load(arguments.checkpoint)
     text = arguments.text or data.held_out_file(arguments.context)
     try:

@@ -13,8 +13,8 @@ from rich.table import Table
 from jsparse import checks
 from jsparse.evaluation.capture import Captured, load_captured
 from jsparse.evaluation.compare import Comparison, Setting, compare, settings
-from jsparse.evaluation.report import write_report
-from jsparse.evaluation.table import print_first_that_fits, print_table
+from jsparse.evaluation.report import make_room, write_report
+from jsparse.evaluation.table import counted, print_first_that_fits, print_table
 from jsparse.registry import METHODS
 
 _EXAMPLES = """examples:
@@ -132,7 +132,7 @@ def _compare(parsed: argparse.Namespace) -> None:
     checks.positive(repeats=parsed.repeats)
     if parsed.block is not None:
         checks.positive(block=parsed.block)
-    checks.file_place(parsed.output)
+    make_room(parsed.output)
     which = settings(parsed.methods, block=parsed.block)
     layers = load_captured(parsed.file)
     comparison = compare_with_progress(
@@ -143,12 +143,13 @@ def _compare(parsed: argparse.Namespace) -> None:
     )
     print_table(comparison)
     (q_len, heads, dim), kv_heads = layers[0].q.shape, layers[0].k.shape[1]
+    shape = f"{counted(heads, 'query head')} over {counted(kv_heads, 'kv head')} of {dim}"
     write_report(
         comparison,
         parsed.output,
         title="Sparse attention methods on captured tensors",
-        source=f"{parsed.file.name}: {len(layers)} layers, {q_len} tokens, {heads} query heads "
-        f"over {kv_heads} kv heads of {dim}, {layers[0].q.dtype}.",
+        source=f"{parsed.file.name}: {counted(len(layers), 'layer')}, {q_len} tokens, "
+        f"{shape}, {layers[0].q.dtype}.",
     )
     print(f"report: {parsed.output}")
 

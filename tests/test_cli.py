@@ -42,6 +42,14 @@ def test_methods_lists_the_registry(capsys, monkeypatch):
         assert row.summary in line
 
 
+def test_methods_cuts_no_cell_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["methods"])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(row.name in out and row.paper in out for row in METHODS)
+
+
 def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
     output = tmp_path / "new" / "report.html"
     arguments = ["--methods", "mean_pooled", "--output", output, "--repeats", 1, "--block", 64]
@@ -50,7 +58,7 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
     assert "mean_pooled 0.05" in out
     assert "streaming" not in out
     assert f"report: {output}" in out
-    assert "2 layers, 300 tokens, 4 heads of 16" in output.read_text()
+    assert "2 layers, 300 tokens, 4 query heads over 2 kv heads of 16" in output.read_text()
     assert [p.name for p in output.parent.iterdir()] == ["report.html"]
 
 
@@ -89,6 +97,33 @@ def test_numbers_out_of_range_are_refused(capsys, file, option, value):
 def test_a_place_that_cannot_be_written_is_refused(capsys, file):
     line = fails(capsys, "compare", file, "--methods", "flashmask", "--output", file / "r.html")
     assert "cannot be written" in line
+
+
+def test_a_folder_as_output_is_refused_before_anything_runs(capsys, tmp_path):
+    line = fails(capsys, "compare", tmp_path / "nothing.safetensors", "--output", tmp_path)
+    assert "is a folder" in line
+
+
+def test_wrong_shapes_name_their_layer(capsys, tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {f"layers.{n}.{x}": a for n in (0, 1) for x, a in zip("qkv", qkv(300), strict=True)}
+    tensors = {name: np.asarray(x) for name, x in tensors.items()}
+    tensors["layers.1.k"] = tensors["layers.1.k"][..., :8]
+    safetensors.numpy.save_file(tensors, str(path))
+    assert f"{path}: in layer 1, q has dim 16 and k 8" in fails(capsys, "compare", path)
+
+
+def test_being_stopped_says_what_is_kept(capsys, file, tmp_path, monkeypatch):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jsparse.cli.compare", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(file), "--output", str(tmp_path / "r.html")])
+    assert stop.value.code == 130
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "the same command goes on" in line
 
 
 def test_argparse_exits_with_2_and_help_shows_examples(capsys):

@@ -2,6 +2,7 @@
 
 import datetime
 import html
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -144,17 +145,30 @@ def write_tiles(comparison: Comparison, path: str | Path) -> None:
     _write(path, figures.standalone(figures.tile_grid(grid), _TILES_STYLE))
 
 
-def _write(path: str | Path, text: str) -> None:
+def make_room(path: str | Path) -> None:
+    """Makes the folder that a file goes into, so that a wrong place is known before the work.
+
+    Raises:
+      ValueError: if the path is a folder itself, or its folder cannot be made.
+    """
+    checks.file_place(Path(path))
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        checks.writable(path, error)
+
+
+def _write(path: str | Path, text: str) -> None:
+    make_room(path)
+    try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         checks.writable(path, error)
 
 
 def _is_exact(result: Result) -> bool:
-    """Whether it leaves no visible tile out."""
-    return float(np.min(result.density)) > 1 - 1e-6
+    """Whether it leaves no visible pair out, up to how well pairs are counted."""
+    return float(np.min(result.token_density)) > 1 - 1e-5
 
 
 def shown_settings(comparison: Comparison) -> list[Result]:
@@ -215,6 +229,8 @@ def _findings(comparison: Comparison, score_name: str) -> list[str]:
             "a check, planned attention against dense attention: the output's error is "
             f"{worst:.1g}, and the time differs by what planning and chance make of it."
         )
+    if not all(math.isfinite(mean(r.error)) for r in comparison.results):
+        found.append("Some errors are not numbers: q, k or v hold NaN or infinity.")
     cut = [r.label for r in comparison.results if r.overflowed]
     if cut:
         found.append(
@@ -250,12 +266,12 @@ def _frontier(comparison: Comparison, score_name: str) -> str:
                     f"{r.label}: {density(r):.1f} % of the tiles, {y_label} {value(r):.3g}",
                 )
                 for r in sparse
-                if r.method == m
+                if r.method == m and math.isfinite(value(r))
             )
             for m in methods
         }
         ideal = [figures.Point(d, 100 / d, "", "") for d in (x.low, x.high)] if log else []
-        values = [*map(value, sparse), *([p.y for p in ideal] if log else [0.0])]
+        values = [p.y for line in (ideal, *points.values()) for p in line] + [0.0] * (not log)
         drawn = figures.chart(points, x, figures.Axis.over(y_label, values, log=log), guide=ideal)
         return f"<div><h3>{title}</h3>{drawn}<p class='note'>{html.escape(said)}</p></div>"
 

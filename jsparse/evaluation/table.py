@@ -16,6 +16,11 @@ def percent(x: float, digits: int = 1) -> str:
     return f"{100 * x:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def mean(values: list[list[float]]) -> float:
     """Over layers and heads."""
     return float(np.mean(values))
@@ -147,9 +152,9 @@ def print_first_that_fits(*tables: Table) -> None:
 
 
 def _table(comparison: Comparison, shown: Sequence[Column]) -> Table:
-    layers = len(comparison.results[0].density)
+    layers = counted(len(comparison.results[0].density), "layer")
     table = Table(
-        title=f"against dense attention: {layers} layers, {comparison.heads} heads, "
+        title=f"against dense attention: {layers}, {counted(comparison.heads, 'head')}, "
         f"{comparison.q_len} tokens",
         caption="; ".join(f"{column.name}: {column.meaning}" for column in shown) + ".",
         caption_justify="left",

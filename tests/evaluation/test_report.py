@@ -9,7 +9,7 @@ import pytest
 
 from jsparse.evaluation import compare, figures
 from jsparse.evaluation.compare import Comparison, Result
-from jsparse.evaluation.report import shown_settings, write_report, write_tiles
+from jsparse.evaluation.report import make_room, shown_settings, write_report, write_tiles
 from jsparse.evaluation.table import columns, print_table, rows
 from tests.evaluation.test_compare import WHICH, captured
 
@@ -25,7 +25,7 @@ def result(method: str, setting: str, density: float, **figures) -> Result:
 
     given = {
         "density": density,
-        "token_density": density * 0.9,
+        "token_density": density if density == 1 else density * 0.9,
         "recall": density**0.1,
         "error": 1 - density,
         "largest_error": 3.5,
@@ -111,9 +111,9 @@ def test_a_real_comparison_makes_a_page_of_one_file(tmp_path):
     assert "def f(): &lt;i&gt;" in text
     assert "<b>." not in text
     assert "<i>" not in text
-    # error, cost and speed; tiles of the one method of these that leaves something out
+    # error, cost and speed; tiles of the two methods of these that leave something out
     assert page.svgs.count("chart") == 3
-    assert page.svgs.count("tiles") == 1
+    assert page.svgs.count("tiles") == 2
 
 
 def test_the_pages_table_holds_every_figure(comparison, tmp_path):
@@ -141,8 +141,15 @@ def test_a_page_needs_no_score(comparison, tmp_path):
     assert "None" not in text
     assert page.svgs.count("chart") == 2
     assert "score" not in [c.name for c in columns(bare, "score")]
-    with pytest.raises(ValueError, match="cannot be written"):
-        write_report(bare, tmp_path, title="t", source="s")
+
+
+def test_a_place_that_cannot_hold_a_file_is_refused(comparison, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "cannot be written")):
+        with pytest.raises(ValueError, match=said):
+            make_room(path)
+        with pytest.raises(ValueError, match=said):
+            write_tiles(comparison, path)
 
 
 def test_a_page_of_exact_settings_alone_says_so(tmp_path):
@@ -217,6 +224,18 @@ def test_findings_say_what_an_exact_setting_is_there_for():
     text = findings(result("whole", "", 1.0, error=2e-7))
     assert "whole: at this setting nothing is left out" in text
     assert "error is 2e-07" in text
+
+
+def test_leaving_out_pairs_within_tiles_is_not_exact():
+    text = findings(result("window", "64", 1.0, token_density=0.4))
+    assert "nothing is left out" not in text
+
+
+def test_tensors_with_nan_still_make_a_page(comparison, tmp_path):
+    broken = [r._replace(error=[[float("nan")] * HEADS] * LAYERS) for r in comparison.results]
+    page, text = page_of(comparison._replace(results=broken), tmp_path)
+    assert "hold NaN or infinity" in text
+    assert page.svgs.count("chart") == 3
 
 
 def test_findings_own_up_to_lists_that_were_too_short():
