@@ -5,7 +5,7 @@ Colours come from the page: `currentColor`, and the classes `s0` to `s6` for ser
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +76,7 @@ class Axis(NamedTuple):
 
 
 def chart(
-    series: dict[str, Sequence[Point]], x: Axis, y: Axis, *, guide: Sequence[Point] = ()
+    series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, *, guide: Sequence[Point] = ()
 ) -> str:
     """Lines through marked points, a colour and a shape per series.
 
