@@ -1,10 +1,14 @@
 """Causal: each query sees the keys up to its own position."""
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, pytree_dataclass
-from jsparse.types.mask import Index, TileClassifier
+from jsparse import checks
+from jsparse.types import Frame, Mask, TileBounds, array_field, entry, pytree_dataclass
+from jsparse.types.mask import Index, Range
 
 
 @pytree_dataclass
@@ -14,20 +18,20 @@ class Causal(Mask):
     offset: Int[Array, "*batch"] | None = array_field(core_ndim=0, default=None)
 
     def _last_key(self, q_index: Index, frame: Frame) -> Index:
-        offset = frame.diagonal if self.offset is None else self.offset[frame.batch]
-        return q_index + offset
+        return q_index + key_position(self.offset, frame)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return kv_index <= self._last_key(q_index, frame)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            q_first, q_last = grid.q_range(q_block)
-            kv_first, kv_last = grid.kv_range(kv_block)
-            some = kv_first <= self._last_key(q_last, frame)
-            return TileBounds(some, kv_last <= self._last_key(q_first, frame))
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
+        some = kv_first <= self._last_key(q_last, frame)
+        return TileBounds(some, kv_last <= self._last_key(q_first, frame))
 
-        return classify
+
+def key_position(offset: Int[Array, " batch"] | None, frame: Frame) -> Index:
+    """The key index that query 0 sits at: as given, else such that the last query sits last."""
+    return frame.diagonal if offset is None else offset[entry(len(offset), frame.batch)]
 
 
 def causal(*, offset: Int[Array, "*batch"] | int | None = None) -> Mask:
@@ -36,5 +40,17 @@ def causal(*, offset: Int[Array, "*batch"] | int | None = None) -> Mask:
     Args:
       offset: The key index that query 0 sits at, per sequence; may be traced (a decode step's
         position in its cache). Default `kv_len - q_len`: the last query sees the last key.
+
+    Raises:
+      ValueError: if `offset` is not an integer.
     """
-    return Causal(None if offset is None else jnp.asarray(offset, jnp.int32))
+    return Causal(as_int32(offset=offset))
+
+
+def as_int32(**values: Any) -> Int[Array, "*batch"] | None:
+    """One number or array of numbers per sequence, None left as it is."""
+    ((name, value),) = values.items()
+    if value is None:
+        return None
+    checks.integers(**{name: np.asarray(value) if isinstance(value, (int, float)) else value})
+    return jnp.asarray(value, jnp.int32)

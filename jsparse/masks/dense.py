@@ -14,10 +14,11 @@ from jsparse.types import (
     TileBounds,
     TileGrid,
     array_field,
+    entry,
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, TileClassifier, pad_to_blocks
+from jsparse.types.mask import Index, Range, TileClassifier, pad_to_blocks
 
 
 @pytree_dataclass
@@ -27,12 +28,9 @@ class Full(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return jnp.ones(jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index)), bool)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            every = jnp.ones(jnp.broadcast_shapes(jnp.shape(q_block), jnp.shape(kv_block)), bool)
-            return TileBounds(every, every)
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        some, _ = Mask.within(self, q_range, kv_range, frame)
+        return TileBounds(some, some)
 
 
 @pytree_dataclass
@@ -45,11 +43,11 @@ class Dense(Mask):
     def heads(self) -> int:
         return self.pairs.shape[-3]
 
-    def _head(self, frame: Frame) -> Index:
-        return frame.head if self.heads > 1 else 0
+    def _sequence(self, frame: Frame) -> tuple[Index, Index]:
+        return entry(len(self.pairs), frame.batch), entry(self.heads, frame.head)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        return self.pairs[frame.batch, self._head(frame), q_index, kv_index]
+        return self.pairs[*self._sequence(frame), q_index, kv_index]
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         def tiles(fill: bool) -> Array:
@@ -63,7 +61,7 @@ class Dense(Mask):
         some, every = tiles(fill=False), tiles(fill=True)
 
         def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            at = (frame.batch, self._head(frame), q_block, kv_block)
+            at = (*self._sequence(frame), q_block, kv_block)
             return TileBounds(some[at], every[at])
 
         return classify

@@ -14,6 +14,7 @@ from jsparse.types import (
     TileBounds,
     TileGrid,
     array_field,
+    entry,
     pytree_dataclass,
     static_field,
 )
@@ -34,11 +35,12 @@ class Intervals(Mask):
     def heads(self) -> int:
         return self.lower_start.shape[-2]
 
-    def _head(self, frame: Frame) -> Index:
-        return frame.head if self.heads > 1 else 0
+    def _column(self, frame: Frame, index: Index) -> tuple[Index, Index, Index]:
+        batch = entry(len(self.lower_start), frame.batch)
+        return batch, entry(self.heads, frame.head), index
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        at = (frame.batch, self._head(frame), kv_index)
+        at = self._column(frame, kv_index)
         hidden = q_index >= self.lower_start[at]
         if self.lower_end is not None:
             hidden &= q_index < self.lower_end[at]
@@ -63,7 +65,7 @@ class Intervals(Mask):
         def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
             first, last = grid.q_range(q_block)
             stop = last + 1
-            at = (frame.batch, self._head(frame), kv_block)
+            at = self._column(frame, kv_block)
             (ls_low, ls_high), (le_low, le_high), (us_low, us_high), (ue_low, ue_high) = (
                 (low[at], high[at]) for low, high in extrema
             )

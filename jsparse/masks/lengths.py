@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jsparse.masks.causal import causal
-from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, pytree_dataclass
-from jsparse.types.mask import Index, TileClassifier
+from jsparse.masks.causal import as_int32, causal
+from jsparse.types import Frame, Mask, TileBounds, array_field, entry, pytree_dataclass
+from jsparse.types.mask import Index, Range
 
 
 @pytree_dataclass
@@ -18,20 +18,16 @@ class Lengths(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         seen = jnp.ones(jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index)), bool)
         if self.q_lengths is not None:
-            seen &= q_index < self.q_lengths[frame.batch]
+            seen &= q_index < self.q_lengths[entry(len(self.q_lengths), frame.batch)]
         if self.kv_lengths is not None:
-            seen &= kv_index < self.kv_lengths[frame.batch]
+            seen &= kv_index < self.kv_lengths[entry(len(self.kv_lengths), frame.batch)]
         return seen
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            (q_first, q_last), (kv_first, kv_last) = grid.q_range(q_block), grid.kv_range(kv_block)
-            # the first pair is the likeliest to be visible, the last the least
-            return TileBounds(
-                self.visible(q_first, kv_first, frame), self.visible(q_last, kv_last, frame)
-            )
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
+        # the first pair is the likeliest to be visible, the last the least
+        some = self.visible(q_first, kv_first, frame)
+        return TileBounds(some, self.visible(q_last, kv_last, frame))
 
 
 def lengths(
@@ -43,12 +39,11 @@ def lengths(
     Args:
       q_lengths: True queries per sequence; the rest see nothing. Default: all are true.
       kv_lengths: True keys per sequence; the rest are seen by none. Default: all are true.
+
+    Raises:
+      ValueError: if a length is not an integer.
     """
-
-    def as_int(x):
-        return None if x is None else jnp.asarray(x, jnp.int32)
-
-    return Lengths(as_int(q_lengths), as_int(kv_lengths))
+    return Lengths(as_int32(q_lengths=q_lengths), as_int32(kv_lengths=kv_lengths))
 
 
 def prefix_lm(prefix_len: Int[Array, "*batch"] | int) -> Mask:
@@ -56,5 +51,8 @@ def prefix_lm(prefix_len: Int[Array, "*batch"] | int) -> Mask:
 
     Args:
       prefix_len: Length of the prefix, per sequence; may be traced.
+
+    Raises:
+      ValueError: if a length is not an integer.
     """
-    return causal() | lengths(kv_lengths=jnp.asarray(prefix_len, jnp.int32))
+    return causal() | Lengths(None, as_int32(prefix_len=prefix_len))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
-from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, pytree_dataclass
+from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, entry, pytree_dataclass
 from jsparse.types.mask import Index, TileClassifier, block_extrema
 
 
@@ -16,15 +16,17 @@ class Segments(Mask):
     kv_ids: Int[Array, "*batch kv_len"] = array_field(core_ndim=1)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        q_id = self.q_ids[frame.batch, q_index]
-        return (q_id == self.kv_ids[frame.batch, kv_index]) & (q_id >= 0)
+        q_id = self.q_ids[entry(len(self.q_ids), frame.batch), q_index]
+        kv_id = self.kv_ids[entry(len(self.kv_ids), frame.batch), kv_index]
+        return (q_id == kv_id) & (q_id >= 0)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         q_low, q_high = block_extrema(self.q_ids, grid.block_q)
         kv_low, kv_high = block_extrema(self.kv_ids, grid.block_kv)
 
         def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            q_at, kv_at = (frame.batch, q_block), (frame.batch, kv_block)
+            q_at = entry(len(q_low), frame.batch), q_block
+            kv_at = entry(len(kv_low), frame.batch), kv_block
             overlap = (q_low[q_at] <= kv_high[kv_at]) & (kv_low[kv_at] <= q_high[q_at])
             one = (q_low[q_at] == q_high[q_at]) & (kv_low[kv_at] == kv_high[kv_at])
             some = overlap & (jnp.minimum(q_high[q_at], kv_high[kv_at]) >= 0)

@@ -5,8 +5,8 @@ from jaxtyping import Array, Bool
 
 from jsparse import checks
 from jsparse.masks.window import sliding_window
-from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
-from jsparse.types.mask import Index, TileClassifier
+from jsparse.types import Frame, Mask, TileBounds, pytree_dataclass, static_field
+from jsparse.types.mask import Index, Range
 
 
 @pytree_dataclass
@@ -18,18 +18,14 @@ class Stride(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return (q_index + frame.diagonal - kv_index) % self.stride == 0
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            q_first, q_last = grid.q_range(q_block)
-            kv_first, kv_last = grid.kv_range(kv_block)
-            nearest = q_first + frame.diagonal - kv_last
-            farthest = q_last + frame.diagonal - kv_first
-            # all distances of the range occur: is there a multiple of the stride among them?
-            some = farthest // self.stride * self.stride >= nearest
-            only = (nearest == farthest) | (self.stride == 1)
-            return TileBounds(some, some & only)
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
+        nearest = q_first + frame.diagonal - kv_last
+        farthest = q_last + frame.diagonal - kv_first
+        # all distances of the range occur: is there a multiple of the stride among them?
+        some = farthest // self.stride * self.stride >= nearest
+        only = (nearest == farthest) | (self.stride == 1)
+        return TileBounds(some, some & only)
 
 
 @pytree_dataclass
@@ -43,16 +39,12 @@ class StridedKeys(Mask):
         shape = jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index))
         return jnp.broadcast_to(kv_index % self.stride >= self.stride - self.count, shape)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            first, last = grid.kv_range(kv_block)
-            # shifted so that the visible keys are those with remainder below `count`
-            first, last = first + self.count, last + self.count
-            seen = _multiples_with_remainder_below(last, self.stride, self.count)
-            seen -= _multiples_with_remainder_below(first - 1, self.stride, self.count)
-            return TileBounds(seen > 0, seen == last - first + 1)
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        # shifted so that the visible keys are those with remainder below `count`
+        first, last = (index + self.count for index in kv_range)
+        seen = _multiples_with_remainder_below(last, self.stride, self.count)
+        seen -= _multiples_with_remainder_below(first - 1, self.stride, self.count)
+        return TileBounds(seen > 0, seen == last - first + 1)
 
 
 def _multiples_with_remainder_below(limit: Index, stride: int, count: int) -> Index:

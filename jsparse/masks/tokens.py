@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool
 
 from jsparse import checks
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
-from jsparse.types.mask import Index, TileClassifier
+from jsparse.types.mask import Index, Range
 
 
 @pytree_dataclass
@@ -18,12 +18,9 @@ class FirstKeys(Mask):
         shape = jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index))
         return jnp.broadcast_to(kv_index < self.count, shape)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            kv_first, kv_last = grid.kv_range(kv_block)
-            return TileBounds(kv_first < self.count, kv_last < self.count)
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        kv_first, kv_last = kv_range
+        return TileBounds(kv_first < self.count, kv_last < self.count)
 
     def max_tiles(self, grid: TileGrid) -> int:
         return max(1, min(grid.kv_blocks, -(-self.count // grid.block_kv)))
@@ -39,13 +36,10 @@ class FirstQueries(Mask):
         shape = jnp.broadcast_shapes(jnp.shape(q_index), jnp.shape(kv_index))
         return jnp.broadcast_to(q_index + frame.diagonal < self.count, shape)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            q_first, q_last = grid.q_range(q_block)
-            limit = self.count - frame.diagonal
-            return TileBounds(q_first < limit, q_last < limit)
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        q_first, q_last = q_range
+        limit = self.count - frame.diagonal
+        return TileBounds(q_first < limit, q_last < limit)
 
 
 def sinks(num_sink: int) -> Mask:

@@ -1,11 +1,20 @@
 """Sliding window: each query sees keys near its own position."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
-from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
-from jsparse.types.mask import Index, TileClassifier
+from jsparse.masks.causal import as_int32, key_position
+from jsparse.types import (
+    Frame,
+    Mask,
+    TileBounds,
+    TileGrid,
+    array_field,
+    pytree_dataclass,
+    static_field,
+)
+from jsparse.types.mask import Index, Range
 
 
 @pytree_dataclass
@@ -14,22 +23,18 @@ class SlidingWindow(Mask):
 
     left: int | None = static_field()
     right: int | None = static_field()
-    offset: int | None = static_field(default=None)
+    offset: Int[Array, "*batch"] | None = array_field(core_ndim=0, default=None)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        distance = q_index + self._offset(frame) - kv_index
-        return self._within(distance, distance)
+        distance = q_index + key_position(self.offset, frame) - kv_index
+        return self._inside(distance, distance)
 
-    def classifier(self, grid: TileGrid) -> TileClassifier:
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            q_first, q_last = grid.q_range(q_block)
-            kv_first, kv_last = grid.kv_range(kv_block)
-            nearest = q_first + self._offset(frame) - kv_last
-            farthest = q_last + self._offset(frame) - kv_first
-            # every distance between the two occurs, so the tile is empty only if all are outside
-            return TileBounds(self._within(farthest, nearest), self._within(nearest, farthest))
-
-        return classify
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
+        offset = key_position(self.offset, frame)
+        nearest, farthest = q_first + offset - kv_last, q_last + offset - kv_first
+        # every distance between the two occurs, so the tile is empty only if all are outside
+        return TileBounds(self._inside(farthest, nearest), self._inside(nearest, farthest))
 
     def max_tiles(self, grid: TileGrid) -> int:
         if self.left is None or self.right is None:
@@ -38,10 +43,7 @@ class SlidingWindow(Mask):
         # a span of n keys that starts anywhere touches at most this many tiles
         return min(grid.kv_blocks, (keys - 2) // grid.block_kv + 2)
 
-    def _offset(self, frame: Frame) -> int:
-        return frame.diagonal if self.offset is None else self.offset
-
-    def _within(self, low: Index, high: Index) -> Bool[Array, "..."]:
+    def _inside(self, low: Index, high: Index) -> Bool[Array, "..."]:
         """True where `low >= -right` and `high <= left`."""
         inside = jnp.ones(jnp.broadcast_shapes(jnp.shape(low), jnp.shape(high)), bool)
         if self.left is not None:
@@ -51,7 +53,12 @@ class SlidingWindow(Mask):
         return inside
 
 
-def sliding_window(*, left: int | None, right: int | None = 0, offset: int | None = None) -> Mask:
+def sliding_window(
+    *,
+    left: int | None,
+    right: int | None = 0,
+    offset: Int[Array, "*batch"] | int | None = None,
+) -> Mask:
     """Lets each query see `left` keys before its own position and `right` after it.
 
     A "window of w tokens" that includes the query's own is `left=w - 1`.
@@ -59,13 +66,13 @@ def sliding_window(*, left: int | None, right: int | None = 0, offset: int | Non
     Args:
       left: How many keys before the own one are visible, at least 0; None is all.
       right: How many after it; None is all.
-      offset: The key index that query 0 sits at. Default `kv_len - q_len`: the last query sits at
-        the last key.
+      offset: The key index that query 0 sits at, per sequence; may be traced. Default
+        `kv_len - q_len`: the last query sits at the last key.
 
     Raises:
-      ValueError: if a bound is negative.
+      ValueError: if a bound is negative, or `offset` is not an integer.
     """
     for name, bound in (("left", left), ("right", right)):
         if bound is not None:
             checks.non_negative(**{name: bound})
-    return SlidingWindow(left, right, offset)
+    return SlidingWindow(left, right, as_int32(offset=offset))

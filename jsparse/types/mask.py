@@ -1,15 +1,17 @@
 """Masks: who may see whom from positions alone, element by element and tile by tile."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jsparse.types.pytree import pytree_dataclass
+from jsparse.types.pytree import flatten_batch, pytree_dataclass
 
 Index = Any  # int32 array of any shape, or a Python int
+Range = tuple[Index, Index]  # first and last, both inclusive
 
 
 class Frame(NamedTuple):
@@ -47,12 +49,12 @@ class TileGrid(NamedTuple):
         """Columns of tiles."""
         return -(-self.kv_len // self.block_kv)
 
-    def q_range(self, q_block: Index) -> tuple[Index, Index]:
+    def q_range(self, q_block: Index) -> Range:
         """First and last query of a row of tiles, both inclusive."""
         first = q_block * self.block_q
         return first, jnp.minimum(first + self.block_q, self.q_len) - 1
 
-    def kv_range(self, kv_block: Index) -> tuple[Index, Index]:
+    def kv_range(self, kv_block: Index) -> Range:
         """First and last key of a column of tiles, both inclusive."""
         first = kv_block * self.block_kv
         return first, jnp.minimum(first + self.block_kv, self.kv_len) - 1
@@ -87,6 +89,15 @@ class Mask:
         """Says element by element whether query `q_index` may see key `kv_index`."""
         raise NotImplementedError
 
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        """Bounds any pairs of queries and keys between a first and a last position each.
+
+        Every mask that knows something of positions alone overrides this; it costs the same for
+        any range. Masks of arrays override `classifier` instead.
+        """
+        shape = jnp.broadcast_shapes(*map(jnp.shape, (*q_range, *kv_range)))
+        return TileBounds(jnp.ones(shape, bool), jnp.zeros(shape, bool))
+
     def classifier(self, grid: TileGrid) -> TileClassifier:
         """Prepares a function of (q_block, kv_block, frame) that bounds whole tiles.
 
@@ -94,11 +105,10 @@ class Mask:
         proportional to the lengths; the function itself costs the same for any tile size.
         """
 
-        def unknown(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            shape = jnp.broadcast_shapes(jnp.shape(q_block), jnp.shape(kv_block))
-            return TileBounds(jnp.ones(shape, bool), jnp.zeros(shape, bool))
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            return self.within(grid.q_range(q_block), grid.kv_range(kv_block), frame)
 
-        return unknown
+        return classify
 
     def max_tiles(self, grid: TileGrid) -> int:
         """Bounds from static numbers how many tiles one row of tiles can need."""
@@ -119,18 +129,8 @@ class Mask:
         return jnp.broadcast_shapes(*shapes) if shapes else ()
 
     def flatten_batch(self: M, batch_shape: tuple[int, ...]) -> M:
-        """Broadcasts every array to `batch_shape` and flattens that to one leading axis."""
-        changes: dict[str, Any] = {}
-        for name, core_ndim in self._array_fields():
-            value = getattr(self, name)
-            core = value.shape[value.ndim - core_ndim :]
-            value = jnp.broadcast_to(value, (*batch_shape, *core))
-            changes[name] = value.reshape(-1, *core)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Mask):
-                changes[field.name] = value.flatten_batch(batch_shape)
-        return dataclasses.replace(self, **changes) if changes else self
+        """Brings the batch axes of every array to one, of length 1 where all share the array."""
+        return flatten_batch(self, batch_shape)
 
     def check_lengths(self, q_len: int, kv_len: int) -> None:
         """Raises ValueError if an array of the mask was made for other lengths."""
@@ -162,6 +162,15 @@ class Mask:
         raise TypeError("A mask has no truth value; combine masks with `&`, `|`, `~`, not `and`.")
 
 
+def _join(operation: Callable[..., Any], left: TileClassifier, right: TileClassifier):
+    """Combines what two masks know of the same tile."""
+
+    def bounds(*where: Any) -> TileBounds:
+        return TileBounds(*map(operation, left(*where), right(*where)))
+
+    return bounds
+
+
 @pytree_dataclass
 class And(Mask):
     """Visible where both masks say so."""
@@ -170,18 +179,14 @@ class And(Mask):
     right: Mask
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        return self.left.visible(q_index, kv_index, frame) & self.right.visible(
-            q_index, kv_index, frame
-        )
+        left = self.left.visible(q_index, kv_index, frame)
+        return left & self.right.visible(q_index, kv_index, frame)
+
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        return _join(operator.and_, self.left.within, self.right.within)(q_range, kv_range, frame)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
-        left, right = self.left.classifier(grid), self.right.classifier(grid)
-
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            a, b = left(q_block, kv_block, frame), right(q_block, kv_block, frame)
-            return TileBounds(a.some & b.some, a.every & b.every)
-
-        return classify
+        return _join(operator.and_, self.left.classifier(grid), self.right.classifier(grid))
 
     def max_tiles(self, grid: TileGrid) -> int:
         return min(self.left.max_tiles(grid), self.right.max_tiles(grid))
@@ -195,18 +200,14 @@ class Or(Mask):
     right: Mask
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        return self.left.visible(q_index, kv_index, frame) | self.right.visible(
-            q_index, kv_index, frame
-        )
+        left = self.left.visible(q_index, kv_index, frame)
+        return left | self.right.visible(q_index, kv_index, frame)
+
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        return _join(operator.or_, self.left.within, self.right.within)(q_range, kv_range, frame)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
-        left, right = self.left.classifier(grid), self.right.classifier(grid)
-
-        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            a, b = left(q_block, kv_block, frame), right(q_block, kv_block, frame)
-            return TileBounds(a.some | b.some, a.every | b.every)
-
-        return classify
+        return _join(operator.or_, self.left.classifier(grid), self.right.classifier(grid))
 
     def max_tiles(self, grid: TileGrid) -> int:
         return min(grid.kv_blocks, self.left.max_tiles(grid) + self.right.max_tiles(grid))
@@ -221,12 +222,16 @@ class Not(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return ~self.mask.visible(q_index, kv_index, frame)
 
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        some, every = self.mask.within(q_range, kv_range, frame)
+        return TileBounds(~every, ~some)
+
     def classifier(self, grid: TileGrid) -> TileClassifier:
         inner = self.mask.classifier(grid)
 
         def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
-            bounds = inner(q_block, kv_block, frame)
-            return TileBounds(~bounds.every, ~bounds.some)
+            some, every = inner(q_block, kv_block, frame)
+            return TileBounds(~every, ~some)
 
         return classify
 

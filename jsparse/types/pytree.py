@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -16,6 +17,32 @@ def static_field(**kwargs: Any) -> Any:
 def array_field(*, core_ndim: int, **kwargs: Any) -> Any:
     """Marks an array field whose last `core_ndim` axes are its own; axes before them are batch."""
     return dataclasses.field(metadata={"core_ndim": core_ndim}, **kwargs)
+
+
+def flatten_batch(tree: T, batch_shape: tuple[int, ...]) -> T:
+    """Brings the batch axes of every array field to one; what all sequences share stays one entry.
+
+    Index the result with `entry(len(array), batch)`.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+        value = getattr(tree, field.name)
+        if value is None:
+            continue
+        if "core_ndim" in field.metadata:
+            batch_ndim = value.ndim - field.metadata["core_ndim"]
+            batch, core = value.shape[:batch_ndim], value.shape[batch_ndim:]
+            if any(size > 1 for size in batch):
+                value = jnp.broadcast_to(value, (*batch_shape, *core))
+            changes[field.name] = value.reshape(-1, *core)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = flatten_batch(value, batch_shape)
+    return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+
+
+def entry(count: int, index: Any) -> Any:
+    """The index into an axis of `count` entries, 0 where one entry serves all."""
+    return index if count > 1 else 0
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static_field, array_field))
