@@ -7,6 +7,8 @@ import numpy as np
 
 from jsparse import _compat
 
+_NUMBERS = (int, float, np.integer, np.floating)
+
 
 def _is_integer_array(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
@@ -24,13 +26,6 @@ def non_negative(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{name}={value!r} must be an int of at least 0.")
-
-
-def fraction(**values: float) -> None:
-    """Each concrete value lies in (0, 1]."""
-    for name, value in values.items():
-        if not 0.0 < value <= 1.0:
-            raise ValueError(f"{name}={value!r} must lie in (0, 1].")
 
 
 def multiple(*, of: int, **values: int) -> None:
@@ -95,6 +90,16 @@ def block_lists(kv_indices: Any, kv_num_blocks: Any, grid: Any) -> None:
         )
 
 
+def blocks_exist(outside: Any, kv_indices: Any, kv_blocks: int) -> None:
+    """Concrete lists name no block past the last one."""
+    if not _compat.is_traced(outside) and np.any(outside):
+        entry = int(np.asarray(kv_indices)[np.asarray(outside)][0])
+        raise ValueError(
+            f"kv_indices holds block {entry}; there are {kv_blocks}, counted from 0. Check kv_len "
+            "and block_kv, and that kv_num_blocks leaves out the padding."
+        )
+
+
 def same_grid(left: Any, right: Any) -> None:
     """Two plans have the same lengths and tiles."""
     if left != right:
@@ -130,8 +135,10 @@ def attention_inputs(q: Any, k: Any, v: Any) -> None:
                 f"{name} has shape {getattr(x, 'shape', None)}; expected [*batch, length, heads, "
                 "dim]: add a heads axis of 1 if there is one head."
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} holds {x.dtype}; it must be float32, bfloat16 or float16.")
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} holds {x.dtype}; it must be float32, bfloat16 or float16: cast it first."
+            )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v hold {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype first."
@@ -205,6 +212,72 @@ def broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {shape}, which does not broadcast to {to}.")
 
 
+def bias_array(bias: Any) -> None:
+    """A bias is an array of numbers to add, not a mask."""
+    dtype = getattr(bias, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"bias holds {dtype or type(bias).__name__}; it must be an array of floats, which are "
+            "added to the logits. For bools that say who sees whom use mask=js.masks.dense(array)."
+        )
+
+
+def one_logit(avals: Any) -> None:
+    """A score_mod returns one float."""
+    found = [(aval.shape, str(aval.dtype)) for aval in avals]
+    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        raise ValueError(
+            f"score_mod must map one scalar logit to one scalar logit; it returned {found}. To "
+            "hide pairs use mask=js.masks.predicate(function)."
+        )
+
+
+def merge_parts(parts: Any) -> None:
+    """Parts are pairs of outputs and log-sum-exps of the same rows."""
+    if not len(parts):
+        raise ValueError("merge got no parts; pass at least one (out, lse).")
+    for index, part in enumerate(parts):
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise ValueError(
+                f"Part {index} of merge is {type(part).__name__}; pass (out, lse), as attend gives "
+                "with return_lse=True."
+            )
+        out, lse = part
+        if out.shape != parts[0][0].shape:
+            raise ValueError(
+                f"Part {index} of merge has out of shape {out.shape}, part 0 {parts[0][0].shape}; "
+                "all parts must be of the same queries."
+            )
+        *batch, q_len, heads, _ = out.shape
+        if lse.shape != (*batch, heads, q_len):
+            raise ValueError(
+                f"Part {index} of merge has lse of shape {lse.shape}; out of shape {out.shape} "
+                f"needs {(*batch, heads, q_len)}."
+            )
+
+
+def per_sequence(batch: int, **lengths: Any) -> None:
+    """A length for each sequence, in integers."""
+    for name, value in lengths.items():
+        if value is not None:
+            value = jnp.asarray(value)
+            integers(**{name: value})
+            if value.shape != (batch,):
+                raise ValueError(
+                    f"{name} has shape {value.shape}; expected one length per sequence, ({batch},)."
+                )
+
+
+def per_head(heads: int, **values: Any) -> None:
+    """A number for all heads or one for each."""
+    for name, value in values.items():
+        if jnp.shape(value) not in ((), (heads,)):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}; expected a number, or one per query head, "
+                f"({heads},)."
+            )
+
+
 def sinks_shape(sinks: Any, heads: int) -> None:
     """One sink logit per query head."""
     if getattr(sinks, "shape", None) != (heads,):
@@ -220,11 +293,19 @@ def scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
 
 
+def number(**values: Any) -> None:
+    """Each value is a Python or NumPy number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+            raise ValueError(f"{name}={value!r} must be a number.")
+
+
 def positive_number(**values: float) -> None:
     """Each value is a number above 0."""
+    number(**values)
     for name, value in values.items():
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"{name}={value!r} must be a Python number above 0.")
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0.")
 
 
 def mask_type(mask: Any) -> None:
@@ -299,10 +380,12 @@ def interval_bounds(bounds: int, causal: bool) -> None:
 def fractions(**values: Any) -> None:
     """Each value is a number in (0, 1], or a concrete array of such numbers."""
     for name, value in values.items():
-        if isinstance(value, (int, float)):
-            fraction(**{name: value})
-        elif not _compat.is_traced(value) and not np.all((np.asarray(value) > 0) & (value <= 1)):
-            raise ValueError(f"{name}={np.asarray(value)} must lie in (0, 1] everywhere.")
+        if not hasattr(value, "dtype"):
+            number(**{name: value})
+        if not _compat.is_traced(value):
+            found = np.asarray(value)
+            if not np.all((found > 0) & (found <= 1)):
+                raise ValueError(f"{name}={found} must lie in (0, 1].")
 
 
 def some_layers(found: Any) -> None:

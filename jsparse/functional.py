@@ -25,7 +25,7 @@ def sparse_attention(
     state: Any = None,
     key: Any = None,
     **options: Any,
-) -> Float[Array, "*batch q_len heads v_dim"]:
+) -> Any:
     """Plans, attends and corrects in one call.
 
     Args:
@@ -39,7 +39,14 @@ def sparse_attention(
       positions: Token positions, for methods that use them.
       state: What the method returned as `info.state` at the step or layer before.
       key: A PRNG key, for methods that sample.
-      **options: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, implementation.
+      **options: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, return_lse,
+        implementation.
+
+    Returns:
+      What `js.attend` returns: the output, or `(out, lse)` with `return_lse=True`.
+
+    Raises:
+      ValueError: if arguments do not fit each other; the sentence names the remedy.
     """
     out, _ = method.attend(
         params, q, k, v, x=x, positions=positions, mask=mask, state=state, key=key, **options
@@ -73,7 +80,7 @@ def dot_product_attention(
     Args:
       query: [batch, q_len, heads, dim], or without the batch axis.
       key: [batch, kv_len, kv_heads, dim].
-      value: Of the key's shape.
+      value: Of the key's shape, but for `dim`, which may differ.
       bias: Added to the scaled logits; broadcastable to [batch, heads, q_len, kv_len].
       mask: Bools, True means attend; broadcastable like `bias`.
       scale: Factor on the logits, default `dim ** -0.5`.
@@ -83,7 +90,8 @@ def dot_product_attention(
       local_window_size: Keys visible to the (left, right) of each query; one number for both.
       implementation: jax.nn's "xla" and "cudnn", or any of `js.attend`. "cudnn" goes to jax.nn
         itself and takes neither plan nor method.
-      return_residual: Also return the log-sum-exp, [batch, q_len, heads].
+      return_residual: Also return the log-sum-exp, [batch, q_len, heads], which has no gradient;
+        that of `js.attend` has one.
       plan: Which tiles are computed; see `js.attend`. Rows that it leaves empty give zeros.
       method: What chooses the tiles; see `js.sparse_attention`.
 
@@ -111,6 +119,11 @@ def dot_product_attention(
     shape = q.shape
     q, k, v = (x if x.ndim == 4 else x[None] for x in (q, k, v))
     checks.attention_inputs(q, k, v)
+    lengths_given = {
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
+    checks.per_sequence(q.shape[0], **lengths_given)
     q_len, kv_len = q.shape[1], k.shape[1]
     parts: list[Mask] = []
     if mask is not None:
@@ -126,7 +139,7 @@ def dot_product_attention(
         left, right = (window, window) if isinstance(window, int) else window
         parts.append(sliding_window(left=left, right=right, offset=0))
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
-        parts.append(lengths(query_seq_lengths, key_value_seq_lengths))
+        parts.append(lengths(*(x if x is None else jnp.asarray(x) for x in lengths_given.values())))
     whole: Mask | None = None
     for part in parts:
         whole = part if whole is None else whole & part
@@ -139,8 +152,10 @@ def dot_product_attention(
     lse = jnp.swapaxes(lse, -1, -2)
     if plan is None and method is None:
         out, lse = _fill_empty_rows(out, lse, v, query_seq_lengths)
-    out = out.reshape(shape)
-    return (out, lse.reshape(shape[:-1])) if return_residual else out
+    out = out.reshape(*shape[:-1], v.shape[-1])
+    # as in jax.nn: rounded to the inputs' dtype, and without a gradient
+    residual = jax.lax.stop_gradient(lse.astype(q.dtype).reshape(shape[:-1]))
+    return (out, residual) if return_residual else out
 
 
 def _fill_empty_rows(out: Array, lse: Array, v: Array, q_lengths: Any) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
+from jsparse.types.pytree import flatten_axes, flatten_batch
 
 Plan = BlockMask | TokenGroups | BlockPyramid
 P = TypeVar("P", bound=Plan)
@@ -115,12 +116,13 @@ def prepare(
     if plan is not None:
         checks.plan_type(plan, (BlockMask, TokenGroups, BlockPyramid))
         checks.plan_lengths(plan, q_len, kv_len)
-        plan = flatten_plan(plan, batch_shape, heads, kv_heads)
+        plan = _flatten_plan(plan, batch_shape, heads, kv_heads)
     if bias is not None:
+        checks.bias_array(bias)
         full = (*batch_shape, heads, q_len, kv_len)
         bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
         checks.broadcasts("bias", bias.shape, full)
-        bias = _flatten_bias(bias, batch_shape)
+        bias = flatten_axes(jnp.asarray(bias), 3, batch_shape)
     captured: tuple[Array, ...] = ()
     if score_mod is not None:
         score_mod, captured = hoist(score_mod)
@@ -129,38 +131,26 @@ def prepare(
     if isinstance(scale, jax.Array):
         checks.scalar("scale", scale)
         traced_scale = scale.astype(jnp.float32)
+    elif scale is None:
+        static_scale = dim**-0.5
     else:
-        static_scale = dim**-0.5 if scale is None else float(scale)
+        checks.number(scale=scale)
+        static_scale = float(scale)
     if softcap is not None:
         checks.positive_number(softcap=softcap)
+        softcap = float(softcap)
     rule = LogitRule(q_len, kv_len, static_scale, softcap, score_mod)
     flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     operands = Operands(*flat, bias=bias, scale=traced_scale, captured=captured)
     return Problem(operands, plan, mask, rule, batch_shape)
 
 
-def flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> P:
+def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> P:
     """Brings a plan's batch axes to one, of length 1 where all sequences share the lists."""
     lists = plan.block_mask if isinstance(plan, BlockPyramid) else plan
     checks.list_heads(lists.list_heads, heads, kv_heads)
     checks.batch_fits("plan", lists.batch_shape, batch_shape)
-    batch_ndim = len(lists.batch_shape)
-
-    def flatten(x):
-        core = x.shape[batch_ndim:]
-        # lists that all sequences share stay one list
-        if x.shape[:batch_ndim].count(1) == batch_ndim:
-            return x.reshape(1, *core)
-        return jnp.broadcast_to(x, (*batch_shape, *core)).reshape(-1, *core)
-
-    return jax.tree.map(flatten, plan)
-
-
-def _flatten_bias(bias: Array, batch_shape: tuple[int, ...]) -> Array:
-    batch, core = bias.shape[:-3], bias.shape[-3:]
-    if batch.count(1) == len(batch):
-        return bias.reshape(1, *core)
-    return jnp.broadcast_to(bias, (*batch_shape, *core)).reshape(-1, *core)
+    return flatten_batch(plan, batch_shape)
 
 
 def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
@@ -235,24 +225,16 @@ def with_plan(problem: Problem) -> BlockMask:
     plan, mask, rule = problem.plan, problem.mask, problem.rule
     if isinstance(plan, BlockMask):
         return plan
-    if plan is not None:
-        raise NotImplementedError(f"the tile executor does not take {type(plan).__name__}.")
+    reason = _xla_refuses(problem)
+    if reason:
+        raise NotImplementedError(reason)
     sizes = {"block_q": DEFAULT_BLOCK, "block_kv": DEFAULT_BLOCK}
     if mask is not None:
         plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)
-        batches, _, heads, _ = problem.operands.q.shape
-        return flatten_plan(plan, (batches,), heads, problem.operands.k.shape[-2])
+        return flatten_batch(plan, problem.operands.q.shape[:1])
     grid = TileGrid(rule.q_len, rule.kv_len, **sizes)
-    lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, 1, grid.q_blocks, grid.kv_blocks))
-    counts = jnp.full((1, 1, grid.q_blocks), grid.kv_blocks, jnp.int32)
-    return BlockMask.from_lists(
-        lists,
-        counts,
-        q_len=rule.q_len,
-        kv_len=rule.kv_len,
-        block_q=DEFAULT_BLOCK,
-        block_kv=DEFAULT_BLOCK,
-    )
+    everything = jnp.ones((1, 1, grid.q_blocks, grid.kv_blocks), bool)
+    return BlockMask.from_dense(everything, **grid._asdict(), width=grid.kv_blocks)
 
 
 def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, implementation):
@@ -277,6 +259,10 @@ def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, impleme
 
 
 def _add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    with_sink = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
-    share = jnp.swapaxes(jnp.exp(lse - with_sink), -1, -2)[..., None]
-    return (out * share).astype(out.dtype), with_sink
+    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], lse.shape)
+    # neither keys nor a sink: the difference of two infinities is no number, nor is its gradient
+    nothing = jnp.isneginf(lse) & jnp.isneginf(sink)
+    seen, sink = jnp.where(nothing, 0.0, lse), jnp.where(nothing, 0.0, sink)
+    with_sink = jnp.logaddexp(seen, sink)
+    share = jnp.swapaxes(jnp.exp(seen - with_sink), -1, -2)[..., None]
+    return (out * share).astype(out.dtype), jnp.where(nothing, -jnp.inf, with_sink)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import _compat
+from jsparse import _compat, checks
 from jsparse.types import Frame, Mask
 
 ScoreMod = Callable[..., Array]
@@ -100,15 +100,14 @@ def hoist(score_mod: ScoreMod) -> tuple[ScoreMod, tuple[Array, ...]]:
     Returns:
       A function of `(captured, logits, batch, head, q_index, kv_index)` on arrays that broadcast
       against each other, and the captured arrays.
+
+    Raises:
+      ValueError: if `score_mod` does not return one float.
     """
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     closed = jax.make_jaxpr(score_mod)(scalar, integer, integer, integer, integer)
-    if [aval.shape for aval in closed.out_avals] != [()]:
-        raise ValueError(
-            "score_mod must map one scalar logit to one scalar logit; it returned "
-            f"{[aval.shape for aval in closed.out_avals]}."
-        )
+    checks.one_logit(closed.out_avals)
 
     def on_arrays(captured, logits, batch, head, q_index, kv_index):
         def on_scalars(logit, *indices):

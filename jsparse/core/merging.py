@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jsparse import checks
+
 Part = tuple[Float[Array, "*batch q_len heads v_dim"], Float[Array, "*batch heads q_len"]]
 
 
@@ -15,10 +17,9 @@ def merge(parts: Sequence[Part]) -> Part:
     that saw no key in a row has `lse = -inf` there and counts for nothing.
 
     Raises:
-      ValueError: if there are no parts.
+      ValueError: if there are no parts, or they are not of the same queries.
     """
-    if not parts:
-        raise ValueError("merge got no parts; pass at least one (out, lse).")
+    checks.merge_parts(parts)
     lses = jnp.stack([lse for _, lse in parts])
     peak = lses.max(0)
     # a row that no part saw: any finite peak keeps exp(-inf - peak) at 0 instead of nan

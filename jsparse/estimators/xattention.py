@@ -91,6 +91,7 @@ def xattention(
     checks.positive_number(norm=norm)
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        checks.per_head(q.shape[-2], threshold=threshold)
         mass = antidiagonal_scores(q, k, stride=stride, block_size=block_size, norm=norm, mask=mask)
         grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
         visible, forced = blocks.candidates(mask, grid, q.shape[:-3], q.shape[-2])

@@ -1,5 +1,6 @@
 """The tile list: which tiles of the attention map are computed exactly."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import _compat, checks
 from jsparse.types.mask import TileGrid
-from jsparse.types.pytree import pytree_dataclass, static_field
+from jsparse.types.pytree import array_field, pytree_dataclass, static_field
 
 
 class InverseList(NamedTuple):
@@ -37,9 +38,9 @@ class BlockMask:
     and `overflowed` says, per head, that some row needed more than that.
     """
 
-    kv_indices: Int[Array, "*batch list_heads q_blocks width"]
-    kv_num_blocks: Int[Array, "*batch list_heads q_blocks"]
-    overflowed: Bool[Array, "*batch list_heads"]
+    kv_indices: Int[Array, "*batch list_heads q_blocks width"] = array_field(core_ndim=3)
+    kv_num_blocks: Int[Array, "*batch list_heads q_blocks"] = array_field(core_ndim=2)
+    overflowed: Bool[Array, "*batch list_heads"] = array_field(core_ndim=1)
     q_len: int = static_field()
     kv_len: int = static_field()
     block_q: int = static_field()
@@ -57,17 +58,40 @@ class BlockMask:
         block_kv: int,
         overflowed: Bool[Array, "*batch list_heads"] | None = None,
     ) -> "BlockMask":
-        """Builds a plan from lists that are already ascending and unique.
+        """Builds a plan from lists in any order.
+
+        A tile listed twice counts once. Negative entries are padding wherever they stand, and so
+        is what follows a row's count, whatever it holds.
+
+        Args:
+          kv_indices: The kv blocks of each row of tiles.
+          kv_num_blocks: How many entries of each row count.
+          q_len: Number of queries.
+          kv_len: Number of keys.
+          block_q: Queries per tile.
+          block_kv: Keys per tile.
+          overflowed: Lists that are known to lack tiles. Added to these are lists with a count
+            above their width or, where they are traced, an entry past the last block.
 
         Raises:
-          ValueError: if shapes or dtypes do not fit the lengths and tile sizes.
+          ValueError: if shapes or dtypes do not fit the lengths and tile sizes, or a concrete list
+            has an entry past the last block.
         """
         grid = TileGrid(q_len, kv_len, block_q, block_kv)
         checks.tile_grid(grid)
         checks.block_lists(kv_indices, kv_num_blocks, grid)
-        if overflowed is None:
-            overflowed = jnp.zeros(kv_num_blocks.shape[:-1], bool)
-        return cls(kv_indices, kv_num_blocks, overflowed, q_len, kv_len, block_q, block_kv)
+        counts = jnp.asarray(kv_num_blocks, jnp.int32)
+        lists = jnp.asarray(kv_indices, jnp.int32)
+        width = lists.shape[-1]
+        if width == 0:  # a list needs room for one entry to be read at all
+            lists = jnp.zeros((*lists.shape[:-1], 1), jnp.int32)
+        counted = jnp.arange(lists.shape[-1]) < jnp.minimum(counts, width)[..., None]
+        outside = counted & (lists >= grid.kv_blocks)
+        checks.blocks_exist(outside, lists, grid.kv_blocks)
+        lost = ((counts > width) | outside.any(-1)).any(-1)
+        overflowed = lost if overflowed is None else overflowed | lost
+        lists, counts = _ascending_and_unique(lists, counted, grid.kv_blocks)
+        return cls(lists, counts, overflowed, q_len, kv_len, block_q, block_kv)
 
     @classmethod
     def from_dense(
@@ -144,8 +168,8 @@ class BlockMask:
 
     def density(self) -> Float[Array, "*batch list_heads"]:
         """The share of all tiles that is computed, per list."""
-        grid = self.grid
-        return self.kv_num_blocks.sum(-1) / (grid.q_blocks * grid.kv_blocks)
+        # a mean, not a sum: the number of tiles may exceed an int32
+        return self.kv_num_blocks.mean(-1, dtype=jnp.float32) / self.grid.kv_blocks
 
     def inverse(self) -> InverseList:
         """The lists turned round: per kv block the query blocks that use it."""
@@ -164,34 +188,22 @@ class BlockMask:
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
         """The tiles that either plan computes."""
-        checks.same_grid(self.grid, other.grid)
-        tiles = self.to_dense() | other.to_dense()
+        left, right = _aligned(self, other)
         width = min(self.grid.kv_blocks, self.width + other.width)
-        overflowed = self.overflowed | other.overflowed
-        return self._from_tiles(tiles, width, overflowed)
+        overflowed = left.overflowed | right.overflowed
+        return self._from_tiles(left.to_dense() | right.to_dense(), width, overflowed)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
         """The tiles that both plans compute."""
-        checks.same_grid(self.grid, other.grid)
-        tiles = self.to_dense() & other.to_dense()
-        overflowed = self.overflowed | other.overflowed
-        return self._from_tiles(tiles, min(self.width, other.width), overflowed)
+        left, right = _aligned(self, other)
+        overflowed = left.overflowed | right.overflowed
+        width = min(self.width, other.width)
+        return self._from_tiles(left.to_dense() & right.to_dense(), width, overflowed)
 
     def _from_tiles(self, tiles: Array, width: int, overflowed: Array) -> "BlockMask":
-        plan = BlockMask.from_dense(
-            tiles,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            block_q=self.block_q,
-            block_kv=self.block_kv,
-            width=width,
-        )
+        plan = BlockMask.from_dense(tiles, **self.grid._asdict(), width=width)
         # what was lost before is still lost
-        lists, counts = plan.kv_indices, plan.kv_num_blocks
-        overflowed = plan.overflowed | overflowed
-        return BlockMask(
-            lists, counts, overflowed, self.q_len, self.kv_len, self.block_q, self.block_kv
-        )
+        return dataclasses.replace(plan, overflowed=plan.overflowed | overflowed)
 
     def draw(self, *, max_columns: int = 64) -> str:
         """A picture in text, one panel per list: a full block is a computed tile.
@@ -213,6 +225,37 @@ class BlockMask:
             lines = ["".join("·░▒▓█"[shade] for shade in row) for row in panel]
             panels.append("\n".join([f"[{title}]", *lines]))
         return "\n\n".join(panels)
+
+
+def _aligned(left: BlockMask, right: BlockMask) -> tuple[BlockMask, BlockMask]:
+    """Two plans with a list for each head that either tells apart."""
+    checks.same_grid(left.grid, right.grid)
+    heads = max(left.list_heads, right.list_heads)
+    checks.multiple(of=left.list_heads, list_heads=heads)
+    checks.multiple(of=right.list_heads, list_heads=heads)
+
+    def repeated(plan: BlockMask) -> BlockMask:
+        times = heads // plan.list_heads
+        return dataclasses.replace(
+            plan,
+            kv_indices=jnp.repeat(plan.kv_indices, times, axis=-3),
+            kv_num_blocks=jnp.repeat(plan.kv_num_blocks, times, axis=-2),
+            overflowed=jnp.repeat(plan.overflowed, times, axis=-1),
+        )
+
+    return repeated(left), repeated(right)
+
+
+def _ascending_and_unique(lists: Array, counted: Array, kv_blocks: int) -> tuple[Array, Array]:
+    """Sorts each row, drops what does not count, and says how many entries are left."""
+    # what is dropped sorts last
+    lists = jnp.sort(jnp.where(counted & (lists >= 0), lists, kv_blocks), axis=-1)
+    repeats = jnp.concatenate(
+        [jnp.zeros_like(counted[..., :1]), lists[..., 1:] == lists[..., :-1]], -1
+    )
+    lists = jnp.sort(jnp.where(repeats, kv_blocks, lists), axis=-1)
+    counts = (lists < kv_blocks).sum(-1, dtype=jnp.int32)
+    return jnp.where(lists < kv_blocks, lists, 0), counts
 
 
 def dense_to_lists(tiles: Array, width: int) -> Int[Array, "... width"]:

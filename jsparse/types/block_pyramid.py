@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.types.block_mask import BlockMask
-from jsparse.types.pytree import pytree_dataclass
+from jsparse.types.pytree import array_field, pytree_dataclass
 
 
 @pytree_dataclass
@@ -17,14 +17,24 @@ class BlockPyramid:
       mean-pooled over 2**n tokens.
     * `pooled_k`, `pooled_v`, `log_count`: a column per kv block that stands for that block in every
       row whose list leaves it out, with `log_count` added to its logit in the same softmax. Values
-      are means where `log_count` is the log of the token count, sums where it is 0.
+      are means where `log_count` is the log of the token count, sums where it is 0. Under a mask a
+      column stands in only for rows that may see every key of its block: a mean would show the
+      others what is hidden from them, so a tile that is partly visible belongs in the list.
     """
 
     block_mask: BlockMask
-    levels: Int[Array, "*batch list_heads q_blocks width"] | None = None
-    pooled_k: Float[Array, "*batch kv_blocks kv_heads dim"] | None = None
-    pooled_v: Float[Array, "*batch kv_blocks kv_heads v_dim"] | None = None
-    log_count: Float[Array, "*batch kv_blocks kv_heads"] | None = None
+    levels: Int[Array, "*batch list_heads q_blocks width"] | None = array_field(
+        core_ndim=3, default=None
+    )
+    pooled_k: Float[Array, "*batch kv_blocks kv_heads dim"] | None = array_field(
+        core_ndim=3, default=None
+    )
+    pooled_v: Float[Array, "*batch kv_blocks kv_heads v_dim"] | None = array_field(
+        core_ndim=3, default=None
+    )
+    log_count: Float[Array, "*batch kv_blocks kv_heads"] | None = array_field(
+        core_ndim=2, default=None
+    )
 
     @classmethod
     def from_levels(

@@ -30,14 +30,19 @@ def flatten_batch(tree: T, batch_shape: tuple[int, ...]) -> T:
         if value is None:
             continue
         if "core_ndim" in field.metadata:
-            batch_ndim = value.ndim - field.metadata["core_ndim"]
-            batch, core = value.shape[:batch_ndim], value.shape[batch_ndim:]
-            if any(size > 1 for size in batch):
-                value = jnp.broadcast_to(value, (*batch_shape, *core))
-            changes[field.name] = value.reshape(-1, *core)
+            changes[field.name] = flatten_axes(value, field.metadata["core_ndim"], batch_shape)
         elif dataclasses.is_dataclass(value):
             changes[field.name] = flatten_batch(value, batch_shape)
     return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+
+
+def flatten_axes(x: jax.Array, core_ndim: int, batch_shape: tuple[int, ...]) -> jax.Array:
+    """Brings all axes before the last `core_ndim` to one, of length 1 where they all are."""
+    split = x.ndim - core_ndim
+    batch, core = x.shape[:split], x.shape[split:]
+    if any(size > 1 for size in batch):
+        x = jnp.broadcast_to(x, (*batch_shape, *core))
+    return x.reshape(-1, *core)
 
 
 def entry(count: int, index: Any) -> Any:

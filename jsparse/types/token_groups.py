@@ -1,10 +1,13 @@
 """Groups of tokens: attention inside a group and nowhere else."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
-from jsparse.types.pytree import pytree_dataclass
+from jsparse.types.pytree import array_field, pytree_dataclass
 
 
 @pytree_dataclass
@@ -17,10 +20,10 @@ class TokenGroups:
     or heads.
     """
 
-    q_order: Int[Array, "*batch list_heads q_len"]
-    kv_order: Int[Array, "*batch list_heads kv_len"]
-    q_offsets: Int[Array, "*batch list_heads groups_plus_1"]
-    kv_offsets: Int[Array, "*batch list_heads groups_plus_1"]
+    q_order: Int[Array, "*batch list_heads q_len"] = array_field(core_ndim=2)
+    kv_order: Int[Array, "*batch list_heads kv_len"] = array_field(core_ndim=2)
+    q_offsets: Int[Array, "*batch list_heads groups_plus_1"] = array_field(core_ndim=2)
+    kv_offsets: Int[Array, "*batch list_heads groups_plus_1"] = array_field(core_ndim=2)
 
     @classmethod
     def from_ids(
@@ -89,12 +92,19 @@ class TokenGroups:
 def _sort_by_group(ids: Array, groups: int) -> tuple[Array, Array]:
     ids = jnp.where((ids >= 0) & (ids < groups), ids, groups)
     order = jnp.argsort(ids, axis=-1, stable=True).astype(jnp.int32)
-    counts = (ids[..., None, :] == jnp.arange(groups)[:, None]).sum(-1, dtype=jnp.int32)
-    offsets = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
-    return order, jnp.concatenate([jnp.zeros_like(offsets[..., :1]), offsets], axis=-1)
+    ids = jnp.take_along_axis(ids, order, axis=-1)
+    return order, _searchsorted(ids, jnp.arange(groups + 1, dtype=ids.dtype), side="left")
 
 
 def _group_of(order: Array, offsets: Array) -> Array:
     place = jnp.argsort(order, axis=-1)
-    group = (place[..., None] >= offsets[..., None, :]).sum(-1, dtype=jnp.int32) - 1
+    group = _searchsorted(offsets, place, side="right") - 1
     return jnp.where(group < offsets.shape[-1] - 1, group, -1)
+
+
+def _searchsorted(rows: Array, values: Array, *, side: str) -> Int[Array, "..."]:
+    """Where values, one set for all rows or one per row, would go in each sorted row."""
+    values = jnp.broadcast_to(values, (*rows.shape[:-1], values.shape[-1]))
+    search = functools.partial(jnp.searchsorted, side=side)
+    found = jax.vmap(search)(rows.reshape(-1, rows.shape[-1]), values.reshape(-1, values.shape[-1]))
+    return found.reshape(values.shape).astype(jnp.int32)
