@@ -278,6 +278,29 @@ def per_head(heads: int, **values: Any) -> None:
             )
 
 
+def same_number_of_axes(**sizes: Any) -> None:
+    """Several tuples of sizes are of the same space."""
+    if len({len(value) for value in sizes.values()}) != 1:
+        listed = ", ".join(f"{name}={tuple(value)}" for name, value in sizes.items())
+        raise ValueError(f"{listed}: give one size per axis in each.")
+
+
+def order_fits(order: Any, shape: tuple[int, ...]) -> None:
+    """An order of tokens fits an array [*batch, length, heads, dim]."""
+    integers(order=order)
+    *batch, length, heads, _ = shape
+    if order.ndim < 2 or order.shape[-1] != length:
+        raise ValueError(
+            f"order has shape {order.shape}; {length} tokens need [*batch, heads | 1, {length}]."
+        )
+    count = order.shape[-2]
+    if max(count, heads) % min(count, heads):
+        raise ValueError(
+            f"order has {count} heads and the array {heads}; one must be a multiple of the other."
+        )
+    batch_fits("order", order.shape[:-2], tuple(batch))
+
+
 def sinks_shape(sinks: Any, heads: int) -> None:
     """One sink logit per query head."""
     if getattr(sinks, "shape", None) != (heads,):

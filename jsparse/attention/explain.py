@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jsparse.attention.attend import prepare, refusals, with_plan
-from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups
+from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups, entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +90,11 @@ def explain(
     tiles = with_plan(problem)
     grid, heads = tiles.grid, q.shape[-2]
     batches = problem.operands.q.shape[0]
-    dense = np.asarray(tiles.to_dense())
-    dense = np.broadcast_to(dense, (batches, *dense.shape[1:]))
-    dense = np.repeat(dense, heads // dense.shape[1], axis=1)
-    computed = int(dense.sum())
-    if problem.mask is None:
-        every = np.ones(dense.shape, bool)
-    else:
-        classify = problem.mask.classifier(grid)
-        index = [
-            jnp.arange(n).reshape([-1 if a == axis else 1 for a in range(4)])
-            for axis, n in enumerate(dense.shape)
-        ]
-        frame = Frame(grid.q_len, grid.kv_len, index[0], index[1])
-        every = np.broadcast_to(classify(index[2], index[3], frame).every, dense.shape)
+    # lists are counted as they are, so that a million tokens can be explained as well
+    repeats = (batches // len(tiles.kv_indices)) * (heads // tiles.list_heads)
+    computed = full = repeats * int(np.asarray(tiles.kv_num_blocks).sum(dtype=np.int64))
+    if problem.mask is not None:
+        full = _full_tiles(tiles, problem.mask, batches, heads)
     pair_flops = 2.0 * grid.block_q * grid.block_kv
     dims = q.shape[-1] + v.shape[-1]
     itemsize = jnp.dtype(q.dtype).itemsize
@@ -113,12 +104,25 @@ def explain(
         refused=refused,
         block_q=grid.block_q,
         block_kv=grid.block_kv,
-        tiles=dense.size,
+        tiles=batches * heads * grid.q_blocks * grid.kv_blocks,
         computed=computed,
-        full=int((dense & every).sum()),
+        full=full,
         overflowed=bool(jax.device_get(tiles.overflowed).any()),
         flops=computed * pair_flops * dims,
         # products with q, k once more for the logits and for dq and dk; with v for dp and dv
         backward_flops=computed * pair_flops * (3 * q.shape[-1] + 2 * v.shape[-1]),
         bytes=float(itemsize * (rows + computed * grid.block_kv * dims)),
     )
+
+
+def _full_tiles(tiles: BlockMask, mask: Mask, batches: int, heads: int) -> int:
+    """How many listed tiles the mask leaves whole for certain, over all sequences and heads."""
+    grid, classify = tiles.grid, mask.classifier(tiles.grid)
+    rows = jnp.arange(grid.q_blocks)[:, None]
+    found = 0
+    for batch, head in np.ndindex(batches, heads):
+        at = entry(len(tiles.kv_indices), batch), head // (heads // tiles.list_heads)
+        frame = Frame(grid.q_len, grid.kv_len, batch, head)
+        every = classify(rows, tiles.kv_indices[at], frame).every
+        found += int((every & tiles.entries()[at]).sum())
+    return found

@@ -50,6 +50,12 @@ class LogitRule(NamedTuple):
         factor = self.scale if scale is None else scale
         return logits if factor is None else logits * factor
 
+    def capped(self, logits: Array) -> Array:
+        """Applies the softcap."""
+        if self.softcap is None:
+            return logits
+        return self.softcap * jnp.tanh(logits / self.softcap)
+
     def modify(
         self,
         logits: Float[Array, "..."],
@@ -62,9 +68,7 @@ class LogitRule(NamedTuple):
         head: Int[Array, "..."] | int,
     ) -> Float[Array, "..."]:
         """Applies scale, softcap, score_mod and bias. Indices broadcast against the logits."""
-        logits = self.scaled(logits, scale)
-        if self.softcap is not None:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        logits = self.capped(self.scaled(logits, scale))
         if self.score_mod is not None:
             logits = self.score_mod(captured, logits, batch, head, q_index, kv_index)
         if bias is not None:

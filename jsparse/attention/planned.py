@@ -17,15 +17,15 @@ def planned(
     plan: Callable[..., Any],
     *,
     init: Callable[..., Any] = no_params,
-    restrict: Callable[[Mask | None, int], Mask | None] = lambda mask, q_len: mask,
+    restrict: Callable[[Mask | None, int, int], Mask | None] = lambda mask, q_len, heads: mask,
 ) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
     Args:
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`.
       init: Makes the parameters; default none.
-      restrict: For methods that decide element by element too: maps the caller's mask and `q_len`
-        to the mask that `attend` applies.
+      restrict: For methods that decide element by element too: maps the caller's mask, `q_len` and
+        `heads` to the mask that `attend` applies.
     """
 
     def attend_to_plan(
@@ -55,7 +55,7 @@ def planned(
             k,
             v,
             tiles,
-            mask=restrict(mask, q.shape[-3]),
+            mask=restrict(mask, *q.shape[-3:-1]),
             bias=bias,
             score_mod=score_mod,
             sinks=sinks,
@@ -70,24 +70,24 @@ def planned(
 
 
 def masked(
-    own_mask: Callable[[int], Mask | None], *, block_q: int = 128, block_kv: int = 128
+    own_mask: Callable[[int, int], Mask | None], *, block_q: int = 128, block_kv: int = 128
 ) -> Method:
     """Completes a mask to a method: the tiles it touches, and the mask inside them.
 
     Args:
-      own_mask: The method's mask for a given `q_len`; None hides nothing.
+      own_mask: The method's mask for a given `q_len` and `heads`; None hides nothing.
       block_q: Queries per tile.
       block_kv: Keys per tile.
     """
 
-    def restrict(mask, q_len):
-        own = own_mask(q_len)
+    def restrict(mask, q_len, heads):
+        own = own_mask(q_len, heads)
         if own is None or mask is None:
             return mask if own is None else own
         return mask & own
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        whole = restrict(mask, q.shape[-3])
+        whole = restrict(mask, *q.shape[-3:-1])
         if whole is None:
             return None, ()
         sizes = {"block_q": block_q, "block_kv": block_kv}

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.core import heads as heads_
-from jsparse.types import BlockMask, BlockPyramid, Mask, TokenGroups
+from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups
+from jsparse.types.mask import pad_to_blocks
 
 Plan = BlockMask | TokenGroups | BlockPyramid
 
@@ -25,13 +26,17 @@ def forward(
     head = jnp.arange(heads)[:, None, None]
     q_index, kv_index = jnp.arange(q_len)[:, None], jnp.arange(rule.kv_len)
 
+    # broken keys and values reach the rows that see them and no others: 0 * nan would be nan
+    broken_k, k = _cut_out(k)
+    broken_v, v = _cut_out(v)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     logits = rule.modify(
         logits, operands.bias, operands.scale, operands.captured, q_index, kv_index, batch, head
     )
+    logits = jnp.where(broken_k | broken_v, jnp.nan, logits)
     logits = rule.hide(logits, mask, q_index, kv_index, batch, head, ragged=False)
     if isinstance(plan, BlockPyramid):
-        logits, v = _append_pooled(logits, v, operands, plan, rule)
+        logits, v = _append_pooled(logits, v, operands, plan, mask, rule)
     elif plan is not None:
         logits = jnp.where(visible(plan, heads), logits, -jnp.inf)
 
@@ -47,6 +52,12 @@ def forward(
     return out.astype(operands.v.dtype), lse
 
 
+def _cut_out(x: Array) -> tuple[Bool[Array, "batch heads 1 kv_len"], Array]:
+    """Which tokens hold something that is not finite, and the array with zeros there."""
+    finite = jnp.isfinite(x).all(-1, keepdims=True)
+    return ~jnp.transpose(finite, (0, 2, 3, 1)), jnp.where(finite, x, 0.0)
+
+
 def visible(plan: BlockMask | TokenGroups, heads: int) -> Bool[Array, "*batch heads q_len kv_len"]:
     """A plan as one bool per pair and head."""
     if isinstance(plan, TokenGroups):
@@ -57,20 +68,47 @@ def visible(plan: BlockMask | TokenGroups, heads: int) -> Bool[Array, "*batch he
     return jnp.repeat(pairs, heads // plan.list_heads, axis=-3)
 
 
-def _append_pooled(logits, v, operands: Operands, plan: BlockPyramid, rule: LogitRule):
+def _append_pooled(
+    logits: Array,
+    v: Array,
+    operands: Operands,
+    plan: BlockPyramid,
+    mask: Mask | None,
+    rule: LogitRule,
+) -> tuple[Array, Array]:
     """Hides what the list leaves out and appends one column per block in its place."""
     if plan.pooled_k is None or plan.pooled_v is None or plan.log_count is None:
         raise NotImplementedError("the reference takes pyramids of pooled columns, not of levels.")
+    if operands.bias is not None or rule.score_mod is not None:
+        raise NotImplementedError(
+            "bias and score_mod act on pairs; a pooled column stands for many and has none."
+        )
     q = operands.q.astype(jnp.float32)
     heads = q.shape[-2]
-    tiles = plan.block_mask.to_dense()
-    tiles = jnp.repeat(tiles, heads // plan.block_mask.list_heads, axis=-3)
-    tiles = jnp.repeat(tiles, plan.block_mask.block_q, axis=-2)[..., : plan.q_len, :]
-    logits = jnp.where(visible(plan.block_mask, heads), logits, -jnp.inf)
+    lists = plan.block_mask
+    tiles = jnp.repeat(lists.to_dense(), heads // lists.list_heads, axis=-3)
+    tiles = jnp.repeat(tiles, lists.block_q, axis=-2)[..., : plan.q_len, :]
+    hidden = tiles | ~_whole_blocks(lists, mask, q.shape[0], heads)
+    logits = jnp.where(visible(lists, heads), logits, -jnp.inf)
     pooled_k = heads_.expand_kv_heads(plan.pooled_k, heads).astype(jnp.float32)
     pooled_v = heads_.expand_kv_heads(plan.pooled_v, heads).astype(jnp.float32)
     log_count = jnp.repeat(plan.log_count, heads // plan.log_count.shape[-1], axis=-1)
-    pooled = rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, pooled_k), operands.scale)
+    pooled = rule.capped(rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, pooled_k), operands.scale))
     pooled = pooled + jnp.swapaxes(log_count, -1, -2)[..., None, :]
-    pooled = jnp.where(tiles, -jnp.inf, pooled)
+    pooled = jnp.where(hidden, -jnp.inf, pooled)
+    pooled_v = jnp.broadcast_to(pooled_v, (v.shape[0], *pooled_v.shape[1:]))
     return jnp.concatenate([logits, pooled], -1), jnp.concatenate([v, pooled_v], -3)
+
+
+def _whole_blocks(
+    lists: BlockMask, mask: Mask | None, batches: int, heads: int
+) -> Bool[Array, "batch heads q_len kv_blocks"]:
+    """Blocks of which a query may see every key."""
+    grid = lists.grid
+    pairs = jnp.ones((batches, heads, grid.q_len, grid.kv_len), bool)
+    if mask is not None:
+        batch, head = jnp.arange(batches)[:, None, None, None], jnp.arange(heads)[:, None, None]
+        frame = Frame(grid.q_len, grid.kv_len, batch, head)
+        pairs &= mask.visible(jnp.arange(grid.q_len)[:, None], jnp.arange(grid.kv_len), frame)
+    pairs = pad_to_blocks(pairs, grid.block_kv, True)
+    return pairs.reshape(*pairs.shape[:-1], -1, grid.block_kv).all(-1)

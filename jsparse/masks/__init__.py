@@ -7,6 +7,7 @@ from jsparse.masks.dense import predicate as predicate
 from jsparse.masks.intervals import intervals as intervals
 from jsparse.masks.lengths import lengths as lengths
 from jsparse.masks.lengths import prefix_lm as prefix_lm
+from jsparse.masks.reordered import reordered as reordered
 from jsparse.masks.segments import segments as segments
 from jsparse.masks.strides import dilated as dilated
 from jsparse.masks.strides import strided as strided

@@ -26,20 +26,20 @@ def flashmask(
     *,
     startend_row_indices: Int[Array, "*batch mask_heads kv_len bounds"] | None = None,
     causal: bool = True,
-    heads: int | None = None,
 ) -> Method:
     """Attends exactly under a mask given as at most two hidden row intervals per key column.
 
     Args:
       startend_row_indices: Interval bounds per key; see `js.masks.intervals` for the meaning of 1,
-        2 or 4 of them. The heads axis is 1, or the number of kv heads with `heads` given, or the
-        number of query heads. Default: no intervals.
+        2 or 4 of them. The heads axis is 1, the number of kv heads or that of query heads.
+        Default: no intervals.
       causal: Whether keys past the query's own position are hidden too, bottom-right aligned.
-      heads: Number of query heads; needed where the columns differ per kv head.
 
     Differs from the paper:
-      Tiles are 128 x 128 whatever the head dimension; the paper's block_mask option is a plan here:
-      intersect it with the plan by `&`.
+      `causal` is True unless said otherwise, so that the method without columns is causal
+      attention. Tiles are 128 x 128 whatever the head dimension. The block_mask option is a plan
+      here: intersect it with the plan by `&`. The window_size option is a mask here:
+      `js.masks.sliding_window`, whose bounds do not count the query's own key.
 
     Raises:
       ValueError: if bounds are not integers, or not as many as `causal` asks.
@@ -48,13 +48,13 @@ def flashmask(
     if columns is not None:
         checks.integers(startend_row_indices=columns)
         checks.interval_bounds(columns.shape[-1], causal)
-        if heads is not None and columns.shape[-3] > 1:
-            checks.multiple(of=columns.shape[-3], heads=heads)
-            columns = jnp.repeat(columns, heads // columns.shape[-3], axis=-3)
 
-    def own_mask(q_len: int) -> Mask | None:
-        if columns is not None:
-            return intervals(columns, causal=causal, q_len=q_len)
-        return causal_mask() if causal else None
+    def own_mask(q_len: int, heads: int) -> Mask | None:
+        if columns is None:
+            return causal_mask() if causal else None
+        count = columns.shape[-3]
+        checks.multiple(of=count, heads=heads)
+        per_head = columns if count == 1 else jnp.repeat(columns, heads // count, axis=-3)
+        return intervals(per_head, causal=causal, q_len=q_len)
 
     return masked(own_mask)

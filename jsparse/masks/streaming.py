@@ -28,4 +28,4 @@ def streaming(*, num_sink: int = 4, window: int = 1024) -> Method:
     """
     checks.non_negative(num_sink=num_sink)
     checks.positive(window=window)
-    return masked(lambda q_len: sink_and_window(num_sink=num_sink, window=window))
+    return masked(lambda q_len, heads: sink_and_window(num_sink=num_sink, window=window))

@@ -119,10 +119,10 @@ def test_one_mask_for_all_equals_one_per_kv_head():
     columns = jnp.asarray(CASES["eviction"][0])[None]
     shared = js.sparse_attention(q, k, v, js.flashmask(startend_row_indices=columns))
     repeated = jnp.repeat(columns, 2, axis=0)
-    per_head = js.flashmask(startend_row_indices=repeated, heads=4)
+    per_head = js.flashmask(startend_row_indices=repeated)
     np.testing.assert_array_equal(js.sparse_attention(q, k, v, per_head), shared)
     different = repeated.at[1].set(17)
-    mixed = js.sparse_attention(q, k, v, js.flashmask(startend_row_indices=different, heads=4))
+    mixed = js.sparse_attention(q, k, v, js.flashmask(startend_row_indices=different))
     plain = js.attend(q, k, v, mask=js.masks.causal())
     np.testing.assert_allclose(mixed[:, :2], shared[:, :2], atol=2e-6)
     np.testing.assert_allclose(mixed[:, 2:], plain[:, 2:], atol=2e-6)

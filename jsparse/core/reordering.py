@@ -1,0 +1,88 @@
+"""Putting tokens in another order and back, per head or for all.
+
+An `order` lists original positions: the token that comes to stand at place `n` is `order[..., n]`.
+Attention does not depend on the order of the keys, and the order of the queries is undone on the
+output, so a method is free to bring together what belongs together before it cuts tiles. A mask
+follows the tokens by `js.masks.reordered`.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jsparse import checks
+
+
+def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Int[Array, "1 length"]:
+    """The order that makes each tile of a grid of tokens contiguous.
+
+    Tiles come row-major, and so do the tokens in each; tiles at the far end of an axis may be
+    smaller. A tile that spans an axis moves that axis innermost: `tile_order((frames, places),
+    (frames, 1))` goes from frame after frame to place after place.
+
+    Args:
+      shape: Size of the grid along each axis; tokens are counted row-major.
+      tile: Size of a tile along each axis.
+
+    Raises:
+      ValueError: if the two differ in length, or a size is not positive.
+    """
+    checks.same_number_of_axes(shape=shape, tile=tile)
+    for size, side in zip(shape, tile, strict=True):
+        checks.positive(shape=size, tile=side)
+    places = np.indices(shape).reshape(len(shape), -1)
+    sides = np.asarray(tile)[:, None]
+    # the last key is the primary one
+    order = np.lexsort([*reversed(places % sides), *reversed(places // sides)])
+    return jnp.asarray(order[None], jnp.int32)
+
+
+def inverse(
+    order: Int[Array, "*batch order_heads length"],
+) -> Int[Array, "*batch order_heads length"]:
+    """The order that undoes an order: where each original token stands."""
+    flat = order.reshape(-1, order.shape[-1])
+    rows = jnp.arange(flat.shape[0])[:, None]
+    places = jnp.broadcast_to(jnp.arange(order.shape[-1], dtype=jnp.int32), flat.shape)
+    undone = jnp.zeros_like(places).at[rows, flat].set(places, unique_indices=True)
+    return undone.reshape(order.shape)
+
+
+def reorder(
+    x: Float[Array, "*batch length heads dim"],
+    order: Int[Array, "*order_batch order_heads length"],
+) -> Float[Array, "*batch length out_heads dim"]:
+    """Puts tokens in another order.
+
+    Heads on either side are shared by groups where the other has more: keys of 2 kv heads in the
+    orders of 8 query heads become 8 heads, and queries of 8 heads in the orders of 2 kv heads each
+    follow their group's. An order may lack batch axes that `x` has.
+
+    Args:
+      x: Queries, keys, values or outputs.
+      order: A permutation of the tokens, per head or shared.
+
+    Raises:
+      ValueError: if the order is not of integers, or does not fit the length or the heads.
+    """
+    x, order = _for_each_head(x, order)
+    index = jnp.swapaxes(order, -1, -2)[..., None]
+    return jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
+
+
+def restore(
+    x: Float[Array, "*batch length heads dim"],
+    order: Int[Array, "*order_batch order_heads length"],
+) -> Float[Array, "*batch length out_heads dim"]:
+    """Puts tokens back where they stood before `reorder`."""
+    return reorder(x, inverse(order))
+
+
+def _for_each_head(x: Array, order: Array) -> tuple[Array, Array]:
+    checks.order_fits(order, x.shape)
+    heads = max(x.shape[-2], order.shape[-2])
+    x = jnp.repeat(x, heads // x.shape[-2], axis=-2)
+    order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
+    return x, jnp.broadcast_to(order, (*x.shape[:-3], *order.shape[-2:]))
