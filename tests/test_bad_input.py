@@ -1,6 +1,7 @@
 """A wrong call of attend gets one sentence that names the argument, its value and the remedy."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jsparse as js
@@ -53,6 +54,63 @@ CASES = {
     "implementation": (
         lambda: js.attend(Q, K, V, implementation="cuda"),
         "implementation='cuda' must be one of 'reference', 'xla', 'mosaic', 'triton'",
+    ),
+    "float64": (
+        lambda: js.attend(*[np.asarray(x, np.float64) for x in (Q, K, V)]),
+        "cast it first",
+    ),
+    "float8": (
+        lambda: js.attend(*[x.astype(jnp.float8_e4m3fn) for x in (Q, K, V)]),
+        "q holds float8",
+    ),
+    "bias of bools": (
+        lambda: js.attend(Q, K, V, bias=jnp.ones((32, 32), bool)),
+        "bias holds bool.*js.masks.dense",
+    ),
+    "bias of integers": (
+        lambda: js.attend(Q, K, V, bias=jnp.ones((32, 32), int)),
+        "bias holds int",
+    ),
+    "bias list": (lambda: js.attend(Q, K, V, bias=[0.0]), "bias holds list"),
+    "scale text": (lambda: js.attend(Q, K, V, scale="big"), "scale='big' must be a number"),
+    "scale NumPy": (lambda: js.attend(Q, K, V, scale=np.ones(4)), "scale=array"),
+    "softcap array": (
+        lambda: js.attend(Q, K, V, softcap=jnp.ones(())),
+        "softcap=.*must be a number",
+    ),
+    "score_mod of bools": (
+        lambda: js.attend(Q, K, V, score_mod=lambda s, b, h, i, j: i >= j),
+        "returned .*bool.*js.masks.predicate",
+    ),
+    "list entry": (
+        lambda: js.BlockMask.from_lists(
+            jnp.full((1, 2, 1), 2),
+            jnp.ones((1, 2), int),
+            q_len=32,
+            kv_len=32,
+            block_q=16,
+            block_kv=16,
+        ),
+        "kv_indices holds block 2; there are 2",
+    ),
+    "list heads": (lambda: plan(heads=2) | plan(heads=3), "list_heads=3 must be a multiple of 2"),
+    "threshold per head": (
+        lambda: js.xattention(threshold=jnp.full((3,), 0.5)).plan((), Q, K),
+        r"threshold has shape \(3,\); expected a number, or one per query head, \(4,\)",
+    ),
+    "threshold text": (
+        lambda: js.xattention(threshold="most"),
+        "threshold='most' must be a number",
+    ),
+    "offset": (lambda: js.masks.causal(offset=1.5), "offset holds float64"),
+    "window offset": (lambda: js.masks.sliding_window(left=1, offset=0.5), "offset holds float64"),
+    "lengths": (lambda: js.masks.lengths(jnp.ones(2)), "q_lengths holds float32"),
+    "prefix": (lambda: js.masks.prefix_lm(2.5), "prefix_len holds float64"),
+    "kv head columns": (
+        lambda: js.sparse_attention(
+            Q, K, V, js.flashmask(startend_row_indices=jnp.full((3, 32, 1), 32))
+        ),
+        "heads=4 must be a multiple of 3",
     ),
     "merge": (lambda: js.merge([]), "merge got no parts"),
 }

@@ -45,12 +45,40 @@ def test_equals_jax_nn(name):
     def run(function):
         def loss(q, k, v):
             out, lse = function(q, k, v, return_residual=True, **CASES[name])
-            return jnp.sin(out).sum(), (out, lse)
+            # in jax.nn the residual has no gradient
+            return jnp.sin(out).sum() + jnp.cos(lse).sum(), (out, lse)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     got, expected = run(js.dot_product_attention), run(jax.nn.dot_product_attention)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_low_precision_equals_jax_nn(name, dtype):
+    q, k, v = qkv(24, 40, batch=(2,), dtype=dtype)
+    got = js.dot_product_attention(q, k, v, return_residual=True, **CASES[name])
+    expected = jax.nn.dot_product_attention(q, k, v, return_residual=True, **CASES[name])
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        mine, theirs = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
+        lowest = ~np.isfinite(theirs) | (theirs < -1e30)
+        np.testing.assert_array_equal(mine[lowest], theirs[lowest])
+        # each side rounds its probabilities and its output
+        size = np.abs(theirs[~lowest]).max()
+        np.testing.assert_allclose(
+            mine[~lowest], theirs[~lowest], rtol=0, atol=2 * float(jnp.finfo(dtype).eps) * size
+        )
+
+
+def test_values_may_have_their_own_dim():
+    q, k, v = qkv(24, v_dim=40, batch=(2,))
+    out = js.dot_product_attention(q, k, v, is_causal=True)
+    assert out.shape == (2, 24, 4, 40)
+    np.testing.assert_allclose(
+        out[..., :16], jax.nn.dot_product_attention(q, k, v[..., :16], is_causal=True), atol=2e-6
+    )
 
 
 def test_without_a_batch_axis():
@@ -90,6 +118,15 @@ def test_a_plan_and_a_method_decide():
         ({"mask": jnp.zeros((1, 1, 24, 40))}, "must hold bools"),
         ({"mask": jnp.zeros((1, 1, 24, 39), bool)}, "does not broadcast"),
         ({"bias": jnp.zeros((3, 24, 40))}, "bias has shape"),
+        ({"query_seq_lengths": jnp.asarray([3.0, 4.0])}, "query_seq_lengths holds float32"),
+        (
+            {"key_value_seq_lengths": jnp.asarray([3, 4, 5])},
+            r"key_value_seq_lengths has shape \(3,\)",
+        ),
+        (
+            {"plan": js.block_mask(js.masks.causal(), 24, 40), "method": js.xattention()},
+            "plan and method are both given",
+        ),
         ({"implementation": "fast"}, "implementation='fast' must be one of"),
         ({"implementation": "cudnn", "method": js.xattention()}, "takes neither plan nor method"),
     ],

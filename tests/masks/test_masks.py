@@ -1,5 +1,8 @@
 """Every mask against its definition, pair by pair, and its tiles against its pairs."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +221,37 @@ def test_batched_arrays_equal_one_by_one():
         np.testing.assert_allclose(together[a], alone, atol=4e-6)
 
 
+def test_a_traced_offset_is_where_the_queries_sit():
+    """A decode step: one program serves every position in the cache."""
+    q, k, v = (jnp.asarray(RNG.normal(size=(2, n, 1, 8)), jnp.float32) for n in (3, 32, 32))
+
+    @jax.jit
+    def step(start):
+        mask = js.masks.causal(offset=start) & js.masks.sliding_window(left=4, offset=start)
+        return js.attend(q, k, v, mask=mask, implementation="xla")
+
+    for start in ([0, 5], [29, 11]):
+        out = step(jnp.asarray(start))
+        for sequence, first in enumerate(start):
+            position, j = first + np.arange(3)[:, None], np.arange(32)
+            pairs = jnp.asarray((j <= position) & (position - j <= 4))[None]
+            alone = js.attend(
+                q[sequence], k[sequence], v[sequence],
+                mask=js.masks.dense(pairs), implementation="reference",
+            )  # fmt: skip
+            np.testing.assert_allclose(out[sequence], alone, atol=4e-6)
+
+
+def test_arrays_that_all_sequences_share_are_not_copied():
+    pairs = jnp.asarray(RNG.random((1, 1, 16, 16)) < 0.5)
+    flat = js.masks.dense(pairs).flatten_batch((64,))
+    assert flat.pairs.shape == (1, 1, 16, 16)
+    mask = js.masks.segments(jnp.zeros((3, 16), int)) & js.masks.dense(pairs)
+    flat = mask.flatten_batch((2, 3))
+    assert flat.left.q_ids.shape == (6, 16)
+    assert flat.batch_shape == (6,)
+
+
 @pytest.mark.parametrize("dropped", ["segments", "causal", "window"])
 def test_dropping_a_part_changes_the_result(dropped):
     """If a composition lost one of its parts on the way, this is what would show it."""
@@ -244,6 +278,29 @@ def test_a_million_tokens_become_tiles_in_seconds_and_megabytes():
     assert sum(x.nbytes for x in jax.tree.leaves(plan)) < 2**20
     memory = build.lower().compile().memory_analysis()
     assert memory.temp_size_in_bytes < 32 * 2**20
+
+
+def test_a_million_tokens_in_a_process_of_their_own():
+    """Seconds and megabytes as a user sees them: compiling included, peak of the whole process."""
+    code = """
+import resource, time
+import jax, jsparse as js
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+mask = js.masks.causal() & js.masks.sliding_window(left=1023)
+build = lambda length: jax.jit(lambda: js.block_mask(mask, length, length))()
+jax.block_until_ready(build(4096))
+memory, start = peak(), time.process_time()
+plan = jax.block_until_ready(build(2**20))
+assert plan.width == 9, plan.width
+print(time.process_time() - start, peak() - memory)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 20  # of processor time; about 1 where this was written
+    assert megabytes < 200  # about 60 there; one byte per pair of tokens would be a million
 
 
 def test_masks_have_no_truth_value():

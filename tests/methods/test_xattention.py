@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.core.scores import antidiagonal_cells
 from jsparse.estimators.xattention import antidiagonal_scores
 from tests.inputs import qkv
 from tests.oracles import xattention as oracle
@@ -16,7 +17,8 @@ WORKED_K = jnp.asarray([1, 2, 0, 1, 0, 2, 1, 0, 1, 1, 2, 0], jnp.float32)[:, Non
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "stride", "block"), [(32, 32, 2, 8), (24, 40, 4, 8), (29, 43, 2, 8)]
+    ("q_len", "kv_len", "stride", "block"),
+    [(32, 32, 2, 8), (24, 40, 4, 8), (29, 43, 2, 8), (21, 40, 4, 8), (3, 5, 4, 8)],
 )
 def test_scores_and_tiles_equal_the_oracle(q_len, kv_len, stride, block, causal):
     q, k, _ = qkv(q_len, kv_len, dim=8)
@@ -30,6 +32,17 @@ def test_scores_and_tiles_equal_the_oracle(q_len, kv_len, stride, block, causal)
         sizes = {"q_len": q_len, "kv_len": kv_len, "block": block}
         tiles = oracle.select(expected, threshold, causal=causal, **sizes)
         np.testing.assert_array_equal(plan.to_dense(), tiles)
+
+
+def test_worked_logits():
+    q_cells = antidiagonal_cells(WORKED_Q, 2, reverse=True)[:, 0]
+    k_cells = antidiagonal_cells(WORKED_K, 2, reverse=False)[:, 0]
+    logits = q_cells @ k_cells.T / 2  # sqrt(H) = 1, S = 2
+    for row, expected in enumerate(([1.0], [2.0, 1.0], [1.5, 0.5, 1.0])):
+        np.testing.assert_allclose(logits[row, : row + 1], expected)
+    scores = oracle.block_scores(WORKED_Q, WORKED_K, stride=2, block=4)[0]
+    expected = [[2, 0, 0], [1.192804, 0.807196, 0], [0.837571, 0.59982, 0.562609]]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
 def test_worked_example():
@@ -72,6 +85,13 @@ def test_threshold_one_is_dense_and_a_small_one_keeps_only_forced_blocks():
     np.testing.assert_array_equal(plan.to_dense(), np.broadcast_to(forced, (4, 6, 6)))
 
 
+def test_without_a_mask_a_small_threshold_keeps_the_best_block_alone():
+    q, k, _ = qkv(48)
+    plan, info = js.xattention(stride=2, block_size=8, threshold=1e-6).plan((), q, k)
+    best = np.asarray(info.block_scores).argmax(-1)
+    np.testing.assert_array_equal(plan.to_dense(), best[..., None] == np.arange(6))
+
+
 def test_tiles_grow_with_the_threshold():
     q, k, _ = qkv(64)
     tiles = [
@@ -85,8 +105,6 @@ def test_tiles_grow_with_the_threshold():
 
 def test_the_product_of_cells_is_the_antidiagonal_mean():
     q, k, _ = qkv(8, heads=1, kv_heads=1, dim=4)
-    from jsparse.core.scores import antidiagonal_cells
-
     q_cells = antidiagonal_cells(q, 4, reverse=True)[:, 0]
     k_cells = antidiagonal_cells(k, 4, reverse=False)[:, 0]
     logits = np.asarray(q[:, 0] @ k[:, 0].T) / 2.0
@@ -104,6 +122,20 @@ def test_a_needle_is_always_selected():
     assert share > 0.2
     method = js.xattention(stride=2, block_size=8, threshold=1.0 - share + 1e-3)
     assert bool(method.plan((), q, k, mask=CAUSAL)[0].to_dense()[0, 7, 3])
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("mask", [CAUSAL, None], ids=["causal", "bidirectional"])
+def test_no_block_with_more_than_the_rest_is_left_out(threshold, mask):
+    q, k, _ = qkv(96, dim=8, seed=5)
+    plan, info = js.xattention(stride=2, block_size=8, threshold=threshold).plan(
+        (), 4 * q, k, mask=mask
+    )
+    shares = np.asarray(info.block_scores)
+    shares = shares / shares.sum(-1, keepdims=True)
+    heavy = shares > 1 - threshold + 1e-5
+    assert heavy.any()
+    assert np.asarray(plan.to_dense())[heavy].all()
 
 
 def test_permuting_batch_and_heads_permutes_the_tiles():

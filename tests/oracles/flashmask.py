@@ -28,6 +28,41 @@ def pairs_from_columns(columns, *, causal, q_len):
     return allowed
 
 
+def attention_and_gradients(q, k, v, pairs, weights):
+    """(out, dq, dk, dv) of the loss sum(out * weights), row by row over the allowed pairs."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    scale = 1 / np.sqrt(q.shape[-1])
+    for i in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys = [j for j in range(k.shape[0]) if pairs[i, j]]
+            if not keys:
+                continue
+            logits = np.array([q[i, h] @ k[j, h // group] * scale for j in keys])
+            probs = np.exp(logits - logits.max())
+            probs /= probs.sum()
+            out[i, h] = sum(p * v[j, h // group] for p, j in zip(probs, keys, strict=True))
+            for p, j in zip(probs, keys, strict=True):
+                d_v[j, h // group] += p * weights[i, h]
+                d_logit = p * (weights[i, h] @ (v[j, h // group] - out[i, h]))
+                d_q[i, h] += d_logit * scale * k[j, h // group]
+                d_k[j, h // group] += d_logit * scale * q[i, h]
+    return out, d_q, d_k, d_v
+
+
+def hash_columns(bucket_of):
+    """Columns, original positions and buckets of tokens stably sorted by bucket."""
+    original = np.argsort(bucket_of, kind="stable")
+    buckets = np.asarray(bucket_of)[original]
+    columns = np.zeros((len(buckets), 2), np.int32)
+    for j, bucket in enumerate(buckets):
+        rows = [i for i in range(len(buckets)) if buckets[i] == bucket]
+        columns[j] = rows[-1] + 1, next(i for i in rows if original[i] >= original[j])
+    return columns, original, buckets
+
+
 def cases(length=16, docs=(5, 4, 7)):
     """name -> (columns [length, n] or None, causal, definition(i, j) -> bool, allowed pairs)."""
     start, end = document(docs)

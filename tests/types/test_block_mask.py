@@ -65,6 +65,68 @@ def test_a_narrow_list_keeps_the_first_and_says_so():
     assert (plan & plan_of(tiles)).overflowed.any()
 
 
+def test_lists_in_any_order_count_each_tile_once():
+    tiles = random_tiles(shape=(3, 5, 7))
+    width = 11
+    lists, counts = np.full((3, 5, width), -(2**31)), np.zeros((3, 5), int)
+    rng = np.random.default_rng(3)
+    for at in np.ndindex(3, 5):
+        blocks = np.flatnonzero(tiles[at])
+        # every tile, some of them twice, and padding in between
+        entries = np.concatenate([blocks, blocks[:2], [-1]])
+        counts[at] = len(entries)
+        lists[at][: len(entries)] = rng.permutation(entries)
+        lists[at][len(entries) :] = rng.integers(-(2**31), 2**31 - 1, width - len(entries))
+    expected = plan_of(tiles)
+    for dtype in (jnp.int32, jnp.uint32, np.int64):
+        plan = js.BlockMask.from_lists(lists.astype(dtype), counts.astype(dtype), **SIZES)
+        np.testing.assert_array_equal(plan.to_dense(), tiles)
+        np.testing.assert_array_equal(plan.kv_num_blocks, expected.kv_num_blocks)
+        assert plan.kv_indices.dtype == plan.kv_num_blocks.dtype == jnp.int32
+        assert not plan.overflowed.any()
+    traced = jax.jit(lambda a, b: js.BlockMask.from_lists(a, b, **SIZES))(
+        jnp.asarray(lists), jnp.asarray(counts)
+    )
+    np.testing.assert_array_equal(traced.kv_indices, plan.kv_indices)
+    np.testing.assert_array_equal(traced.inverse().q_num_blocks, tiles.sum(-2))
+
+
+def test_small_integers_hold_lists_too():
+    lists, counts = jnp.asarray([[[4, 0]] * 5], jnp.int8), jnp.full((1, 5), 2, jnp.uint8)
+    plan = js.BlockMask.from_lists(lists, counts, **SIZES)
+    assert plan.kv_indices[0, 0].tolist() == [0, 4]
+
+
+def test_a_list_that_lacks_tiles_says_so():
+    lists = jnp.asarray([[[0, 1]] * 5, [[0, 6]] * 5, [[0, 7]] * 5])
+    counts = jnp.asarray([[2, 2, 3, 2, 2], [2] * 5, [2] * 5])
+    plan = jax.jit(lambda a, b: js.BlockMask.from_lists(a, b, **SIZES))(lists, counts)
+    assert plan.overflowed.tolist() == [True, False, True]
+    assert plan.kv_num_blocks.max() == 2
+
+
+def test_a_list_of_no_width_is_an_empty_plan():
+    plan = js.BlockMask.from_lists(jnp.zeros((1, 5, 0), int), jnp.zeros((1, 5), int), **SIZES)
+    assert not plan.to_dense().any()
+    assert not plan.overflowed.any()
+    assert plan.inverse().offsets.max() == 0
+
+
+def test_plans_of_different_heads_combine():
+    shared, grouped, single = (random_tiles(n, (heads, 5, 7)) for n, heads in enumerate((1, 2, 4)))
+    both = plan_of(grouped) | plan_of(single)
+    np.testing.assert_array_equal(both.to_dense(), np.repeat(grouped, 2, 0) | single)
+    both = plan_of(single) & plan_of(shared)
+    np.testing.assert_array_equal(both.to_dense(), single & shared)
+
+
+def test_density_counts_more_tiles_than_an_int32_holds():
+    rows = 2**17
+    lists = jnp.broadcast_to(jnp.arange(2**5), (1, rows, 2**5))
+    plan = js.BlockMask(lists, jnp.full((1, rows), 2**15), jnp.zeros((1,), bool), rows, rows, 1, 1)
+    np.testing.assert_allclose(plan.density(), [0.25])
+
+
 def test_under_jit_and_vmap():
     tiles = jnp.asarray(random_tiles())
     build = jax.jit(lambda t: js.BlockMask.from_dense(t, **SIZES))

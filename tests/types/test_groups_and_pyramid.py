@@ -47,6 +47,18 @@ def test_groups_under_jit_and_vmap():
     jax.tree.map(np.testing.assert_array_equal, jax.vmap(build)(ids), build(ids))
 
 
+def test_groups_cost_no_table_of_groups_by_tokens():
+    length, groups = 2**17, 2**11
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def build(i):
+        plan = js.TokenGroups.from_ids(i, i, groups=groups)
+        return plan, plan.q_ids()
+
+    memory = jax.jit(build).lower(ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 * 4 * length  # such a table would take 2048
+
+
 def lists():
     tiles = jnp.asarray(np.eye(4, dtype=bool))[None]
     return js.BlockMask.from_dense(tiles, q_len=16, kv_len=16, block_q=4, block_kv=4)

@@ -1,0 +1,116 @@
+"""attend under JAX's transformations: scan, remat, vmap of any argument, shard_map."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from tests.inputs import qkv
+
+CAUSAL = js.masks.causal()
+METHODS = {
+    "mask": None,
+    "mean_pooled": js.mean_pooled(block_size=8, density=0.5),
+    "xattention": js.xattention(block_size=8, stride=2, threshold=0.6),
+}
+by_name = pytest.mark.parametrize("name", METHODS)
+
+
+def layer(name, x, weight, implementation="xla"):
+    """A residual layer whose plan depends on its input."""
+    q = (x @ weight).reshape(*x.shape[:-1], 4, 4)
+    k, v = q[..., ::2, :], jnp.flip(q[..., ::2, :], -1)
+    options = {"mask": CAUSAL, "implementation": implementation}
+    if METHODS[name] is None:
+        out = js.attend(q, k, v, **options)
+    else:
+        out = js.sparse_attention(q, k, v, METHODS[name], **options)
+    return x + out.reshape(x.shape)
+
+
+def inputs():
+    x, weights = jax.random.normal(jax.random.key(0), (29, 16)), jax.random.key(1)
+    return x, 0.5 * jax.random.normal(weights, (3, 16, 16))
+
+
+def close(got, expected):
+    for mine, true in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        # a few hundred roundings, relative to the largest entry
+        size = max(1.0, float(jnp.abs(true).max()))
+        np.testing.assert_allclose(mine, true, rtol=0, atol=400 * 2**-24 * size)
+
+
+@by_name
+def test_scan_over_layers_with_and_without_remat(name):
+    def unrolled(x, weights):
+        for weight in weights:
+            x = layer(name, x, weight, "reference")
+        return jnp.sin(x).sum()
+
+    def scanned(step):
+        def loss(x, weights):
+            return jnp.sin(jax.lax.scan(lambda x, w: (step(x, w), None), x, weights)[0]).sum()
+
+        return loss
+
+    def step(x, weight):
+        return layer(name, x, weight)
+
+    expected = jax.value_and_grad(unrolled, argnums=(0, 1))(*inputs())
+    for function in (step, jax.checkpoint(step)):
+        got = jax.jit(jax.value_and_grad(scanned(function), argnums=(0, 1)))(*inputs())
+        close(got, expected)
+
+
+@by_name
+def test_gradients_of_a_mapped_layer(name):
+    x, weights = inputs()
+    xs = jnp.stack([x, 2 * x[::-1], x - 1])
+
+    def alone(weight):
+        return sum(jnp.sin(layer(name, x, weight, "reference")).sum() for x in xs)
+
+    def mapped(weight):
+        return jnp.sin(jax.vmap(lambda x: layer(name, x, weight))(xs)).sum()
+
+    close(jax.jit(jax.value_and_grad(mapped))(weights[0]), jax.value_and_grad(alone)(weights[0]))
+
+
+def test_mapping_over_any_argument():
+    """Operands, lists, mask arrays, bias and sinks may each be the mapped one."""
+    q, k, v = qkv(24, dim=8)
+    rng = np.random.default_rng(0)
+    tiles = jnp.asarray(rng.random((2, 1, 3, 3)) < 0.6).at[..., 0].set(True)
+    sizes = {"q_len": 24, "kv_len": 24, "block_q": 8, "block_kv": 8}
+    mapped = {
+        "q": jnp.stack([q, -q]),
+        "v": jnp.stack([v, v + 1]),
+        "plan": jax.vmap(lambda t: js.BlockMask.from_dense(t, **sizes))(tiles),
+        "mask": js.masks.segments(jnp.asarray(np.sort(rng.integers(0, 3, (2, 24)), -1))),
+        "bias": jnp.asarray(rng.normal(size=(2, 1, 24)), jnp.float32),
+        "sinks": jnp.asarray(rng.normal(size=(2, 4)), jnp.float32),
+    }
+    plain = {"q": q, "k": k, "v": v}
+
+    def run(changes, implementation):
+        options = {**plain, **changes}
+        return js.attend(**options, implementation=implementation)
+
+    for name, values in mapped.items():
+        got = jax.jit(jax.vmap(lambda x, name=name: run({name: x}, "xla")))(values)
+        for n in range(2):
+            one = jax.tree.map(lambda x, n=n: x[n], values)
+            np.testing.assert_allclose(got[n], run({name: one}, "reference"), atol=4e-6)
+
+
+def test_sharding_over_heads():
+    q, k, v = qkv(24, heads=4, kv_heads=2, dim=8)
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, "heads", None)
+
+    def run(q, k, v):
+        return js.attend(q, k, v, mask=CAUSAL, implementation="xla")
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    np.testing.assert_array_equal(jax.jit(sharded)(q, k, v), jax.jit(run)(q, k, v))
