@@ -31,7 +31,8 @@ def layer(name, x, weight, implementation="xla"):
 
 def inputs():
     x, weights = jax.random.normal(jax.random.key(0), (29, 16)), jax.random.key(1)
-    return x, 0.5 * jax.random.normal(weights, (3, 16, 16))
+    # small weights: the loss must not magnify roundings
+    return x, 0.1 * jax.random.normal(weights, (3, 16, 16))
 
 
 def close(got, expected):
