@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
@@ -21,7 +21,7 @@ def sparse_attention(
     params: Any = (),
     mask: Mask | None = None,
     x: Float[Array, "*batch q_len features"] | None = None,
-    positions: Any = None,
+    positions: Int[Array, "*batch q_len"] | None = None,
     state: Any = None,
     key: Any = None,
     **options: Any,
@@ -36,7 +36,8 @@ def sparse_attention(
       params: The method's parameters, from `method.init`; `()` where it has none.
       mask: Who may see whom; the method plans within it.
       x: Hidden states, for methods that look at them.
-      positions: Token positions, for methods that use them.
+      positions: Where each query stands among the keys, consecutive per sequence; default the last
+        `q_len` of them. A mask of one's own is aligned by its `offset`.
       state: What the method returned as `info.state` at the step or layer before.
       key: A PRNG key, for methods that sample.
       **options: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, return_lse,

@@ -68,7 +68,7 @@ def attention_for(context: int):
     """Exact causal attention: all pairs for short contexts, listed tiles for long ones."""
     implementation = "reference" if context < DENSE_BELOW else "xla"
 
-    def attention(q, k, v, *, mask, x):
+    def attention(q, k, v, *, mask, x, positions):
         return js.attend(q, k, v, mask=mask, implementation=implementation)
 
     return attention

@@ -1,11 +1,29 @@
 """A method that is a plan and nothing more."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
 from jsparse.types import Mask, Method
+
+
+class Queries(NamedTuple):
+    """What a method's own mask is made for.
+
+    `offset` is the key position of the first query, per sequence; None where the last query stands
+    at the last key.
+    """
+
+    q_len: int
+    heads: int
+    offset: Any
+
+    @classmethod
+    def of(cls, q: Any, positions: Any) -> "Queries":
+        """From queries and their positions among the keys, None being the last ones."""
+        q_len, heads = q.shape[-3:-1]
+        return cls(q_len, heads, None if positions is None else positions[..., 0])
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
@@ -17,15 +35,15 @@ def planned(
     plan: Callable[..., Any],
     *,
     init: Callable[..., Any] = no_params,
-    restrict: Callable[[Mask | None, int, int], Mask | None] = lambda mask, q_len, heads: mask,
+    restrict: Callable[[Mask | None, Queries], Mask | None] = lambda mask, queries: mask,
 ) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
     Args:
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`.
       init: Makes the parameters; default none.
-      restrict: For methods that decide element by element too: maps the caller's mask, `q_len` and
-        `heads` to the mask that `attend` applies.
+      restrict: For methods that decide element by element too: maps the caller's mask to the one
+        that `attend` applies.
     """
 
     def attend_to_plan(
@@ -55,7 +73,7 @@ def planned(
             k,
             v,
             tiles,
-            mask=restrict(mask, *q.shape[-3:-1]),
+            mask=restrict(mask, Queries.of(q, positions)),
             bias=bias,
             score_mod=score_mod,
             sinks=sinks,
@@ -70,24 +88,24 @@ def planned(
 
 
 def masked(
-    own_mask: Callable[[int, int], Mask | None], *, block_q: int = 128, block_kv: int = 128
+    own_mask: Callable[[Queries], Mask | None], *, block_q: int = 128, block_kv: int = 128
 ) -> Method:
     """Completes a mask to a method: the tiles it touches, and the mask inside them.
 
     Args:
-      own_mask: The method's mask for a given `q_len` and `heads`; None hides nothing.
+      own_mask: The method's mask for some queries; None hides nothing.
       block_q: Queries per tile.
       block_kv: Keys per tile.
     """
 
-    def restrict(mask, q_len, heads):
-        own = own_mask(q_len, heads)
+    def restrict(mask, queries):
+        own = own_mask(queries)
         if own is None or mask is None:
             return mask if own is None else own
         return mask & own
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        whole = restrict(mask, *q.shape[-3:-1])
+        whole = restrict(mask, Queries.of(q, positions))
         if whole is None:
             return None, ()
         sizes = {"block_q": block_q, "block_kv": block_kv}

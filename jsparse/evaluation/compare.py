@@ -279,8 +279,8 @@ def compare(
 
 
 def _inside(method: Method):
-    def attention(q, k, v, *, mask, x):
-        return method.attend((), q, k, v, x=x, mask=mask)[0]
+    def attention(q, k, v, *, mask, x, positions):
+        return method.attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
 
     return attention
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jsparse import checks
-from jsparse.attention.planned import masked
+from jsparse.attention.planned import Queries, masked
 from jsparse.masks.causal import causal as causal_mask
 from jsparse.masks.intervals import intervals
 from jsparse.types import Mask, Method
@@ -49,9 +49,10 @@ def flashmask(
         checks.integers(startend_row_indices=columns)
         checks.interval_bounds(columns.shape[-1], causal)
 
-    def own_mask(q_len: int, heads: int) -> Mask | None:
+    def own_mask(queries: Queries) -> Mask | None:
         if columns is None:
-            return causal_mask() if causal else None
+            return causal_mask(offset=queries.offset) if causal else None
+        q_len, heads, _ = queries
         count = columns.shape[-3]
         checks.multiple(of=count, heads=heads)
         per_head = columns if count == 1 else jnp.repeat(columns, heads // count, axis=-3)

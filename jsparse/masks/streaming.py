@@ -1,15 +1,17 @@
 """StreamingLLM: the first tokens and a sliding window. Xiao et al. 2023, arXiv:2309.17453."""
 
+from typing import Any
+
 from jsparse import checks
-from jsparse.attention.planned import masked
+from jsparse.attention.planned import Queries, masked
 from jsparse.masks.tokens import sinks
 from jsparse.masks.window import sliding_window
 from jsparse.types import Mask, Method
 
 
-def sink_and_window(*, num_sink: int, window: int) -> Mask:
+def sink_and_window(*, num_sink: int, window: int, offset: Any = None) -> Mask:
     """Lets each query see the first `num_sink` keys and the last `window`, its own included."""
-    return sinks(num_sink) | sliding_window(left=window - 1)
+    return sinks(num_sink) | sliding_window(left=window - 1, offset=offset)
 
 
 def streaming(*, num_sink: int = 4, window: int = 1024) -> Method:
@@ -28,4 +30,8 @@ def streaming(*, num_sink: int = 4, window: int = 1024) -> Method:
     """
     checks.non_negative(num_sink=num_sink)
     checks.positive(window=window)
-    return masked(lambda q_len, heads: sink_and_window(num_sink=num_sink, window=window))
+
+    def own_mask(queries: Queries) -> Mask:
+        return sink_and_window(num_sink=num_sink, window=window, offset=queries.offset)
+
+    return masked(own_mask)

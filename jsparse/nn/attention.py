@@ -139,17 +139,21 @@ class SparseAttention(nnx.Module):
         if self.rope_base is not None:
             q = rotary(q, positions, base=self.rope_base)
             k = rotary(k, positions, base=self.rope_base)
+        where = None
         if cache is not None:
             past = causal(offset=cache.length)
+            where = cache.length[..., None] + jnp.arange(length, dtype=jnp.int32)
             mask = past if mask is None else mask & past
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         run = self._dense if cache is not None and length == 1 else self.attention or self._method
-        out = run(q, k, v, mask=mask, x=x)
+        out = run(q, k, v, mask=mask, x=x, positions=where)
         out = self.out_proj(out.reshape(*batch_shape, length, -1))
         return out if cache is None else (out, cache)
 
-    def _dense(self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array) -> Array:
+    def _dense(
+        self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
+    ) -> Array:
         return attend(
             q,
             k,
@@ -160,9 +164,11 @@ class SparseAttention(nnx.Module):
             implementation=self.implementation,
         )
 
-    def _method(self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array) -> Array:
+    def _method(
+        self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
+    ) -> Array:
         if self.method is None:
-            return self._dense(q, k, v, mask=mask, x=x)
+            return self._dense(q, k, v, mask=mask, x=x, positions=positions)
         return sparse_attention(
             q,
             k,
@@ -171,6 +177,7 @@ class SparseAttention(nnx.Module):
             params=() if self.method_params is None else self.method_params[...],
             mask=mask,
             x=x,
+            positions=positions,
             sinks=None if self.sinks is None else self.sinks[...],
             softcap=self.softcap,
             implementation=self.implementation,

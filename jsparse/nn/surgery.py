@@ -28,7 +28,7 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
 
     Args:
       model: A model that has `SparseAttention` layers; it is left as it was.
-      attention: `attention(q, k, v, *, mask, x) -> out`; None for each layer's own method.
+      attention: `attention(q, k, v, *, mask, x, positions) -> out`; None for each layer's own method.
     """
     copy = nnx.merge(*nnx.split(model))
     for layer in attention_layers(copy):
@@ -39,8 +39,8 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
 def recording(run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]]) -> AttentionFn:
     """An attention that notes down its q, k, v and then does what `run` does."""
 
-    def attention(q, k, v, *, mask, x):
+    def attention(q, k, v, *, mask, x, positions):
         tensors.append((q, k, v))
-        return run(q, k, v, mask=mask, x=x)
+        return run(q, k, v, mask=mask, x=x, positions=positions)
 
     return attention

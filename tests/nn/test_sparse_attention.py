@@ -72,6 +72,16 @@ def test_decoding_equals_the_whole(split):
     np.testing.assert_array_equal(cache.length, [40, 40])
 
 
+@pytest.mark.parametrize("method", [js.streaming(num_sink=2, window=6), js.flashmask()])
+def test_a_method_in_a_cache_stands_where_its_queries_stand(method):
+    module, x = layer(method=method), inputs()
+    whole = module(x, mask=CAUSAL)
+    out, cache = module(x[:, :24], cache=module.init_cache((2,), 48))
+    np.testing.assert_allclose(out, whole[:, :24], atol=5e-6)
+    out, _ = module(x[:, 24:], cache=cache)
+    np.testing.assert_allclose(out, whole[:, 24:], atol=5e-6)
+
+
 def test_sequences_of_one_batch_decode_at_their_own_positions():
     module, x = layer(), inputs()
     caches = [module(x[:1, :9], cache=module.init_cache((1,), 16))[1]]
