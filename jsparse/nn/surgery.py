@@ -28,7 +28,8 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
 
     Args:
       model: A model that has `SparseAttention` layers; it is left as it was.
-      attention: `attention(q, k, v, *, mask, x, positions) -> out`; None for each layer's own method.
+      attention: `attention(q, k, v, *, mask, x, positions) -> out`; None for the layers' own
+        methods.
     """
     copy = nnx.merge(*nnx.split(model))
     for layer in attention_layers(copy):
