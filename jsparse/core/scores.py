@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from jsparse.core import heads as heads_
 
-# cells scored at once: enough rows for an efficient product, little enough memory at any length
-_CELLS_AT_ONCE = 128
+# scores worked on at once: a product large enough for all cores, little memory at any length
+_SCORES_AT_ONCE = 2**18
+_FEWEST_CELLS_AT_ONCE = 128
 
 
 def pooled_logits(
@@ -61,7 +62,8 @@ def softmax_block_sums(
     kv_count, kv_heads = k_cells.shape[1:3]
     per_q, per_kv = cells_per_block
     q_blocks, kv_blocks = -(-q_count // per_q), -(-kv_count // per_kv)
-    at_once = min(q_blocks, max(1, _CELLS_AT_ONCE // per_q))
+    cells_at_once = max(_FEWEST_CELLS_AT_ONCE, _SCORES_AT_ONCE // kv_count)
+    at_once = min(q_blocks, max(1, cells_at_once // per_q))
     chunks = -(-q_blocks // at_once)
     missing = chunks * at_once * per_q - q_count
     q_cells = jnp.pad(q_cells, ((0, 0), (0, missing), (0, 0), (0, 0)))

@@ -50,7 +50,7 @@ def top_p(
     """
     visible, forced = _full(scores, visible, True), _full(scores, forced, False)
     mass = jnp.where(visible, scores, 0.0).astype(jnp.float32)
-    order = jnp.argsort(_rank(scores, visible, forced), axis=-1)
+    order = _order(scores, visible, forced)
     ranked = jnp.take_along_axis(mass, order, axis=-1)
     before = jnp.cumsum(ranked, axis=-1) - ranked
     need = jnp.asarray(p) * mass.sum(-1, keepdims=True)
@@ -80,9 +80,13 @@ def _full(scores: Array, given: Array | None, default: bool) -> Array:
 
 
 def _rank(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blocks"]:
-    """Place of each block: forced, then by falling score, then what is not visible."""
+    """Place of each block in `_order`."""
+    return jnp.argsort(_order(scores, visible, forced), axis=-1)
+
+
+def _order(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blocks"]:
+    """The blocks: forced ones, then by falling score, then what is not visible."""
     broken = jnp.isnan(scores)
     tier = jnp.where(visible, jnp.where(forced, 0, jnp.where(broken, 1, 2)), 3)
     value = jnp.where(broken, 0.0, -scores)
-    order = jnp.lexsort((value, tier), axis=-1)
-    return jnp.argsort(order, axis=-1)
+    return jnp.lexsort((value, tier), axis=-1)
