@@ -63,7 +63,7 @@ def xattention(
     *,
     stride: int = 16,
     block_size: int = 128,
-    threshold: float | Float[Array, " heads"] = 0.9,
+    threshold: float | Float[Array, "*heads"] = 0.9,
     norm: float = 1.0,
     width: int | None = None,
 ) -> Method:
