@@ -56,6 +56,11 @@ def definitions(q_len, kv_len):
             m.dilated(stride=3, window=4),
             lambda i, j, p: ((p - j) % 3 == 0) & (p - j >= 0) & (p - j <= 9),
         ),
+        # wide enough that whole tiles lie within its reach: only the stride says what they hide
+        "dilated_far": (
+            m.dilated(stride=2, window=20),
+            lambda i, j, p: ((p - j) % 2 == 0) & (p - j >= 0) & (p - j <= 38),
+        ),
         "strided": (m.strided(stride=6, count=2), lambda i, j, p: (j % 6 >= 4) & (i >= 0)),
         "strided_sparse": (m.strided(stride=20), lambda i, j, p: (j % 20 == 19) & (i >= 0)),
         "prefix_lm": (m.prefix_lm(11), lambda i, j, p: (j <= p) | (j < 11)),
