@@ -76,6 +76,8 @@ CASES = (
     _case("batch", "batch", batch=(2,), list_heads=2),
     _case("two_batch_axes", "batch", batch=(2, 3)),
     _case("empty_rows", "empty_rows", density=0.12, empty_rows=True),
+    # rows inside computed tiles that the mask leaves without a key
+    _case("hidden_rows", "empty_rows", "mask", "lengths", q_len=56, kv_len=32, mask="causal"),
     _case(
         "everything",
         *FEATURES - {"float16", "second_order"},
@@ -201,11 +203,27 @@ class AttentionSuite:
         problem = Problem(CASES[0])
         operands = dict(problem.operands)
         operands["q"] = operands["q"].at[5].set(jnp.nan)
-        out, _ = problem.run(type(self).attention, operands)
+        out, lse = problem.run(type(self).attention, operands)
         clean, _ = problem.run(type(self).attention)
         assert np.isnan(out[5]).all()
+        # an lse of -inf would let `merge` drop the broken part
+        assert np.isnan(lse[:, 5]).all()
         others = np.arange(64) != 5
         np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(clean)[others])
+
+    def test_rows_without_keys_give_finite_gradients(self) -> None:
+        """Whatever the loss makes of an lse of -inf, operands get finite gradients."""
+        if not {"gradients", "empty_rows", "mask", "lengths"} <= self.supports:
+            return
+        problem = Problem(next(case for case in CASES if case.name == "hidden_rows"))
+
+        def loss(operands):
+            out, lse = problem.run(type(self).attention, operands)
+            return out.sum() + jnp.square(lse).sum()
+
+        gradients = jax.jit(jax.grad(loss))(problem.operands)
+        for name, gradient in gradients.items():
+            assert np.isfinite(gradient).all(), name
 
     def test_runs_are_equal_to_the_bit(self) -> None:
         """Output and gradients do not change from run to run."""
