@@ -89,6 +89,16 @@ def test_batch_axes_and_vmap_agree(row):
 
 
 @by_name
+def test_each_sequence_gets_its_own_tiles(row):
+    q, k, _ = qkv(1200, batch=(2,))
+    together = np.asarray(plan(row)(q, k).to_dense())
+    for n in range(2):
+        alone = np.asarray(plan(row)(q[n], k[n]).to_dense())
+        # lists that no data enters are one for the whole batch
+        np.testing.assert_array_equal(together[n] if together.ndim == 4 else together, alone)
+
+
+@by_name
 def test_lists_are_ascending_unique_and_in_range(row):
     q, k, _ = qkv(LENGTH)
     tiles = plan(row)(q, k)
@@ -112,6 +122,9 @@ def test_causal_never_looks_ahead(row):
     # the last tile's keys change: rows before it must not notice
     changed = attend(row)(q, k.at[256:].add(3.0), v.at[256:].add(3.0))
     np.testing.assert_array_equal(changed[:256], attend(row)(q, k, v)[:256])
+    # nor rows of one tile the values ahead of them in it
+    changed = attend(row)(q, k, v.at[140:].add(3.0))
+    np.testing.assert_array_equal(changed[:140], attend(row)(q, k, v)[:140])
 
 
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)

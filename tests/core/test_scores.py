@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.core.scores import pooled_logits, softmax_block_sums
+from jsparse.core.scores import softmax_block_sums
 
 EPS = np.finfo(np.float32).eps
 
@@ -50,11 +50,3 @@ def test_sums_equal_loops(q_count, per_q, per_kv):
     )(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
     expected = sums_by_loops(q, k, scale=0.5, per_q=per_q, per_kv=per_kv, visible=seen)
     np.testing.assert_allclose(got, expected, atol=16 * EPS * per_q)
-
-
-def test_pooled_logits_of_grouped_heads():
-    rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 6, 2, 5))
-    expected = np.einsum("bihd,bjhd->bhij", q, np.repeat(k, 2, axis=2)) * 0.3
-    got = pooled_logits(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), scale=0.3)
-    np.testing.assert_allclose(got, expected, atol=32 * EPS)
