@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # calls that stand for their body; the name of the parameter that holds it differs
 _CALLS = frozenset(
@@ -115,3 +115,15 @@ class _Fresh:
 def _renamed(jaxpr: Any) -> dict[Any, Any]:
     own = [*jaxpr.constvars, *(v for equation in jaxpr.eqns for v in equation.outvars)]
     return {v: _Fresh(v.aval) for v in own}
+
+
+def inner_jaxprs(params) -> list:
+    """The programs inside an equation: bodies of loops, branches, called functions."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, Jaxpr):
+                found.append(item)
+    return found

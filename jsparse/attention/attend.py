@@ -191,9 +191,16 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
     return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
 
 
+# compiled once per shape also where the caller is not: the loops would be compiled at every call
+_compiled_xla = jax.jit(block_sparse.block_sparse_attention, static_argnames="rule")
+
+
 def _xla(problem: Problem) -> tuple[Array, Array]:
     plan = with_plan(problem)
-    return block_sparse.block_sparse_attention(problem.operands, plan, problem.mask, problem.rule)
+    # a score_mod is a new function at every call, and a cache would only keep it alive
+    keeps = problem.rule.score_mod is None
+    call = _compiled_xla if keeps else block_sparse.block_sparse_attention
+    return call(problem.operands, plan, problem.mask, rule=problem.rule)
 
 
 def _mosaic(problem: Problem) -> tuple[Array, Array]:

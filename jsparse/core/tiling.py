@@ -60,6 +60,7 @@ def block_mask(
     return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def visible_tiles(mask: Mask, grid: TileGrid) -> Bool[Array, "batch heads q_blocks kv_blocks"]:
     """One bool per tile: does the flattened `mask` leave anything to see in it."""
     return _map_rows(mask, grid, lambda some: some)

@@ -1,7 +1,9 @@
 """XAttention: block scores from antidiagonal sums. Xu et al. 2025, arXiv:2503.16428."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,6 +19,7 @@ class XAttentionInfo(NamedTuple):
     block_scores: Float[Array, "*batch heads q_blocks kv_blocks"]
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "block_size", "norm"))
 def antidiagonal_scores(
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],
@@ -60,7 +63,7 @@ def xattention(
     *,
     stride: int = 16,
     block_size: int = 128,
-    threshold: float | Float[Array, " heads"] = 0.9,
+    threshold: float | Float[Array, "*heads"] = 0.9,
     norm: float = 1.0,
     width: int | None = None,
 ) -> Method:

@@ -5,8 +5,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from jsparse import _compat
 from jsparse.types import BlockMask
 
 
@@ -78,10 +78,10 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: Jaxpr) -> float:
+def _count(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        inner = sum(_count(sub) for sub in _inner(equation.params))
+        inner = sum(_count(sub) for sub in _compat.inner_jaxprs(equation.params))
         if equation.primitive.name == "scan":
             inner *= equation.params["length"]
         total += inner
@@ -102,14 +102,3 @@ _MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather "
     "scatter concatenate pad rev convert_element_type copy iota select_n stop_gradient".split()
 )
-
-
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, Jaxpr):
-                found.append(item)
-    return found

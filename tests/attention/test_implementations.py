@@ -64,7 +64,7 @@ def test_disjoint_parts_merge_to_the_whole():
             out, lse = js.attend(q, k, v, plan, **options)
             return jnp.sin(out).sum() + jnp.cos(lse).sum(), (out, lse)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), value(parts), value(whole)
@@ -75,7 +75,7 @@ def test_token_groups_in_the_reference():
     q, k, v = qkv(24, dim=8)
     ids = np.random.default_rng(0).integers(-1, 3, (1, 24))
     groups = js.TokenGroups.from_ids(jnp.asarray(ids), jnp.asarray(ids), groups=3)
-    out = js.attend(q, k, v, groups, implementation="reference")
+    out = jax.jit(lambda *a: js.attend(*a, implementation="reference"))(q, k, v, groups)
     pairs = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
     dense = js.masks.dense(jnp.asarray(pairs))
     np.testing.assert_allclose(
@@ -89,18 +89,21 @@ def test_pooled_columns_in_the_reference():
     """Keys that are equal inside each block: what stands for a block is exact."""
     q, _, _ = qkv(16, dim=8)
     _, k, v = qkv(4, dim=8)
-    k = jnp.repeat(k, 4, axis=0)
-    v = jnp.concatenate([v, -v, 2 * v, v + 1])
+    k = jnp.asarray(np.repeat(k, 4, axis=0))
+    v = jnp.asarray(np.concatenate([v, -v, 2 * v, v + 1]))
     tiles = jnp.asarray(np.eye(4, dtype=bool))[None]
     lists = js.BlockMask.from_dense(tiles, q_len=16, kv_len=16, block_q=4, block_kv=4)
     pyramid = js.BlockPyramid.from_pooled(
         lists,
-        k.reshape(4, 4, 2, 8).mean(1),
-        v.reshape(4, 4, 2, 8).mean(1),
+        jnp.asarray(np.reshape(k, (4, 4, 2, 8)).mean(1)),
+        jnp.asarray(np.reshape(v, (4, 4, 2, 8)).mean(1)),
         jnp.full((4, 2), jnp.log(4.0)),
     )
-    out = js.attend(q, k, v, pyramid, implementation="reference")
-    np.testing.assert_allclose(out, js.attend(q, k, v), atol=2e-6)
+
+    def attend(*arguments):
+        return jax.jit(lambda *a: js.attend(*a, implementation="reference"))(*arguments)
+
+    np.testing.assert_allclose(attend(q, k, v, pyramid), attend(q, k, v), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["mosaic", "triton"])
@@ -114,7 +117,7 @@ def test_a_score_mod_may_capture_integers_and_nothing():
     q, k, v = qkv(32)
     offsets = jnp.arange(4)
     plain = js.attend(q, k, v, score_mod=lambda s, b, h, i, j: s, implementation="xla")
-    np.testing.assert_allclose(plain, js.attend(q, k, v, implementation="xla"), atol=1e-6)
+    np.testing.assert_allclose(plain, js.attend(q, k, v, implementation="reference"), atol=2e-6)
 
     def run(offsets, implementation):
         return js.attend(

@@ -69,3 +69,52 @@ def test_a_broken_row_shows_and_stays_alone():
 def test_bad_input_is_named(parts, message, without_shape_checks):
     with pytest.raises(ValueError, match=message):
         js.merge(parts)
+
+
+def test_gradients_pass_through_out_and_lse():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 5, 12)).astype(np.float32)  # batch heads q_len kv_len
+    values = rng.normal(size=(2, 12, 3, 7)).astype(np.float32)
+
+    def part(logits, values):
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, -1), values), lse
+
+    def in_two(logits, values):
+        return js.merge(
+            [part(logits[..., s], values[:, s]) for s in (slice(None, 5), slice(5, None))]
+        )
+
+    def gradients(attention):
+        def loss(logits, values):
+            out, lse = attention(logits, values)
+            return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(logits, values)
+
+    # numbers of size 1, each a sum of a few dozen roundings
+    atol = 64 * np.finfo(np.float32).eps
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=atol), gradients(in_two), gradients(part)
+    )
+
+
+def test_a_broken_lse_alone_shows():
+    """A row whose lse is NaN has no share to give: its output is NaN, not zero."""
+    out, lse = jnp.ones((2, 1, 3)), jnp.zeros((1, 2))
+    merged, merged_lse = js.merge([(out, lse), (0 * out, lse.at[0, 0].set(jnp.nan))])
+    assert jnp.isnan(merged[0]).all()
+    assert jnp.isnan(merged_lse[0, 0])
+
+
+def test_the_dtype_is_the_first_parts_and_sums_are_f32():
+    rng = np.random.default_rng(0)
+    low = [
+        (jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.bfloat16), jnp.asarray(x, jnp.float32))
+        for x in rng.normal(size=(2, 2, 4))
+    ]
+    out, lse = js.merge(low)
+    assert out.dtype == jnp.bfloat16
+    assert lse.dtype == jnp.float32
+    exact, _ = js.merge([(o.astype(jnp.float32), x) for o, x in low])
+    np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))

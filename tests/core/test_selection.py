@@ -37,7 +37,7 @@ def chosen_by_loop(rule, scores, value, visible, forced):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("value", [1, 2, 5, 20])
+@pytest.mark.parametrize("value", [0, 1, 2, 5, 20])
 def test_rules_equal_loops(rule, value):
     value = value if rule == "top_k" else value / 20
     # multiples of 1/64: sums are exact, and there are ties
@@ -95,3 +95,22 @@ def test_a_nan_is_chosen_and_keeps_to_its_row(rule):
 def test_nothing_visible_chooses_nothing(rule):
     function, value = RULES[rule]
     assert not function(jnp.ones((2, 5)), value, visible=jnp.zeros(5, bool)).any()
+
+
+def test_forced_mass_counts_towards_p():
+    scores, forced = jnp.asarray([4.0, 2.0, 1.0, 1.0]), jnp.asarray([0, 0, 1, 1], bool)
+    np.testing.assert_array_equal(selection.top_p(scores, 0.25, forced=forced), [0, 0, 1, 1])
+    np.testing.assert_array_equal(selection.top_p(scores, 0.5, forced=forced), [1, 0, 1, 1])
+    # forced blocks stay, even when fewer would do
+    np.testing.assert_array_equal(selection.top_p(scores, 0.1, forced=forced), [0, 0, 1, 1])
+
+
+def test_what_is_not_visible_does_not_enter_the_total():
+    scores, visible = jnp.asarray([100.0, 3.0, 2.0, 1.0]), jnp.asarray([0, 1, 1, 1], bool)
+    np.testing.assert_array_equal(selection.top_p(scores, 0.5, visible=visible), [0, 1, 0, 0])
+    # nor does its order: infinite or broken, it stays out
+    for hidden in (jnp.inf, jnp.nan):
+        broken = scores.at[0].set(hidden)
+        np.testing.assert_array_equal(selection.top_p(broken, 0.9, visible=visible), [0, 1, 1, 1])
+        np.testing.assert_array_equal(selection.top_k(broken, 1, visible=visible), [0, 1, 0, 0])
+        np.testing.assert_array_equal(selection.above(broken, 2.5, visible=visible), [0, 1, 0, 0])

@@ -1,5 +1,6 @@
 """Every mask against its definition, pair by pair, and its tiles against its pairs."""
 
+import functools
 import subprocess
 import sys
 
@@ -9,28 +10,28 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.core.tiling import visible_tiles
 from jsparse.types import Frame, TileGrid
 
 LENGTHS = [(40, 40), (23, 40), (40, 23), (1, 17)]
-RNG = np.random.default_rng(0)
 
 
-def ids(length, groups=4):
-    return np.sort(RNG.integers(-1, groups, length)).astype(np.int32)
+def sorted_ids(rng, length, groups=4):
+    return np.sort(rng.integers(-1, groups, length)).astype(np.int32)
 
 
+@functools.cache
 def definitions(q_len, kv_len):
     """Masks with what they mean, in NumPy: i and j are index grids, p is i's key position."""
-    q_ids, kv_ids = ids(q_len), ids(kv_len)
-    shuffled = RNG.permutation(kv_ids).astype(np.int32)
-    pairs = RNG.random((1, q_len, kv_len)) < 0.2
+    rng = np.random.default_rng(0)
+    q_ids, kv_ids = sorted_ids(rng, q_len), sorted_ids(rng, kv_len)
+    shuffled = rng.permutation(kv_ids).astype(np.int32)
+    pairs = rng.random((1, q_len, kv_len)) < 0.2
     pairs[:, :8, :16] = True
-    bounds = np.sort(RNG.integers(0, q_len + 2, (4, kv_len)), axis=0).astype(np.int32)
+    bounds = np.sort(rng.integers(0, q_len + 2, (4, kv_len)), axis=0).astype(np.int32)
     lower = bounds[[2, 3, 0, 1]]
     four = jnp.asarray(lower.T[None])
     two = jnp.asarray(bounds[[2, 1]].T[None])
-    table = jnp.asarray(RNG.random(kv_len) < 0.5)
+    table = jnp.asarray(rng.random(kv_len) < 0.5)
     m = js.masks
     return {
         "full": (m.full(), lambda i, j, p: True | (i == j)),
@@ -54,6 +55,11 @@ def definitions(q_len, kv_len):
         "dilated": (
             m.dilated(stride=3, window=4),
             lambda i, j, p: ((p - j) % 3 == 0) & (p - j >= 0) & (p - j <= 9),
+        ),
+        # wide enough that whole tiles lie within its reach: only the stride says what they hide
+        "dilated_far": (
+            m.dilated(stride=2, window=20),
+            lambda i, j, p: ((p - j) % 2 == 0) & (p - j >= 0) & (p - j <= 38),
         ),
         "strided": (m.strided(stride=6, count=2), lambda i, j, p: (j % 6 >= 4) & (i >= 0)),
         "strided_sparse": (m.strided(stride=20), lambda i, j, p: (j % 20 == 19) & (i >= 0)),
@@ -164,24 +170,25 @@ def test_tiles_are_sound(name, lengths, blocks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_block_mask_lists_the_tiles(name):
-    lengths = (40, 40)
-    mask, _ = definitions(*lengths)[name]
-    plan = js.block_mask(mask, *lengths, block_q=8, block_kv=4)
-    tiles = visible_tiles(mask.flatten_batch(()), TileGrid(*lengths, 8, 4))
-    np.testing.assert_array_equal(plan.to_dense()[0], tiles[0, 0])
-    assert not plan.overflowed.any()
-    bound = mask.flatten_batch(()).max_tiles(TileGrid(*lengths, 8, 4))
-    assert int(plan.kv_num_blocks.max()) <= bound
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_block_mask_under_jit_is_the_same(name):
+def test_block_mask_lists_the_tiles_under_jit_too(name):
     mask, _ = definitions(40, 40)[name]
-    eager = js.block_mask(mask, 40, 40, block_q=8, block_kv=8)
-    traced = jax.jit(lambda m: js.block_mask(m, 40, 40, block_q=8, block_kv=8))(mask)
-    np.testing.assert_array_equal(eager.to_dense(), traced.to_dense())
-    assert not traced.overflowed.any()
+    grid = TileGrid(40, 40, 8, 4)
+
+    def build(mask):
+        return js.block_mask(mask, **grid._asdict())
+
+    plan, traced = build(mask), jax.jit(build)(mask)
+    q_block, kv_block = jnp.arange(grid.q_blocks)[:, None], jnp.arange(grid.kv_blocks)
+    flat = mask.flatten_batch(())
+    tiles = flat.classifier(grid)(q_block, kv_block, Frame(40, 40, 0, 0)).some
+    tiles = np.broadcast_to(tiles, (grid.q_blocks, grid.kv_blocks))
+    for made in (plan, traced):
+        np.testing.assert_array_equal(made.to_dense()[0], tiles)
+        assert not made.overflowed.any()
+    # lists are as wide as they need to be; those of traced arrays as the static numbers say
+    bound = flat.max_tiles(grid)
+    assert plan.width == max(1, tiles.sum(-1).max()) <= bound
+    assert traced.width == (bound if jax.tree.leaves(mask) else plan.width)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,27 +200,31 @@ def test_attend_sees_what_the_mask_shows(name):
     q = jax.random.normal(keys[0], (2, lengths[0], 2, 8))
     k, v = (jax.random.normal(key, (2, lengths[1], 1, 8)) for key in keys[1:])
     expected = js.attend(q, k, v, mask=js.masks.dense(pairs), implementation="reference")
-    plan = js.block_mask(mask, *lengths, block_q=16, block_kv=8)
+
+    @jax.jit
+    def by_tiles(mask, q, k, v):
+        plan = js.block_mask(mask, *lengths, block_q=16, block_kv=8)
+        return js.attend(q, k, v, plan, mask=mask, implementation="xla")
+
     for out in (
         js.attend(q, k, v, mask=mask, implementation="reference"),
-        js.attend(q, k, v, plan, mask=mask, implementation="xla"),
+        by_tiles(mask, q, k, v),
     ):
         np.testing.assert_allclose(out, expected, atol=4e-6)
 
 
 def test_batched_arrays_equal_one_by_one():
-    ids = jnp.asarray(np.sort(RNG.integers(0, 3, (2, 3, 24)), axis=-1))
-    prefix = jnp.asarray(RNG.integers(0, 9, (2, 3)))
-    mask = js.masks.segments(ids) & js.masks.prefix_lm(prefix)
-    q, k, v = (jnp.asarray(RNG.normal(size=(2, 3, 24, 2, 8)), jnp.float32) for _ in range(3))
-    together = js.attend(q, k, v, mask=mask, implementation="xla")
-    mapped = jax.vmap(
-        jax.vmap(
-            lambda q, k, v, i, p: js.attend(
-                q, k, v, mask=js.masks.segments(i) & js.masks.prefix_lm(p), implementation="xla"
-            )
-        )
-    )(q, k, v, ids, prefix)
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 3, 24)), axis=-1))
+    prefix = jnp.asarray(rng.integers(0, 9, (2, 3)))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 24, 2, 8)), jnp.float32) for _ in range(3))
+
+    def attend(q, k, v, ids, prefix):
+        mask = js.masks.segments(ids) & js.masks.prefix_lm(prefix)
+        return js.attend(q, k, v, mask=mask, implementation="xla")
+
+    together = jax.jit(attend)(q, k, v, ids, prefix)
+    mapped = jax.jit(jax.vmap(jax.vmap(attend)))(q, k, v, ids, prefix)
     np.testing.assert_allclose(together, mapped, atol=1e-6)
     for a in np.ndindex(2, 3):
         single = js.masks.segments(ids[a]) & js.masks.prefix_lm(prefix[a])
@@ -223,7 +234,8 @@ def test_batched_arrays_equal_one_by_one():
 
 def test_a_traced_offset_is_where_the_queries_sit():
     """A decode step: one program serves every position in the cache."""
-    q, k, v = (jnp.asarray(RNG.normal(size=(2, n, 1, 8)), jnp.float32) for n in (3, 32, 32))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 1, 8)), jnp.float32) for n in (3, 32, 32))
 
     @jax.jit
     def step(start):
@@ -243,7 +255,7 @@ def test_a_traced_offset_is_where_the_queries_sit():
 
 
 def test_arrays_that_all_sequences_share_are_not_copied():
-    pairs = jnp.asarray(RNG.random((1, 1, 16, 16)) < 0.5)
+    pairs = jnp.asarray(np.random.default_rng(0).random((1, 1, 16, 16)) < 0.5)
     flat = js.masks.dense(pairs).flatten_batch((64,))
     assert flat.pairs.shape == (1, 1, 16, 16)
     mask = js.masks.segments(jnp.zeros((3, 16), int)) & js.masks.dense(pairs)
@@ -255,12 +267,13 @@ def test_arrays_that_all_sequences_share_are_not_copied():
 @pytest.mark.parametrize("dropped", ["segments", "causal", "window"])
 def test_dropping_a_part_changes_the_result(dropped):
     """If a composition lost one of its parts on the way, this is what would show it."""
+    rng = np.random.default_rng(0)
     parts = {
-        "segments": js.masks.segments(jnp.asarray(ids(32))),
+        "segments": js.masks.segments(jnp.asarray(sorted_ids(rng, 32))),
         "causal": js.masks.causal(),
         "window": js.masks.sliding_window(left=6, right=6),
     }
-    q, k, v = (jnp.asarray(RNG.normal(size=(32, 1, 8)), jnp.float32) for _ in range(3))
+    q, k, v = (jnp.asarray(rng.normal(size=(32, 1, 8)), jnp.float32) for _ in range(3))
     everything = parts["segments"] & parts["causal"] & parts["window"]
     rest = [mask for name, mask in parts.items() if name != dropped]
     out = js.attend(q, k, v, mask=everything, implementation="xla")
