@@ -180,7 +180,7 @@ class _Tiles(NamedTuple):
     def load(self, x: Array, batch, block, head, size: int) -> Float[Array, "size dim"]:
         tile = jax.lax.dynamic_slice(
             x,
-            (batch, block * size, head, 0),
+            _at(batch, block * size, head, 0),
             (1, size, 1, x.shape[-1]),
             allow_negative_indices=False,
         )
@@ -189,7 +189,7 @@ class _Tiles(NamedTuple):
     def store(self, x: Array, tile: Array, batch, block, head, size: int) -> Array:
         tile = tile.astype(x.dtype)[None, :, None]
         return jax.lax.dynamic_update_slice(
-            x, tile, (batch, block * size, head, 0), allow_negative_indices=False
+            x, tile, _at(batch, block * size, head, 0), allow_negative_indices=False
         )
 
     def list_position(self, lists_shape, batch, head):
@@ -206,7 +206,7 @@ class _Tiles(NamedTuple):
 
     def bias_window(self, bias: Array, batch, head, q_block, kv_block):
         s = self.sizes
-        start = (
+        start = _at(
             batch if bias.shape[0] > 1 else 0,
             head if bias.shape[1] > 1 else 0,
             q_block * s.block_q if bias.shape[2] > 1 else 0,
@@ -219,6 +219,19 @@ class _Tiles(NamedTuple):
             s.block_kv if bias.shape[3] > 1 else 1,
         )
         return start, size
+
+
+# JAX's own integers are 64 bits wide where that is switched on, and slices want one width
+def _loop(first, last, body, carry):
+    return jax.lax.fori_loop(jnp.int32(first), jnp.int32(last), body, carry)
+
+
+def _range(count: int) -> Array:
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+def _at(*position) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(index, jnp.int32) for index in position)
 
 
 def _product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
@@ -237,14 +250,14 @@ def _forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
         kv_head = head // s.group
         list_batch, list_head = tiles.list_position(lists.kv_indices.shape, batch, head)
         q_tile = tiles.load(q, batch, q_block, head, s.block_q)
-        q_index = q_block * s.block_q + jnp.arange(s.block_q)[:, None]
+        q_index = q_block * s.block_q + _range(s.block_q)[:, None]
 
         def tile(entry, state):
             peak, total, acc = state
             kv_block = lists.kv_indices[list_batch, list_head, q_block, entry]
             k_tile = tiles.load(k, batch, kv_block, kv_head, s.block_kv)
             v_tile = tiles.load(v, batch, kv_block, kv_head, s.block_kv)
-            kv_index = kv_block * s.block_kv + jnp.arange(s.block_kv)
+            kv_index = kv_block * s.block_kv + _range(s.block_kv)
             bias = tiles.bias(operands.bias, batch, head, q_block, kv_block)
             logits = rule.modify(
                 _product(q_tile, k_tile, 1, 1),
@@ -266,25 +279,25 @@ def _forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
             return new_peak, total * decay + probs.sum(1), acc
 
         state = (
-            jnp.full((s.block_q,), -jnp.inf),
-            jnp.zeros((s.block_q,)),
-            jnp.zeros((s.block_q, v.shape[-1])),
+            jnp.full((s.block_q,), -jnp.inf, jnp.float32),
+            jnp.zeros((s.block_q,), jnp.float32),
+            jnp.zeros((s.block_q, v.shape[-1]), jnp.float32),
         )
         count = lists.kv_num_blocks[list_batch, list_head, q_block]
-        peak, total, acc = jax.lax.fori_loop(0, count, tile, state)
+        peak, total, acc = _loop(0, count, tile, state)
         seen = total != 0
         safe = jnp.where(seen, total, 1.0)
         out = tiles.store(out, acc / safe[:, None], batch, q_block, head, s.block_q)
         row_lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
         lse = jax.lax.dynamic_update_slice(
-            lse, row_lse[None, None], (batch, head, q_block * s.block_q)
+            lse, row_lse[None, None], _at(batch, head, q_block * s.block_q)
         )
         return out, lse
 
     # the backward pass needs rowsum(out * d_out) in f32, so the output stays f32 until the end
     out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
     lse = jnp.zeros((s.batches, s.heads, q.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, s.batches * s.heads * s.q_blocks, row, (out, lse))
+    return _loop(0, s.batches * s.heads * s.q_blocks, row, (out, lse))
 
 
 def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes):
@@ -312,7 +325,7 @@ def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule,
         batch, kv_head = jnp.divmod(rest, s.kv_heads)
         k_tile = tiles.load(k, batch, kv_block, kv_head, s.block_kv)
         v_tile = tiles.load(v, batch, kv_block, kv_head, s.block_kv)
-        kv_index = kv_block * s.block_kv + jnp.arange(s.block_kv)
+        kv_index = kv_block * s.block_kv + _range(s.block_kv)
 
         def one_head(member, carry):
             head = kv_head * s.group + member
@@ -322,8 +335,8 @@ def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule,
             def tile(entry, carry):
                 d_q, d_k_tile, d_v_tile, (d_bias, d_scale, d_captured) = carry
                 q_block = inverse.q_indices[list_batch, list_head, entry]
-                q_index = q_block * s.block_q + jnp.arange(s.block_q)[:, None]
-                rows = (batch, head, q_block * s.block_q)
+                q_index = q_block * s.block_q + _range(s.block_q)[:, None]
+                rows = _at(batch, head, q_block * s.block_q)
                 q_tile = tiles.load(q, batch, q_block, head, s.block_q)
                 d_out_tile = tiles.load(d_out, batch, q_block, head, s.block_q).astype(v.dtype)
                 lse_row = jax.lax.dynamic_slice(safe_lse, rows, (1, 1, s.block_q))[0, 0]
@@ -363,12 +376,10 @@ def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule,
                 d_captured = jax.tree.map(jnp.add, d_captured, d_captured_tile)
                 return d_q, d_k_tile, d_v_tile, (d_bias, d_scale, d_captured)
 
-            return jax.lax.fori_loop(bounds[kv_block], bounds[kv_block + 1], tile, carry)
+            return _loop(bounds[kv_block], bounds[kv_block + 1], tile, carry)
 
-        zeros = jnp.zeros(k_tile.shape), jnp.zeros(v_tile.shape)
-        d_q, d_k_tile, d_v_tile, d_modifiers = jax.lax.fori_loop(
-            0, s.group, one_head, (d_q, *zeros, d_modifiers)
-        )
+        start = d_q, zeros32(k_tile), zeros32(v_tile), d_modifiers
+        d_q, d_k_tile, d_v_tile, d_modifiers = _loop(0, s.group, one_head, start)
         d_k = tiles.store(d_k, d_k_tile, batch, kv_block, kv_head, s.block_kv)
         d_v = tiles.store(d_v, d_v_tile, batch, kv_block, kv_head, s.block_kv)
         return d_q, d_k, d_v, d_modifiers
@@ -377,9 +388,9 @@ def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule,
         return None if x is None else jnp.zeros(x.shape, jnp.float32)
 
     d_modifiers = zeros32(operands.bias), zeros32(operands.scale), tuple(map(zeros32, floats))
-    carry = jnp.zeros(q.shape), jnp.zeros_like(k), jnp.zeros_like(v), d_modifiers
+    carry = zeros32(q), jnp.zeros_like(k), jnp.zeros_like(v), d_modifiers
     columns = s.batches * s.kv_heads * s.kv_blocks
-    d_q, d_k, d_v, (d_bias, d_scale, d_floats) = jax.lax.fori_loop(0, columns, column, carry)
+    d_q, d_k, d_v, (d_bias, d_scale, d_floats) = _loop(0, columns, column, carry)
 
     d_floats = iter(d_floats)
     d_captured: Any = tuple(
@@ -404,9 +415,9 @@ def row_parallel(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
     """
     s = sizes
     q, k, v = operands.q, operands.k, operands.v
-    batch = jnp.arange(s.batches)[:, None, None]
-    head = jnp.arange(s.heads)[:, None]
-    row = jnp.arange(s.q_blocks)
+    batch = _range(s.batches)[:, None, None]
+    head = _range(s.heads)[:, None]
+    row = _range(s.q_blocks)
     list_batch = batch if lists.kv_indices.shape[0] > 1 else jnp.zeros_like(batch)
     list_head = head // (s.heads // lists.kv_indices.shape[1])
     counts = lists.kv_num_blocks[list_batch, list_head, row]
@@ -418,14 +429,14 @@ def row_parallel(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 
     q_tiles, k_tiles, v_tiles = blocks(q, s.block_q), blocks(k, s.block_kv), blocks(v, s.block_kv)
     shaped = batch[..., None, None], head[..., None, None]
-    q_index = (row[:, None] * s.block_q + jnp.arange(s.block_q))[..., None]
+    q_index = (row[:, None] * s.block_q + _range(s.block_q))[..., None]
 
     def entry(state, position):
         peak, total, acc = state
         kv_block = lists.kv_indices[list_batch, list_head, row, position]
         k_tile = k_tiles[batch, head // s.group, kv_block]
         v_tile = v_tiles[batch, head // s.group, kv_block]
-        kv_index = (kv_block[..., None] * s.block_kv + jnp.arange(s.block_kv))[..., None, :]
+        kv_index = (kv_block[..., None] * s.block_kv + _range(s.block_kv))[..., None, :]
         logits = jnp.einsum(
             "bhrqd,bhrkd->bhrqk", q_tiles, k_tile, preferred_element_type=jnp.float32
         )
@@ -446,12 +457,12 @@ def row_parallel(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 
     shape = (s.batches, s.heads, s.q_blocks, s.block_q)
     state = (
-        jnp.full(shape, -jnp.inf),
-        jnp.zeros(shape),
-        jnp.zeros((*shape, v.shape[-1])),
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, v.shape[-1]), jnp.float32),
     )
     width = lists.kv_indices.shape[-1]
-    (peak, total, acc), _ = jax.lax.scan(jax.checkpoint(entry), state, jnp.arange(width))
+    (peak, total, acc), _ = jax.lax.scan(jax.checkpoint(entry), state, _range(width))
     seen = total != 0
     safe = jnp.where(seen, total, 1.0)
     out = jnp.moveaxis(acc / safe[..., None], 1, 3).reshape(*q.shape[:-1], v.shape[-1])

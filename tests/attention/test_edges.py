@@ -180,3 +180,28 @@ def test_a_pyramid_under_a_mask_shows_nothing_hidden():
     assert float(jnp.abs(run(k, v, softcap=0.5) - run(k, v)).max()) > 1e-3
     with pytest.raises(NotImplementedError, match="pooled column"):
         run(k, v, bias=jnp.zeros((16, 16)))
+
+
+def test_sixty_four_bit_numbers_elsewhere_change_nothing():
+    with jax.enable_x64(True):
+        q, k, v = (x.astype(jnp.float32) for x in qkv(40, 56))
+
+        def total(q, bias, implementation):
+            return js.attend(
+                q,
+                k,
+                v,
+                mask=js.masks.causal(),
+                bias=bias,
+                score_mod=lambda s, b, h, i, j: s + 0.1 * h,
+                implementation=implementation,
+            ).sum()
+
+        bias = jnp.ones((56,), jnp.float32)
+        got, want = (
+            jax.value_and_grad(total, (0, 1))(q, bias, name) for name in ("xla", "reference")
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+        assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+        second = jax.grad(lambda q: (jax.grad(total)(q, bias, "xla") ** 2).sum())(q)
+        assert second.dtype == jnp.float32
