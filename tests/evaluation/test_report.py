@@ -120,9 +120,6 @@ def test_a_real_comparison_makes_a_page_of_one_file(tmp_path):
     page, text = page_of(real, tmp_path, score_name="bits/byte", text="def f(): <i>")
     assert page.references == []
     assert not re.search(r"https?://|@import|url\((?!#)|<script", text)
-    # shapes and frames are found, each in its own figure
-    assert len(page.ids) == len(set(page.ids))
-    assert set(page.ids) == page.inner
     assert "&lt;Title&gt; &amp; more" in text
     assert "def f(): &lt;i&gt;" in text
     assert "<b>." not in text
@@ -282,10 +279,11 @@ def test_a_picture_draws_the_tiles_that_are_computed():
 
 
 def test_many_tiles_are_drawn_as_shades():
-    tiles = np.zeros((255, 255), bool)
-    tiles[:2, 2:4] = True
-    tiles[4, 0] = True
-    tiles[254, 254] = True
+    tiles = np.zeros((382, 382), bool)
+    tiles[:3, 3:6] = True
+    # one of nine is still seen
+    tiles[6, 0] = True
+    tiles[381, 381] = True
     drawn = shades(picture(tiles))
     assert drawn.shape == (128, 128)
     # the last cell stands for one tile alone
@@ -360,6 +358,12 @@ def test_the_guide_is_dashed_and_stands_where_its_values_are():
         assert ahead or y == pytest.approx(on_line, abs=1e-2)
     assert left < min(places(root))[0]
     assert "dasharray" not in ElementTree.tostring(chart([(5.0, 20.0)]), encoding="unicode")
+
+
+def test_shapes_and_frames_of_a_figure_are_found_in_it_and_on_the_page_once(comparison, tmp_path):
+    page, _ = page_of(comparison, tmp_path)
+    assert len(page.ids) == len(set(page.ids)) > 0
+    assert set(page.ids) == page.inner
 
 
 def test_figures_take_their_colours_from_the_page(comparison, tmp_path):
