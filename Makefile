@@ -36,11 +36,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml $(PIN)
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report,test,lint]'
 	@touch $@
 
 # where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
@@ -73,7 +73,7 @@ bench: $(VENV)/.bench
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	sh .ci/find-python.sh > /dev/null
 	"$$(sh .ci/find-python.sh)" -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[test]'
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[report,test]'
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test

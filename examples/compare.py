@@ -57,6 +57,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     checks.positive(context=arguments.context)
+    checks.drawing_library()
     for path in (arguments.output, arguments.keep, arguments.picture):
         if path:
             make_room(path)

@@ -1,5 +1,6 @@
 """Argument checks. Every sentence that an error of jsparse says is written here."""
 
+import importlib.util
 from typing import Any
 
 import jax.numpy as jnp
@@ -550,6 +551,15 @@ def file_place(path: Any) -> None:
     """A path names a file to write, not a folder that is there."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'compare.html'}.")
+
+
+def drawing_library() -> None:
+    """What draws the report's figures is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotImplementedError(
+            "The report's figures need matplotlib, which is not installed; get it with "
+            "pip install 'jsparse[report]'."
+        )
 
 
 def readable_text(path: Any, error: Any) -> None:

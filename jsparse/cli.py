@@ -132,6 +132,7 @@ def _compare(parsed: argparse.Namespace) -> None:
     checks.positive(repeats=parsed.repeats)
     if parsed.block is not None:
         checks.positive(block=parsed.block)
+    checks.drawing_library()
     make_room(parsed.output)
     which = settings(parsed.methods, block=parsed.block)
     layers = load_captured(parsed.file)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import examples.compare
 from jsparse.cli import main
 from jsparse.evaluation import Captured, save_captured
 from jsparse.registry import METHODS
@@ -102,6 +103,25 @@ def test_a_place_that_cannot_be_written_is_refused(capsys, file):
 def test_a_folder_as_output_is_refused_before_anything_runs(capsys, tmp_path):
     line = fails(capsys, "compare", tmp_path / "nothing.safetensors", "--output", tmp_path)
     assert "is a folder" in line
+
+
+def test_a_missing_library_is_named_before_anything_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = fails(capsys, "compare", tmp_path / "nothing.safetensors")
+    assert "pip install 'jsparse[report]'" in line
+    monkeypatch.setattr(sys, "argv", ["compare", "--checkpoint", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit):
+        examples.compare.main()
+    assert "pip install 'jsparse[report]'" in capsys.readouterr().err
+
+
+def test_what_draws_nothing_needs_no_matplotlib():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; import jsparse.cli as c; c.main(['methods'])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert "xattention" in done.stdout, done.stderr
 
 
 def test_wrong_shapes_name_their_layer(capsys, tmp_path):

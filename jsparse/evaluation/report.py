@@ -2,6 +2,7 @@
 
 import datetime
 import html
+import itertools
 import math
 import os
 import platform
@@ -21,20 +22,14 @@ from jsparse.evaluation.table import columns, mean, percent, rows
 SHOWN_DENSITY = 0.2
 _LAYERS, _HEADS = 6, 8
 
-_TILES_STYLE = """
-.tiles text { font: 11px system-ui, sans-serif; fill: currentColor; }
-.tile { stroke: currentColor; stroke-width: 1; fill: none; }
-.seen { fill: currentColor; opacity: .09; }
-.frame { fill: none; stroke: currentColor; stroke-width: .6; opacity: .35; }
-"""
-
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --muted: #57606a; --line: #d0d7de;
   --page: #fff; --raised: #f6f8fa; --missed: #d1495b; --c0: #0072b2; --c1: #c2500a; --c2: #00805b;
   --c3: #b0518a; --c4: #8a6a00; --c5: #3a4fbf; --c6: #6b6b6b; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --muted: #9aa4af; --line: #30363d;
   --page: #0d1117; --raised: #161b22; --missed: #ff6b7d; --c0: #56b4e9; --c1: #ff8f4a;
-  --c2: #3ddc97; --c3: #f29ccb; --c4: #e8c547; --c5: #94a3ff; --c6: #b0b0b0; } }
+  --c2: #3ddc97; --c3: #f29ccb; --c4: #e8c547; --c5: #94a3ff; --c6: #b0b0b0; }
+  .tiles image { filter: invert(.92); } }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 76rem;
   padding: 2rem 1.2rem 4rem; color: var(--text); background: var(--page); }
@@ -47,17 +42,8 @@ figure { margin: 0; }
 .row { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
 .row > * { min-width: 0; max-width: 34rem; } .row h3 { font-size: 1rem; margin: .9rem 0 .2rem; }
 svg { width: 100%; height: auto; display: block; overflow: visible; }
-svg.key { width: 28px; height: 14px; display: inline-block; vertical-align: -2px;
-  margin-right: .35rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .8rem 0 .4rem; }
-.chart text { font: 12px system-ui, sans-serif; fill: var(--muted); }
-.grid { stroke: var(--line); stroke-width: .7; } .zero { stroke: var(--muted); }
-.guide { stroke: var(--muted); stroke-dasharray: 4 4; fill: none; }
-.chart polyline, .key > path { fill: none; stroke: var(--c); stroke-width: 1.8; }
-.chart .guide { stroke: var(--muted); stroke-width: 1.2; }
-.mark path { fill: var(--c); stroke: transparent; stroke-width: 14; }
-.chart .mark text { font-size: 10.5px; fill: var(--c); }
-SERIES
+.chart { color: var(--muted); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 .all { width: 100%; white-space: nowrap; }
@@ -71,7 +57,7 @@ tbody th { font-weight: 400; } tr.first > * { border-top: 2px solid var(--line);
 dt { font-weight: 600; margin-top: .5rem; } dd { margin: 0; }
 pre { background: var(--raised); padding: .8rem; overflow-x: auto; font-size: .8rem;
   line-height: 1.35; border-radius: 6px; }
-""".replace("SERIES", "".join(f".s{n} {{ --c: var(--c{n}); }} " for n in range(figures.COLORS)))
+"""
 
 
 def write_report(
@@ -128,7 +114,7 @@ def write_report(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f"<title>{html.escape(title)}</title>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<style>{_STYLE}{_TILES_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     _write(path, page)
 
@@ -142,7 +128,9 @@ def write_tiles(comparison: Comparison, path: str | Path) -> None:
         (r.label, [p for n in layers for p in _panels(comparison, r, n, f"L{n} head ")])
         for r in chosen
     ]
-    _write(path, figures.standalone(figures.tile_grid(grid), _TILES_STYLE))
+    # dark on white, wherever it is shown
+    root = "<svg xmlns='http://www.w3.org/2000/svg' style='color:#1b1f24;background:#fff'"
+    _write(path, figures.tile_grid("computed tiles", grid).replace("<svg", root, 1) + "\n")
 
 
 def make_room(path: str | Path) -> None:
@@ -254,11 +242,15 @@ def _frontier(comparison: Comparison, score_name: str) -> str:
     def density(r: Result) -> float:
         return 100 * mean(r.density)
 
-    x = figures.Axis.over("visible tiles computed, %", map(density, sparse), log=True)
-
-    def panel(title: str, said: str, y_label: str, value: Callable[[Result], float], log=False):
-        points = {
-            m: sorted(
+    def panel(
+        title: str,
+        said: str,
+        y_label: str,
+        value: Callable[[Result], float],
+        guide: Callable[[float], float] | None = None,
+    ) -> str:
+        points = [
+            sorted(
                 figures.Point(
                     density(r),
                     value(r),
@@ -269,10 +261,8 @@ def _frontier(comparison: Comparison, score_name: str) -> str:
                 if r.method == m and math.isfinite(value(r))
             )
             for m in methods
-        }
-        ideal = [figures.Point(d, 100 / d, "", "") for d in (x.low, x.high)] if log else []
-        values = [p.y for line in (ideal, *points.values()) for p in line] + [0.0] * (not log)
-        drawn = figures.chart(points, x, figures.Axis.over(y_label, values, log=log), guide=ideal)
+        ]
+        drawn = figures.chart(title, points, ("visible tiles computed, %", y_label), guide)
         return f"<div><h3>{title}</h3>{drawn}<p class='note'>{html.escape(said)}</p></div>"
 
     panels = [
@@ -288,7 +278,7 @@ def _frontier(comparison: Comparison, score_name: str) -> str:
             "bring if all else were free.",
             "times as fast as dense",
             lambda r: r.dense_seconds / r.seconds,
-            log=True,
+            guide=lambda density: 100 / density,
         ),
     ]
     dense_score = comparison.dense_score
@@ -302,7 +292,8 @@ def _frontier(comparison: Comparison, score_name: str) -> str:
         )
         panels.insert(1, cost)
     legend = "".join(
-        f"<span>{figures.key(n)}{html.escape(m)}</span>" for n, m in enumerate(methods)
+        f"<span><b style='color:var(--c{n % figures.COLORS})'>{mark}</b> {html.escape(m)}</span>"
+        for n, (m, mark) in enumerate(zip(methods, itertools.cycle(figures.MARKS.values())))
     )
     return _figure(
         "".join(panels),
@@ -337,12 +328,9 @@ def _panels(
 
 
 def _model_tiles(comparison: Comparison, result: Result) -> str:
-    picture = figures.tile_grid(
-        [
-            (f"layer {layer}", _panels(comparison, result, layer))
-            for layer in _spread(len(result.density), _LAYERS)
-        ]
-    )
+    layers = _spread(len(result.density), _LAYERS)
+    grid = [(f"layer {layer}", _panels(comparison, result, layer)) for layer in layers]
+    picture = figures.tile_grid(f"computed tiles of {result.label}", grid)
     heading = f"{html.escape(result.label)}: {percent(mean(result.density), 0)} of the tiles"
     return f"<div><h3>{heading}</h3>{picture}</div>"
 

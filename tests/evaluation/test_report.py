@@ -1,9 +1,14 @@
 """The table fits its terminal, the page is one file that says what the figures are."""
 
+import base64
+import io
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import matplotlib
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -70,6 +75,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.references, self.cells, self.svgs, self.words = [], [], [], [], []
+        self.ids, self.inner = [], set(re.findall(r"url\(#(\w+)\)", text))
         self.feed(text)
         assert not self.open
 
@@ -81,10 +87,17 @@ class Page(HTMLParser):
             self.svgs.append(attrs["class"].split()[0])
         if tag == "tr":
             self.cells.append([])
-        self.references += [v for n, v in attrs.items() if n in ("src", "href", "srcset", "action")]
+        self.note(attrs)
 
     def handle_startendtag(self, tag, attrs):
-        assert tag in ("path", "polyline", "polygon"), tag
+        assert tag in ("path", "use", "image", "rect", "g"), tag
+        self.note(dict(attrs))
+
+    def note(self, attrs):
+        self.ids += [v for n, v in attrs.items() if n == "id"]
+        targets = [v for n, v in attrs.items() if n in ("src", "href", "srcset", "action")]
+        self.inner |= {x[1:] for x in targets if x.startswith("#")}
+        self.references += [x for x in targets if not x.startswith(("#", "data:image/png;base64,"))]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, tag
@@ -106,7 +119,7 @@ def test_a_real_comparison_makes_a_page_of_one_file(tmp_path):
     real = compare(captured(), which=WHICH, score=lambda f: 1.0 if f is None else 1.25, repeats=1)
     page, text = page_of(real, tmp_path, score_name="bits/byte", text="def f(): <i>")
     assert page.references == []
-    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", text)
     assert "&lt;Title&gt; &amp; more" in text
     assert "def f(): &lt;i&gt;" in text
     assert "<b>." not in text
@@ -244,29 +257,39 @@ def test_findings_own_up_to_lists_that_were_too_short():
     assert "too short for all that was chosen by a 1" in text
 
 
-def runs(svg):
-    """The tiles that a picture draws, read back from its paths."""
-    tiles = np.zeros((BLOCKS, BLOCKS), bool)
-    (drawn,) = re.findall(r"class='tile' opacity='1' d='([^']*)'", svg)
-    for column, row, length in re.findall(r"M(\d+) (\d+)h(\d+)", drawn):
-        tiles[int(row), int(column) : int(column) + int(length)] = True
-    return tiles
+def shades(svg):
+    """How dark the cells of a picture are, read back from its image."""
+    (drawn,) = re.findall(r"data:image/png;base64,\s*([^\"]*)", svg)
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(drawn)))
+    assert not pixels[..., :3].any()
+    return pixels[..., 3]
+
+
+def picture(tiles):
+    return figures.tile_grid("name", [("row", [figures.Panel(tiles, "caption", "tooltip")])])
 
 
 def test_a_picture_draws_the_tiles_that_are_computed():
     tiles = FULL & (np.random.default_rng(0).random(FULL.shape) < 0.5)
-    svg = figures.tile_grid([("row", [figures.Panel(tiles, "caption", "tooltip")])])
-    np.testing.assert_array_equal(runs(svg), tiles)
+    drawn = shades(picture(tiles))
+    np.testing.assert_array_equal(drawn == 1, tiles)
+    # what causal attention sees and leaves out is faint, the rest is clear
+    np.testing.assert_array_equal(drawn > 0, FULL)
+    assert max(drawn[~tiles]) < 0.1
 
 
 def test_many_tiles_are_drawn_as_shades():
-    tiles = np.zeros((256, 256), bool)
-    tiles[:2, 2:4] = True
-    tiles[4, 0] = True
-    svg = figures.tile_grid([("row", [figures.Panel(tiles, "", "")])])
-    assert re.findall(r"opacity='(\S+)' d='(\S+ \S+)'", svg) == [
-        ("0.25", "M0 2h1"), ("1", "M1 0h1"),
-    ]  # fmt: skip
+    tiles = np.zeros((382, 382), bool)
+    tiles[:3, 3:6] = True
+    # one of nine is still seen
+    tiles[6, 0] = True
+    tiles[381, 381] = True
+    drawn = shades(picture(tiles))
+    assert drawn.shape == (128, 128)
+    # the last cell stands for one tile alone
+    assert {(int(r), int(c)): drawn[r, c] for r, c in np.argwhere(drawn > 0.1)} == {
+        (0, 1): 1, (2, 0): pytest.approx(0.25, abs=1 / 255), (127, 127): 1,
+    }  # fmt: skip
 
 
 def test_the_picture_of_tiles_is_a_file_of_its_own(comparison, tmp_path):
@@ -281,27 +304,95 @@ def test_the_picture_of_tiles_is_a_file_of_its_own(comparison, tmp_path):
     assert sum(w.startswith("L2 head ") for w in words) == 2 * HEADS
 
 
+def chart(points, **options):
+    points = [figures.Point(x, y, f"at {x}", f"tip <{x}> & {y}") for x, y in points]
+    return ElementTree.fromstring(figures.chart("name", [points], ("across", "up"), **options))
+
+
+def ticks(root, anchor):
+    """The marks of an axis, by where their text is anchored."""
+    found = [x.text for x in root.iter("text") if f"text-anchor: {anchor}" in x.get("style")]
+    return [float(x.replace("−", "-")) for x in found if re.fullmatch(r"−?[\d.]+", x)]
+
+
+def places(root):
+    """Where points stand, left and top, in order of drawing."""
+    return [(float(x.get("x")), float(x.get("y"))) for x in root.iter("use")]
+
+
 def test_axes_hold_their_values_and_are_marked_at_round_numbers():
-    for values, log in (
-        ([0.0, 0.29], False), ([-0.004, 0.0], False), ([3.0, 3.0], False), ([5.0, 50.0], True),
-        ([18.0, 22.0], True), ([0.7, 14.0], True), ([20.0, 20.0], True),
-    ):  # fmt: skip
-        axis = figures.Axis.over("x", values, log=log)
-        assert len(axis.ticks) >= len(set(values)), values
-        assert all(0 <= axis.place(x) <= 1 for x in (*values, *axis.ticks)), values
-        assert len({f"{x:g}" for x in axis.ticks}) == len(axis.ticks)
-    assert figures.Axis.over("x", [0.0, 0.29]).ticks == (0.0, 0.1, 0.2, 0.3)
+    for values in ([0.0, 0.29], [-0.004, 0.0], [3.0, 3.0], [0.013, 0.02]):
+        marks = ticks(chart((10.0, y) for y in values), "end")
+        assert len(marks) == len(set(marks)) >= 2, values
+        assert min(marks) <= 0 <= max(marks)
+    for values in ([5.0, 50.0], [18.0, 22.0], [0.7, 14.0], [20.0, 20.0]):
+        root = chart([(x, x) for x in values], guide=lambda x: x)
+        for anchor in ("middle", "end"):
+            marks = ticks(root, anchor)
+            assert len(marks) == len(set(marks)) >= 2, values
+    assert ticks(chart([(1.0, 0.0), (2.0, 0.29)]), "end") == [0.0, 0.1, 0.2, 0.3]
+    assert ticks(chart([(5.0, 0.0), (50.0, 1.0)]), "middle") == [5.0, 10.0, 20.0, 50.0]
 
 
 def test_a_chart_puts_points_where_their_values_are():
-    points = [figures.Point(10.0, 0.1, "a", "tip <1>"), figures.Point(20.0, 0.3, "b", "tip 2")]
-    x, y = (figures.Axis.over("", (p[i] for p in points)) for i in (0, 1))
-    svg = figures.chart({"one": points}, x, y)
-    (left, top), (right, bottom) = [
-        map(float, place)
-        for place in re.findall(r"class='mark' transform='translate\((\S+) (\S+)\)", svg)
-    ]
-    # to the right and, since svg counts downwards, up
-    assert left < right
-    assert top > bottom
-    assert "tip &lt;1&gt;" in svg
+    root = chart([(10.0, 0.1), (20.0, 0.2), (40.0, 0.4)])
+    (first, up), (second, upper), (third, uppermost) = places(root)
+    # doubling is a step to the right, and svg counts downwards
+    assert first < second
+    assert third - second == pytest.approx(second - first, abs=1e-3)
+    assert upper - uppermost == pytest.approx(2 * (up - upper), abs=1e-3)
+    assert up > upper
+    tips = [x.find("title").text for x in root.iter("g") if x.find("title") is not None]
+    assert tips == ["tip <10.0> & 0.1", "tip <20.0> & 0.2", "tip <40.0> & 0.4"]
+    words = [x.text for x in root.iter("text")]
+    assert {"at 10.0", "at 20.0", "across", "up"} <= set(words)
+
+
+def test_the_guide_is_dashed_and_stands_where_its_values_are():
+    root = chart([(5.0, 20.0), (50.0, 2.0), (10.0, 3.0)], guide=lambda x: 100 / x)
+    (dashed,) = [x for x in root.iter("path") if "stroke-dasharray" in x.get("style", "")]
+    left, top, right, bottom = map(float, re.findall(r"[\d.]+", dashed.get("d")))
+    for (x, y), ahead in zip(places(root), (0, 0, 1), strict=True):
+        on_line = top + (x - left) / (right - left) * (bottom - top)
+        assert (y > on_line + 1) == ahead
+        assert ahead or y == pytest.approx(on_line, abs=1e-2)
+    assert left < min(places(root))[0]
+    assert "dasharray" not in ElementTree.tostring(chart([(5.0, 20.0)]), encoding="unicode")
+
+
+def test_shapes_and_frames_of_a_figure_are_found_in_it_and_on_the_page_once(comparison, tmp_path):
+    page, _ = page_of(comparison, tmp_path)
+    assert len(page.ids) == len(set(page.ids)) > 0
+    assert set(page.ids) == page.inner
+
+
+def test_figures_take_their_colours_from_the_page(comparison, tmp_path):
+    page, text = page_of(comparison, tmp_path)
+    svgs = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(svgs) == len(page.svgs) > 0
+    for svg in svgs:
+        assert not re.search(r"(fill|stroke)[:=] *[\"']?(#|rgb|black|white)", svg)
+        assert 'fill="currentColor"' in svg.split(">")[0]
+    for n in range(figures.COLORS):
+        assert len(re.findall(rf"--c{n}: #", text)) == 2, "one for light, one for dark"
+    assert "var(--c1)" in text
+
+
+def test_drawing_leaves_matplotlib_as_it_was_and_does_not_heed_it():
+    plain = picture(FULL)
+    with matplotlib.rc_context({"font.size": 30, "text.usetex": True, "axes.grid": True}):
+        before = dict(matplotlib.rcParams)
+        assert picture(FULL) == plain
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_a_dollar_sign_is_text():
+    text = figures.tile_grid("n", [("$a$", [figures.Panel(FULL, "$_$", "$")])])
+    assert {x.text for x in ElementTree.fromstring(text).iter("text")} == {"$a$", "$_$"}
+
+
+def test_without_matplotlib_a_report_says_how_to_get_it(comparison, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for write in (lambda: page_of(comparison, tmp_path), lambda: write_tiles(comparison, tmp_path)):
+        with pytest.raises(NotImplementedError, match=r"pip install 'jsparse\[report\]'"):
+            write()
