@@ -185,7 +185,10 @@ class AttentionSuite:
             np.testing.assert_allclose(got[name], expected[name], atol=2e-4 * size, err_msg=name)
 
     def test_low_precision_is_as_good_as_plain_low_precision(self) -> None:
-        """The error in 16 bits is at most twice that of dense attention in 16 bits."""
+        """The error in 16 bits is at most twice that of dense attention in 16 bits.
+
+        That of the lse is that of f32: sums and the softmax's state are kept there.
+        """
         for dtype in (jnp.bfloat16, jnp.float16):
             if dtype == jnp.float16 and "float16" not in self.supports:
                 continue
@@ -195,6 +198,8 @@ class AttentionSuite:
             got = problem.run(type(self).attention)
             for name, mine, plain, true in zip(("out", "lse"), got, low, exact, strict=False):
                 allowed = 2 * np.abs(np.asarray(plain, np.float64) - true).max()
+                if name == "lse":
+                    allowed = problem.tolerance() * max(1.0, np.abs(true).max())
                 error = np.abs(np.asarray(mine, np.float64) - true).max()
                 assert error <= allowed, f"{name} in {dtype.__name__}: {error} > {allowed}"
 

@@ -63,6 +63,11 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
     assert [p.name for p in output.parent.iterdir()] == ["report.html"]
 
 
+def test_the_block_asked_for_is_the_one_compared(capsys, file):
+    line = fails(capsys, "compare", file, "--methods", "mean_pooled", "--block", 400)
+    assert "300 tokens, a tile 400" in line
+
+
 def test_a_wrong_method_is_named_with_the_right_ones(capsys, file):
     line = fails(capsys, "compare", file, "--methods", "xattention", "nosuch")
     assert "'nosuch'" in line
