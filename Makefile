@@ -13,6 +13,9 @@ CUDA_VENV := build/venv-cuda
 NEWEST_VENV := build/venv-newest
 JAX_VERSION := $(shell sed -n 's/^jax==//p' $(PIN))
 
+# a test module keeps its compiled programs, so it stays with one process
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 
@@ -52,10 +55,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m examples.compare
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(PARALLEL)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest tests --slow
+	$(BIN)/python -m pytest tests --slow $(PARALLEL)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -77,7 +80,7 @@ $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test
-	$(NEWEST_VENV)/bin/python -m pytest tests
+	$(NEWEST_VENV)/bin/python -m pytest tests $(PARALLEL)
 
 $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 	$(PYTHON) -m venv $(CUDA_VENV)
