@@ -51,22 +51,17 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A traced function of one result as a flat list of operations."""
+    """A traced function as a flat list of operations."""
 
     inputs: tuple[Any, ...]
     constants: dict[Any, Any]
     steps: tuple[Step, ...]
-    output: Any
+    outputs: tuple[Any, ...]
 
     def evaluate(self, inputs: Sequence[Any], wanted: Any) -> Any:
         """Computes one variable, taking only the steps that it follows from."""
-        needed, taken = {wanted}, []
-        for step in reversed(self.steps):
-            if needed.intersection(step.outputs):
-                taken.append(step)
-                needed.update(step.variables)
         known = {**self.constants, **dict(zip(self.inputs, inputs, strict=True))}
-        for step in reversed(taken):
+        for step in needed(self.steps, [wanted]):
             operands = [known[v] if is_variable(v) else v.val for v in step.operands]
             results = step.bind(*operands)
             results = results if step.equation.primitive.multiple_results else [results]
@@ -74,8 +69,19 @@ class Program(NamedTuple):
         return known[wanted]
 
 
+def needed(steps: Sequence[Step], outputs: Sequence[Any]) -> list[Step]:
+    """Those of the steps that some outputs follow from, in order."""
+    wanted = {v for v in outputs if is_variable(v)}
+    kept = []
+    for step in reversed(steps):
+        if wanted.intersection(step.outputs):
+            kept.append(step)
+            wanted.update(step.variables)
+    return kept[::-1]
+
+
 def inline(closed: ClosedJaxpr) -> Program:
-    """Flattens a traced function of one result; calls disappear into the steps they make."""
+    """Flattens a traced function; calls disappear into the steps they make."""
     constants: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     steps: list[Step] = []
 
@@ -101,8 +107,8 @@ def inline(closed: ClosedJaxpr) -> Program:
                 steps.append(Step(len(steps), name, operands, outputs, equation))
         return [resolve(v) for v in jaxpr.outvars]
 
-    (output,) = walk(closed.jaxpr, {})
-    return Program(tuple(closed.jaxpr.invars), constants, tuple(steps), output)
+    outputs = tuple(walk(closed.jaxpr, {}))
+    return Program(tuple(closed.jaxpr.invars), constants, tuple(steps), outputs)
 
 
 class _Fresh:

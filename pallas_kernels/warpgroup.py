@@ -52,13 +52,15 @@ class Hopper:
         return _compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
 
     @staticmethod
-    def product_nt(a: Ref, b: Ref) -> jax.Array:
-        """`a @ b.T` in f32, both operands in shared memory."""
+    def product_nt(a: Ref, b: Ref, start: jax.Array | None = None) -> jax.Array:
+        """`a @ b.T`, plus `start`, in f32, both operands in shared memory."""
 
         def issue(accumulator):
             plgpu.wgmma(accumulator, a, _compat.transpose(b))
-            return accumulator[...]
+            return accumulator[...] if start is None else None
 
+        if start is not None:
+            return pl.run_state(issue)(plgpu.ACC.init(start))  # pyright: ignore
         return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
     @staticmethod
@@ -102,12 +104,13 @@ class Interpreted:
         return ref[...]
 
     @staticmethod
-    def product_nt(a: Ref, b: Ref) -> jax.Array:
-        """`a @ b.T` in f32."""
+    def product_nt(a: Ref, b: Ref, start: jax.Array | None = None) -> jax.Array:
+        """`a @ b.T`, plus `start`, in f32."""
         left, right = a[...], b[...]
         # wgmma reads as the copy engine writes; ordinary reads like these want a fence between
         plgpu.commit_smem()
-        return _dot(left, right, 1)
+        product = _dot(left, right, 1)
+        return product if start is None else start + product
 
     @staticmethod
     def add_product(accumulator: jax.Array, a: jax.Array, b: Ref) -> jax.Array:

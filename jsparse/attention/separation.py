@@ -3,10 +3,10 @@
 A GPU kernel holds a tile of logits in registers, where it can do arithmetic but not look things up
 in arrays. What a mask or a score_mod looks up, though, mostly belongs to a query or to a key (a
 segment id, an interval's end, a slope per head). That part is computed before, a value per query
-and a value per key; the arithmetic that is left goes into the kernel.
+and a value per key; the arithmetic that is left goes into the kernel, and so does its derivative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,36 +17,58 @@ from jsparse import _compat
 
 # what every supported version of Mosaic GPU computes on registers
 ELEMENTWISE = frozenset(
-    "abs add and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le log "
-    "logistic lt max min mul ne neg not or rem round rsqrt select_n sign sin square stop_gradient "
-    "sub tanh xor".split()
+    "abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le "
+    "log logistic lt max min mul ne neg not one_minus_square or rem round rsqrt select_n sign sin square "
+    "stop_gradient sub tanh xor".split()
 )
 # on scalars these change nothing
 _IDENTITIES = frozenset("broadcast_in_dim copy reshape squeeze".split())
 _LOGIT, _QUERY, _KEY, _BATCH, _HEAD = _ARGUMENTS = ("logit", "q", "kv", "batch", "head")
 
 LogitFunction = Callable[[Array, Array, Array, Array, Array], Array]
+Reader = Callable[[], Array]
 
 
 class Separated(NamedTuple):
-    """A rule in two parts.
+    """A rule in two parts: values computed before, and element-by-element arithmetic.
 
-    `rule(logits, q_index, kv_index, row_values, column_values)` is element by element. The values
-    come as functions without arguments, called where a value is used; they give arrays of the
-    logits' shape, as the indices are.
+    Values reach the arithmetic as functions without arguments, called where a value is used; they
+    give arrays of the logits' shape, as the indices are.
     """
 
     row_values: tuple[Shaped[Array, "_ _ q_len"], ...]
     column_values: tuple[Shaped[Array, "_ _ kv_len"], ...]
-    rule: Callable[..., Float[Array, "..."]]
+    inside: "_Inside"
+
+    def rule(
+        self,
+        logits: Float[Array, "..."],
+        q_index: Int[Array, "..."],
+        kv_index: Int[Array, "..."],
+        row_values: Sequence[Reader],
+        column_values: Sequence[Reader],
+    ) -> Float[Array, "..."]:
+        """The changed logits."""
+        given = (logits, q_index, kv_index, *row_values, *column_values)
+        return self.inside.forward(given, logits.shape)[0]
+
+    def gradient(
+        self,
+        logits: Float[Array, "..."],
+        q_index: Int[Array, "..."],
+        kv_index: Int[Array, "..."],
+        row_values: Sequence[Reader],
+        column_values: Sequence[Reader],
+        d_logits: Float[Array, "..."],
+    ) -> list[Float[Array, "..."]]:
+        """What flows back: to the logits, then to each f32 value per query, then per key."""
+        given = (logits, q_index, kv_index, *row_values, *column_values, d_logits)
+        return self.inside.backward(given, logits.shape)
 
 
-class _Value(NamedTuple):
-    """Something computed before the kernel, and how the kernel gets it back."""
-
-    variable: Any
-    depends: frozenset[str]
-    dtype: Any
+class _Inside(NamedTuple):
+    forward: Callable[..., list[Array]]
+    backward: Callable[..., list[Array]]
 
 
 def separate(
@@ -66,8 +88,7 @@ def separate(
     """
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     logit = jax.ShapeDtypeStruct((), jnp.float32)
-    traced = jax.make_jaxpr(function)(logit, integer, integer, integer, integer)
-    program = _compat.inline(traced)
+    program = _compat.inline(jax.make_jaxpr(function)(logit, integer, integer, integer, integer))
     depends = dict.fromkeys(program.constants, frozenset())
     depends |= {v: frozenset([a]) for v, a in zip(program.inputs, _ARGUMENTS, strict=True)}
     for step in program.steps:
@@ -77,72 +98,41 @@ def separate(
     before = _steps_before(program, depends)
     if isinstance(before, str):
         return before
-    inside = _needed([s for s in program.steps if s.index not in before], program.output)
-    made_inside = {v for step in inside for v in step.outputs}
-    indices = set(program.inputs[:3])
-    frontier = {v: None for step in inside for v in step.variables}
-    if _compat.is_variable(program.output):
-        frontier[program.output] = None
-    values = [
-        _Value(v, depends[v], v.aval.dtype)
-        for v in frontier
-        if v not in made_inside and v not in indices
-    ]
+    inside = _compat.needed([s for s in program.steps if s.index not in before], program.outputs)
+    indices = program.inputs[:3]
+    values = _frontier(inside, program.outputs, indices)
     for value in values:
-        if value.dtype not in (jnp.float32, jnp.int32, jnp.bool_):
-            return f"it cannot hand {value.dtype} values to a kernel; convert to f32 or int32."
+        if value.aval.dtype not in (jnp.float32, jnp.int32, jnp.bool_):
+            return f"it cannot hand {value.aval.dtype} values to a kernel; convert to f32 or int32."
+    rows = [value for value in values if _KEY not in depends[value]]
+    columns = [value for value in values if _KEY in depends[value]]
+    part = program._replace(inputs=(*indices, *rows, *columns), constants={}, steps=tuple(inside))
+    backward = _derivative(part)
+    if isinstance(backward, str):
+        return backward
 
-    rows = [value for value in values if _KEY not in value.depends]
-    columns = [value for value in values if _KEY in value.depends]
-
-    def compute(value: _Value, length: int) -> Array:
-        argument = _KEY if _KEY in value.depends else _QUERY
+    def compute(value: Any, length: int) -> Array:
+        argument = _KEY if _KEY in depends[value] else _QUERY
         sizes = {_BATCH: batches, _HEAD: heads, argument: length}
 
         def at(*positions):
             given = dict(zip(sizes, positions, strict=True))
             inputs = [given.get(name, jnp.int32(0)) for name in _ARGUMENTS]
-            return program.evaluate(inputs, value.variable)
+            return program.evaluate(inputs, value)
 
         for axis in reversed(range(len(sizes))):
             at = jax.vmap(at, in_axes=tuple(0 if n == axis else None for n in range(len(sizes))))
         used = (
-            jnp.arange(size if name in value.depends or name == argument else 1)
+            jnp.arange(size if name in depends[value] or name == argument else 1)
             for name, size in sizes.items()
         )
         result = at(*used)
-        return result.astype(jnp.int32) if value.dtype == jnp.bool_ else result
-
-    def rule(
-        logits: Float[Array, "..."],
-        q_index: Int[Array, "..."],
-        kv_index: Int[Array, "..."],
-        row_values: tuple[Callable[[], Array], ...],
-        column_values: tuple[Callable[[], Array], ...],
-    ) -> Float[Array, "..."]:
-        known = dict(zip(program.inputs[:3], (logits, q_index, kv_index), strict=True))
-        readers = dict(zip([*rows, *columns], [*row_values, *column_values], strict=True))
-        readers = {value.variable: (value, reader) for value, reader in readers.items()}
-
-        def read(operand: Any) -> Array:
-            if not _compat.is_variable(operand):
-                return jnp.full(logits.shape, operand.val, operand.aval.dtype)
-            if operand in known:
-                return known[operand]
-            value, reader = readers[operand]
-            return reader() != 0 if value.dtype == jnp.bool_ else reader()
-
-        for step in inside:
-            if step.name in _IDENTITIES:
-                known[step.outputs[0]] = read(step.operands[0])
-            else:
-                known[step.outputs[0]] = step.bind(*map(read, step.operands))
-        return read(program.output)
+        return result.astype(jnp.int32) if value.aval.dtype == jnp.bool_ else result
 
     return Separated(
         tuple(compute(value, q_len) for value in rows),
         tuple(compute(value, kv_len) for value in columns),
-        rule,
+        _Inside(_on_arrays(part), _on_arrays(backward)),
     )
 
 
@@ -154,14 +144,9 @@ def _steps_before(program: "_compat.Program", depends: dict) -> set[int] | str:
     for step in program.steps:
         one_token = not {_QUERY, _KEY} <= depends[step.outputs[0]]
         one_token &= _LOGIT not in depends[step.outputs[0]]
-        looks_up = step.name not in ELEMENTWISE | _IDENTITIES or any(
-            v.aval.shape for v in (*step.variables, *step.outputs)
-        )
+        looks_up = not _in_registers(step)
         if looks_up and not one_token:
-            return (
-                f"a mask, bias or score_mod does {step.name!r} with a query and a key, or with a "
-                "logit, which a kernel cannot do in registers."
-            )
+            return _refused(step)
         # what follows from values that are computed before may as well be
         follows = bool(step.variables) and all(v in computed for v in step.variables)
         if one_token and (looks_up or follows):
@@ -170,11 +155,78 @@ def _steps_before(program: "_compat.Program", depends: dict) -> set[int] | str:
     return before
 
 
-def _needed(steps: list, output: Any) -> list:
-    """Those of the steps that the output follows from, in order."""
-    wanted, kept = {output} if _compat.is_variable(output) else set(), []
-    for step in reversed(steps):
-        if wanted.intersection(step.outputs):
-            kept.append(step)
-            wanted.update(step.variables)
-    return kept[::-1]
+def _in_registers(step: "_compat.Step") -> bool:
+    scalars = not any(v.aval.shape for v in (*step.variables, *step.outputs))
+    return scalars and step.name in ELEMENTWISE | _IDENTITIES
+
+
+def _refused(step: "_compat.Step") -> str:
+    return (
+        f"a mask, bias or score_mod does {step.name!r} with a query and a key, or with a logit, "
+        "which a kernel cannot do in registers."
+    )
+
+
+def _frontier(inside: list, outputs: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
+    """What the steps inside read that they do not make: in the order of its first use."""
+    made = {v for step in inside for v in step.outputs} | set(indices)
+    read = [v for step in inside for v in step.variables]
+    read += [v for v in outputs if _compat.is_variable(v)]
+    return [v for v in dict.fromkeys(read) if v not in made]
+
+
+def _derivative(part: "_compat.Program") -> "_compat.Program | str":
+    """The program of the gradient by the logit and by each f32 value, on scalars."""
+    (output,) = part.outputs
+    floats = [n for n, v in enumerate(part.inputs) if v.aval.dtype == jnp.float32]
+
+    def gradient(*arguments):
+        *given, d_output = arguments
+
+        def forward(*changed):
+            replaced = dict(zip(floats, changed, strict=True))
+            inputs = [replaced.get(n, x) for n, x in enumerate(given)]
+            if not _compat.is_variable(output):
+                return jnp.full((), output.val, jnp.float32)
+            return part.evaluate(inputs, output)
+
+        _, pullback = jax.vjp(forward, *(given[n] for n in floats))
+        return pullback(d_output)
+
+    shapes = [jax.ShapeDtypeStruct((), v.aval.dtype) for v in part.inputs]
+    traced = jax.make_jaxpr(gradient)(*shapes, jax.ShapeDtypeStruct((), jnp.float32))
+    program = _compat.inline(traced)
+    kept = _compat.needed(program.steps, program.outputs)
+    for step in kept:
+        if not _in_registers(step):
+            return _refused(step)
+    return program._replace(steps=tuple(kept))
+
+
+def _on_arrays(program: "_compat.Program") -> Callable[..., list[Array]]:
+    """A program for scalars as a function of arrays, or of readers of arrays."""
+
+    def run(inputs: Sequence[Array | Reader], shape: tuple[int, ...]) -> list[Array]:
+        known: dict[Any, Any] = dict(zip(program.inputs, inputs, strict=True))
+        for v, constant in program.constants.items():
+            known[v] = jnp.full(shape, constant, v.aval.dtype)
+
+        def read(operand: Any) -> Array:
+            if not _compat.is_variable(operand):
+                return jnp.full(shape, operand.val, operand.aval.dtype)
+            found = known[operand]
+            if not callable(found):
+                return found
+            # what a reader gives is not kept: it would fill registers until its last use
+            return found() != 0 if operand.aval.dtype == jnp.bool_ else found()
+
+        for step in program.steps:
+            operands = [read(v) for v in step.operands]
+            if step.name == "add_any":  # what sums cotangents; kernels know it as addition
+                result = operands[0] + operands[1]
+            else:
+                result = operands[0] if step.name in _IDENTITIES else step.bind(*operands)
+            known[step.outputs[0]] = result
+        return [read(v) for v in program.outputs]
+
+    return run

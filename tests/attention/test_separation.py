@@ -51,8 +51,18 @@ def whole(function, logits):
     per_query = jax.vmap(per_key, (0, 0, None, None, None))
     per_head = jax.vmap(per_query, (0, None, None, None, 0))
     per_batch = jax.vmap(per_head, (0, None, None, 0, None))
-    indices = (jnp.arange(n) for n in (Q_LEN, KV_LEN, BATCHES, HEADS))
-    return per_batch(logits, *indices)
+    return per_batch(logits, *(jnp.arange(n) for n in (Q_LEN, KV_LEN, BATCHES, HEADS)))
+
+
+def readers(parts, full):
+    rows = tuple(partial(jnp.broadcast_to, x[..., None], full) for x in parts.row_values)
+    columns = tuple(partial(jnp.broadcast_to, x[..., None, :], full) for x in parts.column_values)
+    return rows, columns
+
+
+def indices(full):
+    q_index = jnp.broadcast_to(jnp.arange(Q_LEN, dtype=jnp.int32)[:, None], full)
+    return q_index, jnp.broadcast_to(jnp.arange(KV_LEN, dtype=jnp.int32), full)
 
 
 def in_parts(function, logits):
@@ -61,11 +71,7 @@ def in_parts(function, logits):
     assert all(x.shape[2:] == (Q_LEN,) for x in parts.row_values)
     assert all(x.shape[2:] == (KV_LEN,) for x in parts.column_values)
     full = logits.shape
-    q_index = jnp.broadcast_to(jnp.arange(Q_LEN, dtype=jnp.int32)[:, None], full)
-    kv_index = jnp.broadcast_to(jnp.arange(KV_LEN, dtype=jnp.int32), full)
-    rows = tuple(partial(jnp.broadcast_to, x[..., None], full) for x in parts.row_values)
-    columns = tuple(partial(jnp.broadcast_to, x[..., None, :], full) for x in parts.column_values)
-    return parts.rule(logits, q_index, kv_index, rows, columns), parts
+    return parts.rule(logits, *indices(full), *readers(parts, full)), parts
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,40 @@ def test_score_mod_with_lookups_per_head_and_per_key(logits):
 
     got, _ = in_parts(function, logits)
     np.testing.assert_allclose(got, whole(function, logits), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, q, kv, b, h: 5.0 * jnp.tanh(s / 5.0) + SLOPES[h] * TABLE[kv] * s,
+        lambda s, q, kv, b, h: jnp.where(kv <= q, s * jnp.abs(s), -jnp.inf) + TABLE[kv] ** 2,
+        lambda s, q, kv, b, h: TABLE[kv] * SLOPES[h],
+        lambda s, q, kv, b, h: jnp.float32(1.0),
+        lambda s, q, kv, b, h: s,
+    ],
+)
+def test_gradients(function, logits):
+    d_logits = jnp.asarray(RNG.normal(size=logits.shape), jnp.float32)
+    _, parts = in_parts(function, logits)
+    got = parts.gradient(logits, *indices(logits.shape), *readers(parts, logits.shape), d_logits)
+
+    def whole_of(logits, rows, columns):
+        changed = parts._replace(row_values=rows, column_values=columns)
+        return parts.rule(logits, *indices(logits.shape), *readers(changed, logits.shape))
+
+    _, pullback = jax.vjp(whole_of, logits, parts.row_values, parts.column_values)
+    d_in, d_rows, d_columns = pullback(d_logits)
+    _, direct = jax.vjp(lambda x: whole(function, x), logits)
+    np.testing.assert_allclose(got[0], direct(d_logits)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[0], d_in, rtol=1e-5, atol=1e-6)
+    values = [*parts.row_values, *parts.column_values]
+    wanted = [d for d, x in zip([*d_rows, *d_columns], values, strict=True) if d.dtype == x.dtype]
+    assert len(got) == 1 + len(wanted)
+    for d, expected in zip(got[1:], wanted, strict=True):
+        shared = tuple(n for n in range(4) if n < 2 and expected.shape[n] == 1)
+        axis = 3 if any(expected is x for x in d_rows) else 2
+        summed = d.sum((*shared, axis)).reshape(expected.shape)
+        np.testing.assert_allclose(summed, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_traced_arrays(logits):
