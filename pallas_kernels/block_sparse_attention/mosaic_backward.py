@@ -8,7 +8,7 @@ bit.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,13 +101,65 @@ def refusal(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     return None
 
 
+class Gradients(NamedTuple):
+    """By each array of a problem; None for values that are not f32."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    row_values: tuple[jax.Array | None, ...]
+    column_values: tuple[jax.Array | None, ...]
+
+
+def gradients(
+    problem: Problem,
+    lists: tuple[jax.Array, jax.Array],
+    inverse: tuple[jax.Array, jax.Array],
+    tiles: Tiles,
+) -> Gradients:
+    """All gradients, in as many passes as registers ask for.
+
+    Args:
+      problem: The arrays.
+      lists: `kv_indices` and `kv_num_blocks`, as for `d_queries`.
+      inverse: `offsets` and `q_indices`, as for `d_keys`.
+      tiles: Tile sizes, and what happens to logits.
+    """
+    d_rows: tuple[jax.Array | None, ...] = (None,) * len(problem.row_values)
+    d_columns: tuple[jax.Array | None, ...] = (None,) * len(problem.column_values)
+
+    # a GPU runs kernels in turn; the interpreter must be made to, or it stops when two overlap
+    def after(problem: Problem, result: jax.Array) -> Problem:
+        return problem._replace(delta=warpgroup().after(problem.delta, result))
+
+    d_q, _ = d_queries(problem, *lists, tiles, with_values=False)
+    problem = after(problem, d_q)
+    if tiles.rule is None:
+        d_k, d_v, _ = d_keys(problem, *inverse, tiles)
+        return Gradients(d_q, d_k, d_v, d_rows, d_columns)
+    # a rule wants registers of its own: one accumulator at a time, logits computed anew
+    d_k, _, _ = d_keys(problem, *inverse, tiles, with_v=False, with_values=False)
+    problem = after(problem, d_k)
+    _, d_v, _ = d_keys(problem, *inverse, tiles, with_k=False, with_values=False)
+    problem = after(problem, d_v)
+    if _floats(problem.row_values):
+        _, d_rows = d_queries(problem, *lists, tiles, with_q=False)
+        problem = after(problem, next(d for d in d_rows if d is not None))
+    if _floats(problem.column_values):
+        _, _, d_columns = d_keys(problem, *inverse, tiles, with_k=False, with_v=False)
+    return Gradients(d_q, d_k, d_v, d_rows, d_columns)
+
+
 def d_queries(
     problem: Problem,
     kv_indices: jax.Array,
     kv_num_blocks: jax.Array,
     tiles: Tiles,
     config: Config | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    *,
+    with_q: bool = True,
+    with_values: bool = True,
+) -> Any:
     """The gradient by q, and by each f32 value per query.
 
     Args:
@@ -116,10 +168,13 @@ def d_queries(
       kv_num_blocks: int32 [batch | 1, heads | kv_heads | 1, q_blocks].
       tiles: Tile sizes, and what happens to logits.
       config: How a program is laid out.
+      with_q: Whether to compute `d_q`.
+      with_values: Whether to compute the gradients by values.
 
     Returns:
       `d_q` in q's shape and dtype; for each of `row_values` in f32 its gradient
-      [batch, heads, q_len], not yet summed where it is shared; None for the others.
+      [batch, heads, q_len], not yet summed where it is shared; None for the others, and for what
+      was not asked for.
     """
     batches, q_len, heads, dim = problem.q.shape
     kv_heads, v_dim = problem.v.shape[2:]
@@ -129,12 +184,13 @@ def d_queries(
     stages, columns = chosen.stages, min(chosen.columns, block_kv)
     consumers, q_blocks, group = block_q // ROWS, q_len // block_q, heads // kv_heads
     ops, dtype = warpgroup(), problem.q.dtype
-    wanted = _floats(problem.row_values)
+    wanted = _floats(problem.row_values) if with_values else ()
     sums = len(wanted)
 
     def kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs):
         values, refs = _split(refs, problem)
-        (d_q_ref, *d_value_refs), refs = refs[: 1 + sums], refs[1 + sums :]
+        results, refs = refs[: with_q + sums], refs[with_q + sums :]
+        d_q_refs, d_value_refs = results[:with_q], results[with_q:]
         q_smem, d_out_smem, k_smem, v_smem, sums_smem = refs[:5]
         q_full, d_out_full, k_full, v_full, k_free, v_free = refs[5:]
         program, q_block = divmod_i32(lax.axis_index("program"), q_blocks)
@@ -198,7 +254,8 @@ def d_queries(
                 logits, pullback = _logits(raw, tiles, ops, at, values)
                 probs = jnp.exp2(logits * LOG2_E - lse2)
                 d_raw, *d_new = pullback(probs * (d_probs - delta))
-                d_q = ops.add_product(d_q, d_raw.astype(dtype), k_smem.at[slot, part_at])
+                if with_q:
+                    d_q = ops.add_product(d_q, d_raw.astype(dtype), k_smem.at[slot, part_at])
                 d_new = d_new[:sums]
                 return d_q, tuple(a + b.sum(axis=1) for a, b in zip(d_values, d_new, strict=True))
 
@@ -210,18 +267,23 @@ def d_queries(
                 plgpu.barrier_arrive(k_free.at[slot])
                 return carry
 
-            start = ops.tile((ROWS, dim), 0.0), tuple(ops.rows(ROWS, 0.0) for _ in wanted)
+            start = (
+                ops.tile((ROWS, dim), 0.0) if with_q else None,
+                tuple(ops.rows(ROWS, 0.0) for _ in wanted),
+            )
             d_q, d_values = lax.fori_loop(0, count, tile, start)
-            q_smem[member] = d_q.astype(dtype)
+            if with_q:
+                q_smem[member] = d_q.astype(dtype)
             for n, d_value in enumerate(d_values):
                 sums_smem[member, n] = d_value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[member], d_q_ref.at[here])
+            for ref in d_q_refs:
+                plgpu.copy_smem_to_gmem(q_smem.at[member], ref.at[here])
             for n, ref in enumerate(d_value_refs):
                 plgpu.copy_smem_to_gmem(sums_smem.at[member, n], ref.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-    out_types = [jax.ShapeDtypeStruct(problem.q.shape, dtype)]
+    out_types = [jax.ShapeDtypeStruct(problem.q.shape, dtype)] * with_q
     out_types += [jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)] * sums
     results = plgpu.kernel(
         kernel,
@@ -242,7 +304,8 @@ def d_queries(
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
     )(*problem[:6], kv_indices, kv_num_blocks, *problem.row_values, *problem.column_values)
-    return results[0], _place(results[1:], wanted, len(problem.row_values))
+    d_q = results[0] if with_q else None
+    return d_q, _place(results[with_q:], wanted, len(problem.row_values))
 
 
 def d_keys(
@@ -251,7 +314,11 @@ def d_keys(
     q_indices: jax.Array,
     tiles: Tiles,
     config: Config | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array | None, ...]]:
+    *,
+    with_k: bool = True,
+    with_v: bool = True,
+    with_values: bool = True,
+) -> Any:
     """The gradients by k and v, and by each f32 value per key.
 
     Args:
@@ -261,10 +328,14 @@ def d_keys(
       q_indices: int32 [batch | 1, heads | kv_heads | 1, entries], the tiles of queries that use it.
       tiles: Tile sizes, and what happens to logits.
       config: How a program is laid out.
+      with_k: Whether to compute `d_k`.
+      with_v: Whether to compute `d_v`.
+      with_values: Whether to compute the gradients by values.
 
     Returns:
       `d_k`, `d_v` in the shapes and dtypes of k and v, summed over the query heads of a group; for
-      each of `column_values` in f32 its gradient [batch, heads, kv_len]; None for the others.
+      each of `column_values` in f32 its gradient [batch, heads, kv_len]; None for the others, and
+      for what was not asked for.
     """
     batches, _, heads, dim = problem.q.shape
     kv_len, kv_heads, v_dim = problem.v.shape[1:]
@@ -274,12 +345,14 @@ def d_keys(
     stages, columns = chosen.stages, min(chosen.columns, block_q)
     consumers, kv_blocks, group = block_kv // ROWS, kv_len // block_kv, heads // kv_heads
     ops, dtype = warpgroup(), problem.q.dtype
-    wanted = _floats(problem.column_values)
+    wanted = _floats(problem.column_values) if with_values else ()
+    outputs = with_k + with_v
     sums = len(wanted)
 
     def kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, offsets_ref, ids_ref, *refs):
         values, refs = _split(refs, problem)
-        (d_k_ref, d_v_ref, *d_value_refs), refs = refs[: 2 + sums], refs[2 + sums :]
+        results, refs = refs[: outputs + sums], refs[outputs + sums :]
+        d_refs, d_value_refs = results[:outputs], results[outputs:]
         k_smem, v_smem, q_smem, d_out_smem, sums_smem = refs[:5]
         k_full, v_full, q_full, d_out_full, q_free, d_out_free = refs[5:]
         program, kv_block = divmod_i32(lax.axis_index("program"), kv_blocks)
@@ -328,7 +401,7 @@ def d_keys(
             shape = ROWS, columns
 
             def one_head(which, carry):
-                d_k, d_v, step = carry
+                d_k, d_v, step = carry  # None for what is not asked for
                 head, at, first, last = list_of(which)
 
                 def piece(entry, slot, part, carry):
@@ -344,13 +417,17 @@ def d_keys(
                     if part == 0:
                         plgpu.barrier_wait(d_out_full.at[slot])
                     d_out = d_out_smem.at[slot, part_at]
-                    d_v = ops.add_product(d_v, probs.astype(dtype), d_out)
+                    if with_v:
+                        d_v = ops.add_product(d_v, probs.astype(dtype), d_out)
+                    if not (with_k or wanted):
+                        return d_k, d_v, d_values
                     # from -delta on, so that no register holds delta beside the product
                     delta = ops.load_columns(delta_ref.at[tokens])
                     delta = lax.broadcast_in_dim(-delta, shape, (1,))
                     d_probs = ops.product_nt(v_smem.at[member], d_out, delta)
                     d_raw, *d_new = pullback(probs * d_probs)
-                    d_k = ops.add_product(d_k, d_raw.astype(dtype), q_smem.at[slot, part_at])
+                    if with_k:
+                        d_k = ops.add_product(d_k, d_raw.astype(dtype), q_smem.at[slot, part_at])
                     d_values = tuple(
                         a + b.sum(axis=1)
                         for a, b in zip(d_values, d_new[len(d_new) - sums :], strict=True)
@@ -379,16 +456,22 @@ def d_keys(
                     plgpu.wait_smem_to_gmem(0)
                 return d_k, d_v, step
 
-            start = ops.tile((ROWS, dim), 0.0), ops.tile((ROWS, v_dim), 0.0), jnp.int32(0)
+            start = (
+                ops.tile((ROWS, dim), 0.0) if with_k else None,
+                ops.tile((ROWS, v_dim), 0.0) if with_v else None,
+                jnp.int32(0),
+            )
             d_k, d_v, _ = lax.fori_loop(0, group, one_head, start)
-            k_smem[member] = d_k.astype(dtype)
-            v_smem[member] = d_v.astype(dtype)
+            sums_of = [(d_k, k_smem)] * with_k + [(d_v, v_smem)] * with_v
+            for gradient, smem in sums_of:
+                smem[member] = gradient.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_smem.at[member], d_k_ref.at[here])
-            plgpu.copy_smem_to_gmem(v_smem.at[member], d_v_ref.at[here])
+            for (_, smem), ref in zip(sums_of, d_refs, strict=True):
+                plgpu.copy_smem_to_gmem(smem.at[member], ref.at[here])
             plgpu.wait_smem_to_gmem(0)
 
-    out_types = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (problem.k, problem.v)]
+    kept = [problem.k] * with_k + [problem.v] * with_v
+    out_types = [jax.ShapeDtypeStruct(x.shape, dtype) for x in kept]
     out_types += [jax.ShapeDtypeStruct((batches, heads, kv_len), jnp.float32)] * sums
     results = plgpu.kernel(
         kernel,
@@ -409,7 +492,10 @@ def d_keys(
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
     )(*problem[:6], offsets, q_indices, *problem.row_values, *problem.column_values)
-    return *results[:2], _place(results[2:], wanted, len(problem.column_values))
+    results, d_values = list(results[:outputs]), results[outputs:]
+    d_k = results.pop(0) if with_k else None
+    d_v = results.pop(0) if with_v else None
+    return d_k, d_v, _place(d_values, wanted, len(problem.column_values))
 
 
 class Place(NamedTuple):
@@ -450,7 +536,9 @@ def _logits(raw, tiles: Tiles, ops, at: Place, values):
     )
 
     def pullback(d_logits):
-        d_scaled, *d_values = tiles.gradient(*arguments, d_logits)
+        # or the compiler would keep what the rule computed until it is needed again
+        again = lax.optimization_barrier(arguments[0])
+        d_scaled, *d_values = tiles.gradient(again, *arguments[1:], d_logits)
         return d_scaled if tiles.scale is None else d_scaled * scale, *d_values
 
     return tiles.rule(*arguments), pullback
