@@ -35,6 +35,9 @@ import jsparse as js
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
+BACKWARD = "jsparse, forward and gradients"
+
+
 class Sizes(NamedTuple):
     """Of one timed problem."""
 
@@ -218,22 +221,50 @@ def numerics(run: Run, case: dict[str, Any]) -> dict[str, Any]:
     def attention(implementation, q, k, v):
         return js.attend(q, k, v, plan, return_lse=True, implementation=implementation, **case)
 
-    kernel = jax.jit(lambda *x: attention(run.implementation, *x))
-    out, lse = jax.block_until_ready(kernel(q, k, v))
-    again, _ = jax.block_until_ready(kernel(q, k, v))
+    weights = jax.random.normal(jax.random.key(9), (*q.shape[:-1], v_dim), jnp.float32)
+
+    def everything(implementation):
+        def loss(q, k, v):
+            out, lse = attention(implementation, q, k, v)
+            seen = jnp.where(jnp.isneginf(lse), 0.0, lse)
+            return (out.astype(jnp.float32) * weights).sum() + seen.sum(), (out, lse)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    kernel = everything(run.implementation)
+    gradients, (out, lse) = jax.block_until_ready(kernel(q, k, v))
+    gradients_again, (again, _) = jax.block_until_ready(kernel(q, k, v))
     with jax.default_matmul_precision("highest"):
         f32 = [x.astype(jnp.float32) for x in (q, k, v)]
-        want, want_lse = jax.jit(lambda *x: attention("reference", *x))(*f32)
+        want_gradients, (want, want_lse) = everything("reference")(*f32)
+    relative = [
+        float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
+        for a, b in zip(gradients, want_gradients, strict=True)
+    ]
+    equal = zip(gradients, gradients_again, strict=True)
+    same_gradients = all(bool((a == b).all()) for a, b in equal)
     out, lse, again, want, want_lse = (
         np.asarray(x, np.float64) for x in (out, lse, again, want, want_lse)
     )
     error = float(np.linalg.norm(out - want) / np.linalg.norm(want))
     seen = np.isfinite(want_lse)
     lse_error = float(np.abs(lse[seen] - want_lse[seen]).max())
-    same = bool((out == again).all())
-    right = error < TOLERANCE[dtype] and lse_error < 1e-3 and same
+    same = bool((out == again).all()) and same_gradients
+    right = (
+        max(relative) < 2 * TOLERANCE[dtype]
+        and error < TOLERANCE[dtype]
+        and lse_error < 1e-3
+        and same
+    )
     right &= bool((np.isneginf(lse) == np.isneginf(want_lse)).all())
-    return {"error": None, "right": bool(right), "relative": error, "lse": lse_error, "same": same}
+    return {
+        "error": None,
+        "right": bool(right),
+        "relative": error,
+        "lse": lse_error,
+        "gradients": relative,
+        "same": same,
+    }
 
 
 def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
@@ -254,7 +285,12 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
     ours = jax.jit(
         lambda q, k, v, plan: js.attend(q, k, v, plan, mask=mask, implementation=run.implementation)
     )
-    runs = {"jsparse": lambda: ours(q, k, v, plan)}
+    both = jax.jit(
+        jax.grad(
+            lambda q, k, v, plan: ours(q, k, v, plan).astype(jnp.float32).sum(), argnums=(0, 1, 2)
+        )
+    )
+    runs = {"jsparse": lambda: ours(q, k, v, plan), BACKWARD: lambda: both(q, k, v, plan)}
     result = np.asarray(ours(q, k, v, plan), np.float32)
     if build is not None:
         row["block_mask_ms"] = milliseconds(build, jax.block_until_ready, run.milliseconds)
@@ -276,8 +312,8 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
         )
     times |= torch_times(run, sizes, plan, (q, k, v), result)
     row["times"] = times
-    for entry in times.values():
-        if "ms" in entry:
+    for name, entry in times.items():
+        if "ms" in entry and name != BACKWARD:
             # a dense peer computes every tile; its rate is given on those
             entry["tflops"] = flops / entry["ms"] / 1e9
     return row
@@ -370,7 +406,8 @@ def summary(row: dict[str, Any]) -> str:
     if "times" not in row:
         return f"failed: {row}"
     parts = [
-        f"{name} {entry['ms']:.3f} ms ({entry['tflops']:.0f} TFLOP/s)"
+        f"{name} {entry['ms']:.3f} ms"
+        + (f" ({entry['tflops']:.0f} TFLOP/s)" if "tflops" in entry else "")
         if "ms" in entry
         else f"{name} failed"
         for name, entry in row["times"].items()

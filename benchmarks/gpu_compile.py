@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ import jsparse as js  # noqa: E402
 from jsparse.attention import mosaic as adapter  # noqa: E402
 from jsparse.attention.attend import prepare  # noqa: E402
 from jsparse.attention.block_sparse import block_sparse_attention  # noqa: E402
-from pallas_kernels.block_sparse_attention import mosaic  # noqa: E402
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward  # noqa: E402
 
 # what XLA's CUDA compiler wants to know of an H200 when none is there
 H200 = """
@@ -138,18 +138,20 @@ def main() -> int:
     sharding = jax.sharding.SingleDeviceSharding(device)
     # a log is no narrower than the table
     console = Console(width=None if sys.stdout.isatty() else 110)
-    rows = [measure(case, sharding) for case in track(chosen, "compiling", console=console)]
+    rows = []
+    for case in track(chosen, "compiling", console=console):
+        rows += compiled_passes(case, sharding)
     console.print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
-        console.print(f"[red]{row['name']}: {'; '.join(row['failed'])}")
+        console.print(f"[red]{row['name']}, {row['pass']}: {'; '.join(row['failed'])}")
     return 1 if failed else 0
 
 
-def measure(case: Case, sharding: Any) -> dict[str, Any]:
-    """Compiles a case and reads what the compiler says of it."""
+def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
+    """Compiles a case, then its gradients."""
     q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-case.q_len // case.block_kv)
     shapes = (
         ((1, case.q_len, case.heads, case.dim), case.dtype),
@@ -173,27 +175,61 @@ def measure(case: Case, sharding: Any) -> dict[str, Any]:
         )
         problem = prepare(q, k, v, plan, **case.options(*arrays))
         return block_sparse_attention(
-            problem.operands, problem.plan, problem.mask, problem.rule, adapter.forward
+            problem.operands, problem.plan, problem.mask, problem.rule, adapter.PASSES
         )
 
+    def gradients(q, k, v, kv_indices, kv_num_blocks, *arrays):
+        floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def changed(q, k, v, *values):
+            mixed = list(arrays)
+            for n, value in zip(floats, values, strict=True):
+                mixed[n] = value
+            return attention(q, k, v, kv_indices, kv_num_blocks, *mixed)
+
+        outputs, pullback = jax.vjp(changed, q, k, v, *(arrays[n] for n in floats))
+        return pullback(jax.tree.map(jnp.ones_like, outputs))
+
+    width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
+    tile = case.block_q, case.block_kv
+    forward = mosaic.default_config(*tile, *width)
+    assert forward is not None
+    yield measure(
+        case,
+        "forward",
+        attention,
+        inputs,
+        {"stages": forward.stages, "smem": mosaic.shared_memory(*tile, *width, forward)},
+    )
+    if mosaic_backward.refusal(*tile, *width):
+        return
+    configs = [(t, mosaic_backward.default_config(*t, *width)) for t in (tile, tile[::-1])]
+    shared = [mosaic_backward.shared_memory(*t, *width, config) for t, config in configs]
+    stages = min(config.stages for _, config in configs)
+    yield measure(case, "gradients", gradients, inputs, {"stages": stages, "smem": max(shared)})
+
+
+def measure(
+    case: Case, name: str, function: Callable, inputs: list, layout: dict[str, int]
+) -> dict[str, Any]:
+    """Compiles a function of a case and reads what the compiler says of its kernels."""
     before = set(DUMP.iterdir())
     with _without_c_stderr():
-        compiled = jax.jit(attention).lower(*inputs).compile()
-    ptx, report = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
-    width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
-    config = mosaic.default_config(case.block_q, case.block_kv, *width)
-    assert config is not None
+        compiled = jax.jit(function).lower(*inputs).compile()
+    kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
     memory = compiled.memory_analysis()
     row: dict[str, Any] = {
         "name": case.name,
+        "pass": name,
         "tile": f"{case.block_q}x{case.block_kv}",
-        "target": _first(r"^\.target (\S+)", ptx),
-        "stages": config.stages,
-        "registers": int(_first(r"Used (\d+) registers", report)),
-        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        "shared_memory": mosaic.shared_memory(case.block_q, case.block_kv, *width, config),
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        "kernels": len(kernels),
+        "targets": sorted({_first(r"^\.target (\S+)", ptx) for ptx in kernels}),
+        "stages": layout["stages"],
+        "registers": max(int(_first(r"Used (\d+) registers", report)) for report in reports),
+        "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
+        "shared_memory": layout["smem"],
+        "fewest_wgmma": min(len(re.findall(r"wgmma\.mma_async", ptx)) for ptx in kernels),
+        "fewest_tma": min(len(re.findall(r"cp\.async\.bulk\.tensor", ptx)) for ptx in kernels),
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }
@@ -203,15 +239,15 @@ def measure(case: Case, sharding: Any) -> dict[str, Any]:
 
 def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
-        ("no wgmma: its products are not on Hopper's tensor cores", row["wgmma"] == 0),
-        ("no TMA: its loads are not the copy engine's", row["tma"] == 0),
-        (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
+        ("no wgmma: a kernel's products are not on the tensor cores", row["fewest_wgmma"] == 0),
+        ("no TMA: a kernel's loads are not the copy engine's", row["fewest_tma"] == 0),
+        (f"compiled for {row['targets']}, not sm_90a", row["targets"] != ["sm_90a"]),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
             row["shared_memory"] > mosaic.SHARED_MEMORY,
         ),
-        # padded copies and the f32 output, at most; a [q_len, kv_len] array would be far more
+        # padded copies, f32 outputs and lists, at most; a [q_len, kv_len] array would be far more
         (
             f"{row['temp_bytes']} bytes of temporaries for {row['input_bytes']} of inputs",
             row["temp_bytes"] > 4 * row["input_bytes"],
@@ -219,11 +255,11 @@ def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     ]
 
 
-def _new(before: set[Path], suffix: str) -> str:
+def _new(before: set[Path], suffix: str) -> list[str]:
     found = [path for path in set(DUMP.iterdir()) - before if path.suffix == suffix]
     if not found:
         sys.exit(f"The compiler left no {suffix} file in {DUMP}; is ptxas installed?")
-    return "\n".join(path.read_text() for path in found)
+    return [path.read_text() for path in found]
 
 
 def _first(pattern: str, text: str) -> str:
@@ -252,18 +288,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
         padding=(0, 1, 0, 0),
     )
     out.add_column("kernel", no_wrap=True)
-    for name in ("tile", "stages", "regs", "spill", "smem KB", "wgmma", "TMA", "temp MB", ""):
+    for name in (
+        *("pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
+        *("wgmma", "TMA", "temp MB", ""),
+    ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
             row["name"],
+            row["pass"],
             row["tile"],
+            str(row["kernels"]),
             str(row["stages"]),
             str(row["registers"]),
             str(row["spill_bytes"]),
             f"{row['shared_memory'] / 1024:.0f}",
-            str(row["wgmma"]),
-            str(row["tma"]),
+            str(row["fewest_wgmma"]),
+            str(row["fewest_tma"]),
             f"{row['temp_bytes'] / 2**20:.1f}",
             "[red]fails" if row["failed"] else "[green]ok",
         )

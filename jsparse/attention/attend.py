@@ -205,7 +205,7 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
 
 def _mosaic(problem: Problem) -> tuple[Array, Array]:
     return block_sparse.block_sparse_attention(
-        problem.operands, with_plan(problem), problem.mask, problem.rule, mosaic.forward
+        problem.operands, with_plan(problem), problem.mask, problem.rule, mosaic.PASSES
     )
 
 

@@ -44,8 +44,15 @@ class Sizes(NamedTuple):
         return self.heads // self.kv_heads
 
 
-# of whole tiles; `(out, lse)` in f32
-Forward = Callable[[Operands, Lists, LogitRule, Sizes], tuple[Array, Array]]
+class Passes(NamedTuple):
+    """What computes the two passes; all lengths are whole tiles.
+
+    `forward(operands, lists, rule, sizes) -> (out, lse)` in f32. `backward(operands, lists,
+    inverse, out, lse, d_out, d_lse, rule, sizes)` gives the gradient by the operands.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., Operands]
 
 
 def block_sparse_attention(
@@ -53,13 +60,13 @@ def block_sparse_attention(
     plan: BlockMask,
     mask: Mask | None,
     rule: LogitRule,
-    forward: Forward | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` over the tiles of `plan`, element-masked by `mask`.
 
     Batch axes are flattened to one. Differentiable twice and more: the backward rule is itself a
-    function with a derivative. `forward` is a kernel that takes the place of the loops below; the
-    gradients stay theirs.
+    function with a derivative. `passes` are kernels that take the place of the loops below; second
+    derivatives stay theirs.
     """
     grid = plan.grid
     batches, _, heads, _ = operands.q.shape
@@ -80,7 +87,7 @@ def block_sparse_attention(
         v=_pad_tokens(operands.v, grid.kv_blocks * grid.block_kv),
         bias=_pad_bias(operands.bias, grid),
     )
-    out, lse = _attention(rule, sizes, forward or _forward)(padded, lists)
+    out, lse = _attention(rule, sizes, passes or Passes(xla_forward, xla_backward))(padded, lists)
     return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
 
 
@@ -97,14 +104,14 @@ def _pad_bias(bias: Array | None, grid) -> Array | None:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, q_missing), (0, kv_missing)))
 
 
-def _attention(rule: LogitRule, sizes: Sizes, forward: Forward):
+def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
     """Builds the differentiable function for one rule and one set of sizes."""
     # a vmapped call becomes a loop: batching the loops themselves would drag every carry along
     forward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists: forward(operands, lists, rule, sizes)
+        lambda operands, lists: passes.forward(operands, lists, rule, sizes)
     )
     backward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists, inverse, out, lse, d_out, d_lse: _backward(
+        lambda operands, lists, inverse, out, lse, d_out, d_lse: passes.backward(
             operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes
         )
     )
@@ -239,7 +246,8 @@ def _product(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
+def xla_forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
+    """Computes `(out, lse)`, a row of tiles after the other."""
     s, tiles = sizes, _Tiles(sizes)
     q, k, v = operands.q, operands.k, operands.v
 
@@ -300,7 +308,8 @@ def _forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
     return _loop(0, s.batches * s.heads * s.q_blocks, row, (out, lse))
 
 
-def _backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes):
+def xla_backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes):
+    """Computes the gradient by the operands, a column of tiles after the other."""
     s, tiles = sizes, _Tiles(sizes)
     q, k, v = operands.q, operands.k, operands.v
     d_out = d_out.astype(jnp.float32)

@@ -1,15 +1,18 @@
 """Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from jsparse.attention.block_sparse import Lists, Sizes
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, xla_backward
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
-from jsparse.types import Mask
+from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat as kernels
-from pallas_kernels.block_sparse_attention import mosaic
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
 
 # the width that one swizzled row of shared memory holds
 _LANES = 64
@@ -54,6 +57,80 @@ def forward(
         column_values=tile_rule.column_values if tile_rule else (),
     )
     return out[..., : v.shape[-1]].astype(jnp.float32), lse
+
+
+def backward(
+    operands: Operands,
+    lists: Lists,
+    inverse: InverseList,
+    out: Float[Array, "batch q_len heads v_dim"],
+    lse: Float[Array, "batch heads q_len"],
+    d_out: Float[Array, "batch q_len heads v_dim"],
+    d_lse: Float[Array, "batch heads q_len"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> Operands:
+    """Computes the gradient by every operand; by the loops of XLA where kernels have no room."""
+    q, k, v = operands[:3]
+    tiles = sizes.block_q, sizes.block_kv
+    if mosaic_backward.refusal(*tiles, _padded_width(q), _padded_width(v)):
+        return xla_backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+
+    def split(operands: Operands) -> Separated | None:
+        parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+        assert not isinstance(parts, str)  # the forward pass was refused then
+        return parts
+
+    def values(operands: Operands):
+        parts = split(operands)
+        return (parts.row_values, parts.column_values) if parts else ((), ())
+
+    parts = split(operands)
+    (row_values, column_values), pullback = jax.vjp(values, operands)
+    empty = jnp.isneginf(lse)
+    delta = jnp.swapaxes((out * d_out).sum(-1), 1, 2) - jnp.where(empty, 0.0, d_lse)
+    problem = mosaic_backward.Problem(
+        _pad_width(q),
+        _pad_width(k),
+        _pad_width(v),
+        _pad_width(d_out.astype(q.dtype)),
+        jnp.where(empty, jnp.inf, lse * mosaic.LOG2_E),
+        delta,
+        row_values,
+        column_values,
+    )
+    found = mosaic_backward.gradients(
+        problem,
+        (lists.kv_indices, lists.kv_num_blocks),
+        (inverse.offsets, inverse.q_indices),
+        mosaic_backward.Tiles(
+            *tiles,
+            rule.scale if parts is None else None,
+            parts and parts.rule,
+            parts and parts.gradient,
+        ),
+    )
+    d_values = (
+        tuple(map(_cotangent, found.row_values, row_values)),
+        tuple(map(_cotangent, found.column_values, column_values)),
+    )
+    (d_modifiers,) = pullback(d_values)
+    return d_modifiers._replace(
+        q=found.q[..., : q.shape[-1]],
+        k=found.k[..., : k.shape[-1]],
+        v=found.v[..., : v.shape[-1]],
+    )
+
+
+def _cotangent(gradient: Array | None, value: Array) -> Any:
+    """A gradient per sequence, head and token, summed where the value is shared."""
+    if gradient is None:
+        return np.zeros(value.shape, jax.dtypes.float0)
+    shared = tuple(n for n in range(3) if value.shape[n] == 1)
+    return gradient.sum(shared, keepdims=True)
+
+
+PASSES = Passes(forward, backward)
 
 
 def _device_refuses() -> str | None:

@@ -18,8 +18,8 @@ from jsparse import _compat
 # what every supported version of Mosaic GPU computes on registers
 ELEMENTWISE = frozenset(
     "abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le "
-    "log logistic lt max min mul ne neg not one_minus_square or rem round rsqrt select_n sign sin square "
-    "stop_gradient sub tanh xor".split()
+    "log logistic lt max min mul ne neg not one_minus_square or rem round rsqrt select_n sign sin "
+    "square stop_gradient sub tanh xor".split()
 )
 # on scalars these change nothing
 _IDENTITIES = frozenset("broadcast_in_dim copy reshape squeeze".split())
@@ -32,12 +32,14 @@ Reader = Callable[[], Array]
 class Separated(NamedTuple):
     """A rule in two parts: values computed before, and element-by-element arithmetic.
 
+    Values have axes for sequences, heads and tokens, each of length 1 where it makes no difference.
+
     Values reach the arithmetic as functions without arguments, called where a value is used; they
     give arrays of the logits' shape, as the indices are.
     """
 
-    row_values: tuple[Shaped[Array, "_ _ q_len"], ...]
-    column_values: tuple[Shaped[Array, "_ _ kv_len"], ...]
+    row_values: tuple[Shaped[Array, "_ _ _"], ...]
+    column_values: tuple[Shaped[Array, "_ _ _"], ...]
     inside: "_Inside"
 
     def rule(
@@ -122,10 +124,7 @@ def separate(
 
         for axis in reversed(range(len(sizes))):
             at = jax.vmap(at, in_axes=tuple(0 if n == axis else None for n in range(len(sizes))))
-        used = (
-            jnp.arange(size if name in depends[value] or name == argument else 1)
-            for name, size in sizes.items()
-        )
+        used = (jnp.arange(size if name in depends[value] else 1) for name, size in sizes.items())
         result = at(*used)
         return result.astype(jnp.int32) if value.aval.dtype == jnp.bool_ else result
 

@@ -8,7 +8,7 @@ with it; the producer waits for all of them before it overwrites a slot.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,8 +119,8 @@ def forward(
       block_kv: Keys per tile, 64 or 128.
       scale: Constant factor on the logits, before the rule.
       rule: Changes a tile of logits, element by element; -inf hides. None changes nothing.
-      row_values: Arrays [batch | 1, heads | 1, q_len] handed to the rule, a value per query.
-      column_values: Arrays [batch | 1, heads | 1, kv_len] handed to it, a value per key.
+      row_values: Arrays [batch | 1, heads | 1, q_len | 1] handed to the rule, a value per query.
+      column_values: Arrays [batch | 1, heads | 1, kv_len | 1] handed to it, a value per key.
       config: How a program is laid out.
 
     Returns:
@@ -160,13 +160,6 @@ def forward(
         count = counts_ref[lists]
         member = lax.axis_index("warpgroup")
 
-        def readers(refs, start, size, load, axis):
-            def reader(ref):
-                at = batch % ref.shape[0], head % ref.shape[1], pl.ds(start, size)
-                return lambda: lax.broadcast_in_dim(load(ref.at[at]), (ROWS, columns), (axis,))
-
-            return tuple(map(reader, refs))
-
         @pl.when(member == consumers)
         def producer():
             plgpu.set_max_registers(chosen.producer_registers, action="decrease")
@@ -205,7 +198,8 @@ def forward(
             plgpu.copy_gmem_to_smem(q_ref.at[here], q_smem.at[member], q_full.at[member])
             plgpu.barrier_wait(q_full.at[member])
             shape = (ROWS, columns)
-            per_query = readers(row_refs, q_start, ROWS, ops.load_rows, 0)
+            where = batch, head
+            per_query = value_readers(row_refs, where, q_start, shape, 0)
 
             def tile(entry, carry):
                 slot = lax.rem(entry, jnp.int32(stages))
@@ -228,7 +222,7 @@ def forward(
                         ops.iota(shape, 0) + q_start,
                         ops.iota(shape, 1) + kv_start,
                         per_query,
-                        readers(column_refs, kv_start, columns, ops.load_columns, 1),
+                        value_readers(column_refs, where, kv_start, shape, 1),
                     )
                 new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
                 # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
@@ -288,6 +282,36 @@ def forward(
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
     )(q, k, v, kv_indices, kv_num_blocks, *row_values, *column_values)
+
+
+def value_readers(
+    refs: Sequence[Any],
+    where: tuple[jax.Array, jax.Array],
+    start: jax.Array,
+    shape: tuple[int, int],
+    axis: int,
+) -> tuple[Callable[[], jax.Array], ...]:
+    """Functions that read values for a tile of logits.
+
+    Args:
+      refs: Arrays [batch | 1, heads | 1, tokens | 1] in device memory.
+      where: Sequence and query head.
+      start: First token of the tile.
+      shape: Shape of the tile.
+      axis: Which axis of the tile the tokens are.
+    """
+    ops = warpgroup()
+    load = (ops.load_rows, ops.load_columns)[axis]
+
+    def reader(ref):
+        at = tuple(index % size for index, size in zip(where, ref.shape, strict=False))
+        if ref.shape[2] == 1:
+            # one number: a register, where a vector of it would take sixteen
+            return lambda: lax.broadcast_in_dim(ref[*at, 0], shape, ())
+        tokens = pl.ds(start, shape[axis])
+        return lambda: lax.broadcast_in_dim(load(ref.at[*at, tokens]), shape, (axis,))
+
+    return tuple(map(reader, refs))
 
 
 def divmod_i32(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ from pallas_kernels.block_sparse_attention.mosaic import (
     SHARED_MEMORY,
     TileRule,
     divmod_i32,
+    value_readers,
 )
 from pallas_kernels.warpgroup import warpgroup
 
@@ -517,22 +518,13 @@ def _logits(raw, tiles: Tiles, ops, at: Place, values):
     row_refs, column_refs = values
     q_axis, kv_axis = at.q_axis, 1 - at.q_axis
 
-    def readers(refs, start, axis):
-        load = (ops.load_rows, ops.load_columns)[axis]
-
-        def reader(ref):
-            tokens = pl.ds(start, at.shape[axis])
-            where = at.batch % ref.shape[0], at.head % ref.shape[1], tokens
-            return lambda: lax.broadcast_in_dim(load(ref.at[where]), at.shape, (axis,))
-
-        return tuple(map(reader, refs))
-
+    where = at.batch, at.head
     arguments = (
         raw if tiles.scale is None else raw * scale,
         ops.iota(at.shape, q_axis) + at.q_start,
         ops.iota(at.shape, kv_axis) + at.kv_start,
-        readers(row_refs, at.q_start, q_axis),
-        readers(column_refs, at.kv_start, kv_axis),
+        value_readers(row_refs, where, at.q_start, at.shape, q_axis),
+        value_readers(column_refs, where, at.kv_start, at.shape, kv_axis),
     )
 
     def pullback(d_logits):

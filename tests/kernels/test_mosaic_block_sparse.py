@@ -107,22 +107,73 @@ def test_everything_that_changes_logits():
     )
 
 
-def test_gradients_are_those_of_xla():
-    q, k, v = qkv(64, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    plan = lists(64, 64, block_q=64, block_kv=64)
+def compare_gradients(operands, call):
+    """Holds the gradient of outputs and lse to that of the f32 reference."""
+    rng = np.random.default_rng(7)
+    weights = {}
 
     def loss(operands, implementation):
-        out, lse = js.attend(
-            *operands, plan, mask=js.masks.causal(), return_lse=True, implementation=implementation
-        )
-        return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+        out, lse = call(operands, implementation)
+        for name, x in (("out", out), ("lse", lse)):
+            weights.setdefault(name, jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+        seen = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return (out.astype(jnp.float32) * weights["out"]).sum() + (seen * weights["lse"]).sum()
 
+    # not one program: some versions of the interpreter stop when five kernels share one
     with _compat.interpreter():
-        got = jax.block_until_ready(jax.grad(loss)((q, k, v), "mosaic"))
-    want = jax.grad(loss)((q, k, v), "xla")
-    for a, b in zip(got, want, strict=True):
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        assert float(jnp.linalg.norm(a - b)) <= 2**-7 * float(jnp.linalg.norm(b))
+        got = jax.block_until_ready(jax.grad(loss)(operands, "mosaic"))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
+    want = jax.grad(loss)(exact, "reference")
+    for name, value in got.items():
+        assert value.dtype == operands[name].dtype
+        error = jnp.linalg.norm((value.astype(jnp.float32) - want[name]).ravel())
+        # inputs of the products are rounded to 8 bits, at random, and so is the result
+        assert float(error) <= 2**-7 * float(jnp.linalg.norm(want[name].ravel())), name
+
+
+def test_gradients_of_q_k_v_and_through_the_lse():
+    q, k, v = qkv(192, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+    # four steps of two heads through a ring of three tiles, and rows without tiles
+    plan = lists(192, 128, block_q=64, block_kv=128, heads=2, density=1.0)
+
+    def call(x, implementation):
+        return js.attend(
+            x["q"], x["k"], x["v"], plan, return_lse=True, implementation=implementation
+        )
+
+    compare_gradients({"q": q, "k": k, "v": v}, call)
+
+
+def test_gradients_of_everything_that_changes_logits():
+    q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(2)
+    operands = {
+        **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
+        "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
+        "table": jnp.asarray(rng.normal(size=70), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+    }
+
+    def call(x, implementation):
+        def score_mod(logit, batch, head, q_index, kv_index):
+            far = (q_index - kv_index).astype(jnp.float32)
+            return logit + x["slopes"][head] * far * 0.05 + x["table"][kv_index] * logit
+
+        return js.attend(
+            x["q"],
+            x["k"],
+            x["v"],
+            lists(64, 70, block_q=64, block_kv=64, density=1.0),
+            mask=js.masks.causal(),
+            bias=x["bias"],
+            score_mod=score_mod,
+            softcap=20.0,
+            scale=x["scale"],
+            return_lse=True,
+            implementation=implementation,
+        )
+
+    compare_gradients(operands, call)
 
 
 def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read():
@@ -212,5 +263,5 @@ def test_the_interpreter_notices_a_race():
         num_threads=2,
         thread_name="member",
     )
-    with pytest.raises(RuntimeError, match="data race"), _compat.interpreter():
+    with pytest.raises(RuntimeError, match="data race|RACE DETECTED"), _compat.interpreter():
         jax.block_until_ready(run(x))
