@@ -213,11 +213,11 @@ def _on_arrays(program: "_compat.Program") -> Callable[..., list[Array]]:
         def read(operand: Any) -> Array:
             if not _compat.is_variable(operand):
                 return jnp.full(shape, operand.val, operand.aval.dtype)
-            found = known[operand]
-            if not callable(found):
-                return found
+            if not callable(known[operand]):
+                return known[operand]
             # what a reader gives is not kept: it would fill registers until its last use
-            return found() != 0 if operand.aval.dtype == jnp.bool_ else found()
+            value: Any = known[operand]()
+            return value != 0 if operand.aval.dtype == jnp.bool_ else value
 
         for step in program.steps:
             operands = [read(v) for v in step.operands]

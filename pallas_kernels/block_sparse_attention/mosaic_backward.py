@@ -513,7 +513,8 @@ class Place(NamedTuple):
 def _logits(raw, tiles: Tiles, ops, at: Place, values):
     """Logits in natural units, and how a gradient goes back to `raw` and to the f32 values."""
     scale = 1.0 if tiles.scale is None else tiles.scale
-    if tiles.rule is None:
+    rule, gradient = tiles.rule, tiles.gradient
+    if rule is None or gradient is None:
         return raw * scale, lambda d_logits: (d_logits * scale,)
     row_refs, column_refs = values
     q_axis, kv_axis = at.q_axis, 1 - at.q_axis
@@ -530,10 +531,10 @@ def _logits(raw, tiles: Tiles, ops, at: Place, values):
     def pullback(d_logits):
         # or the compiler would keep what the rule computed until it is needed again
         again = lax.optimization_barrier(arguments[0])
-        d_scaled, *d_values = tiles.gradient(again, *arguments[1:], d_logits)
+        d_scaled, *d_values = gradient(again, *arguments[1:], d_logits)
         return d_scaled if tiles.scale is None else d_scaled * scale, *d_values
 
-    return tiles.rule(*arguments), pullback
+    return rule(*arguments), pullback
 
 
 def _floats(values: tuple[jax.Array, ...]) -> tuple[int, ...]:
