@@ -137,7 +137,7 @@ def main() -> int:
     ).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     # a log is no narrower than the table
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 125)
     rows = []
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)

@@ -13,9 +13,7 @@ from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat as kernels
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
-
-# the width that one swizzled row of shared memory holds
-_LANES = 64
+from pallas_kernels.ring import LANES
 
 
 def refusal(
@@ -174,7 +172,7 @@ def _tile_rule(
 
 
 def _padded_width(x: Array) -> int:
-    return -(-x.shape[-1] // _LANES) * _LANES
+    return -(-x.shape[-1] // LANES) * LANES
 
 
 def _pad_width(x: Array) -> Array:

@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ring
 from pallas_kernels.warpgroup import warpgroup
 
 ROWS = 64  # of one warpgroup: the height of a wgmma
-LANES = 64  # 16-bit elements that one swizzled row of shared memory holds
 SHARED_MEMORY = 232_448  # bytes a program may have on Hopper
 RESERVED = 4096  # of which barriers and the compiler's scratch for reductions take a part
 LOG2_E = math.log2(math.e)
@@ -49,8 +49,8 @@ class Config:
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
-    ring = config.stages * block_kv * (dim + v_dim)
-    return 2 * (block_q * (dim + v_dim) + ring) + 4 * block_q
+    in_flight = config.stages * block_kv * (dim + v_dim)
+    return 2 * (block_q * (dim + v_dim) + in_flight) + 4 * block_q
 
 
 def default_config(
@@ -165,30 +165,13 @@ def forward(
             plgpu.set_max_registers(chosen.producer_registers, action="decrease")
 
             def copy(entry, _):
-                slot = lax.rem(entry, jnp.int32(stages))
                 block = indices_ref[*lists, entry]
                 source = batch, pl.ds(block * block_kv, block_kv), kv_head
-
-                @pl.when(entry >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_full.at[slot])
-
-                @pl.when(entry >= stages)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                plgpu.copy_gmem_to_smem(v_ref.at[source], v_smem.at[slot], v_full.at[slot])
-
-            def drain(entry, _):
-                slot = lax.rem(entry, jnp.int32(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+                ring.fill(k_ref.at[source], k_smem, k_full, k_free, entry, stages)
+                ring.fill(v_ref.at[source], v_smem, v_full, v_free, entry, stages)
 
             lax.fori_loop(0, count, copy, None)
-            # no program ends with arrivals nobody has seen
-            lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+            ring.drain(count, stages, (k_free, v_free))
 
         @pl.when(member < consumers)
         def consumer():
@@ -254,10 +237,6 @@ def forward(
             )
             plgpu.wait_smem_to_gmem(0)
 
-    def buffer(count: int, tokens: int, width: int):
-        transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((count, tokens, width), dtype, transforms=transforms)
-
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -265,10 +244,10 @@ def forward(
             jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
         ),
         scratch_types=(
-            buffer(consumers, ROWS, dim),
-            buffer(stages, block_kv, dim),
-            buffer(stages, block_kv, v_dim),
-            buffer(consumers, ROWS, v_dim),
+            ring.tiles(dtype, consumers, ROWS, dim),
+            ring.tiles(dtype, stages, block_kv, dim),
+            ring.tiles(dtype, stages, block_kv, v_dim),
+            ring.tiles(dtype, consumers, ROWS, v_dim),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=consumers),
             plgpu.Barrier(num_barriers=stages),

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ring
 from pallas_kernels.block_sparse_attention.mosaic import (
-    LANES,
     LOG2_E,
     RESERVED,
     ROWS,
@@ -78,16 +78,16 @@ class Tiles(NamedTuple):
     gradient: TileGradient | None = None
 
 
-def shared_memory(own: int, ring: int, dim: int, v_dim: int, config: Config) -> int:
+def shared_memory(own: int, other: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory: a program's own tile and the ring of the others, barriers apart."""
-    return 2 * (dim + v_dim) * (own + config.stages * ring) + 64 * own
+    return 2 * (dim + v_dim) * (own + config.stages * other) + 64 * own
 
 
-def default_config(own: int, ring: int, dim: int, v_dim: int) -> Config | None:
+def default_config(own: int, other: int, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one tile does."""
     for stages in (3, 2, 1):
         config = Config(stages=stages)
-        if shared_memory(own, ring, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
+        if shared_memory(own, other, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
             return config
     return None
 
@@ -210,17 +210,16 @@ def d_queries(
             plgpu.set_max_registers(chosen.producer_registers, action="decrease")
 
             def copy(entry, _):
-                slot = lax.rem(entry, jnp.int32(stages))
                 block = indices_ref[*lists, entry]
                 source = batch, pl.ds(block * block_kv, block_kv), kv_head
                 for ref, smem, full, free in (
                     (k_ref, k_smem, k_full, k_free),
                     (v_ref, v_smem, v_full, v_free),
                 ):
-                    _copy_when_free(ref.at[source], smem, full, free, entry, slot, stages)
+                    ring.fill(ref.at[source], smem, full, free, entry, stages)
 
             lax.fori_loop(0, count, copy, None)
-            _drain(count, stages, (k_free, v_free))
+            ring.drain(count, stages, (k_free, v_free))
 
         @pl.when(member < consumers)
         def consumer():
@@ -290,10 +289,10 @@ def d_queries(
         kernel,
         out_type=tuple(out_types),
         scratch_types=(
-            _buffer(dtype, consumers, ROWS, dim),
-            _buffer(dtype, consumers, ROWS, v_dim),
-            _buffer(dtype, stages, block_kv, dim),
-            _buffer(dtype, stages, block_kv, v_dim),
+            ring.tiles(dtype, consumers, ROWS, dim),
+            ring.tiles(dtype, consumers, ROWS, v_dim),
+            ring.tiles(dtype, stages, block_kv, dim),
+            ring.tiles(dtype, stages, block_kv, v_dim),
             plgpu.SMEM((consumers, max(sums, 1), ROWS), jnp.float32),
             *[plgpu.Barrier(num_barriers=consumers)] * 2,
             *[plgpu.Barrier(num_barriers=stages)] * 2,
@@ -375,20 +374,19 @@ def d_keys(
                 head, at, first, last = list_of(which)
 
                 def copy(entry, step):
-                    slot = lax.rem(step, jnp.int32(stages))
                     block = ids_ref[*at, entry]
                     source = batch, pl.ds(block * block_q, block_q), head
                     for ref, smem, full, free in (
                         (q_ref, q_smem, q_full, q_free),
                         (d_out_ref, d_out_smem, d_out_full, d_out_free),
                     ):
-                        _copy_when_free(ref.at[source], smem, full, free, step, slot, stages)
+                        ring.fill(ref.at[source], smem, full, free, step, stages)
                     return step + 1
 
                 return lax.fori_loop(first, last, copy, step)
 
             steps = lax.fori_loop(0, group, one_head, jnp.int32(0))
-            _drain(steps, stages, (q_free, d_out_free))
+            ring.drain(steps, stages, (q_free, d_out_free))
 
         @pl.when(member < consumers)
         def consumer():
@@ -478,10 +476,10 @@ def d_keys(
         kernel,
         out_type=tuple(out_types),
         scratch_types=(
-            _buffer(dtype, consumers, ROWS, dim),
-            _buffer(dtype, consumers, ROWS, v_dim),
-            _buffer(dtype, stages, block_q, dim),
-            _buffer(dtype, stages, block_q, v_dim),
+            ring.tiles(dtype, consumers, ROWS, dim),
+            ring.tiles(dtype, consumers, ROWS, v_dim),
+            ring.tiles(dtype, stages, block_q, dim),
+            ring.tiles(dtype, stages, block_q, v_dim),
             plgpu.SMEM((consumers, max(sums, 1), ROWS), jnp.float32),
             *[plgpu.Barrier(num_barriers=consumers)] * 2,
             *[plgpu.Barrier(num_barriers=stages)] * 2,
@@ -549,26 +547,3 @@ def _place(results, wanted, count: int) -> tuple[jax.Array | None, ...]:
 def _split(refs, problem: Problem):
     rows, columns = len(problem.row_values), len(problem.column_values)
     return (refs[:rows], refs[rows : rows + columns]), refs[rows + columns :]
-
-
-def _copy_when_free(source, smem, full, free, step, slot, stages: int) -> None:
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(free.at[slot])
-
-    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
-
-
-def _drain(steps, stages: int, barriers) -> None:
-    """Waits for what is still used, so that no program ends with arrivals nobody has seen."""
-
-    def wait(step, _):
-        for free in barriers:
-            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
-
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
-
-
-def _buffer(dtype, count: int, tokens: int, width: int):
-    transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, tokens, width), dtype, transforms=transforms)
