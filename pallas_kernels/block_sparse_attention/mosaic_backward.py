@@ -129,23 +129,15 @@ def gradients(
     d_rows: tuple[jax.Array | None, ...] = (None,) * len(problem.row_values)
     d_columns: tuple[jax.Array | None, ...] = (None,) * len(problem.column_values)
 
-    # a GPU runs kernels in turn; the interpreter must be made to, or it stops when two overlap
-    def after(problem: Problem, result: jax.Array) -> Problem:
-        return problem._replace(delta=warpgroup().after(problem.delta, result))
-
     d_q, _ = d_queries(problem, *lists, tiles, with_values=False)
-    problem = after(problem, d_q)
     if tiles.rule is None:
         d_k, d_v, _ = d_keys(problem, *inverse, tiles)
         return Gradients(d_q, d_k, d_v, d_rows, d_columns)
     # a rule wants registers of its own: one accumulator at a time, logits computed anew
     d_k, _, _ = d_keys(problem, *inverse, tiles, with_v=False, with_values=False)
-    problem = after(problem, d_k)
     _, d_v, _ = d_keys(problem, *inverse, tiles, with_k=False, with_values=False)
-    problem = after(problem, d_v)
     if _floats(problem.row_values):
         _, d_rows = d_queries(problem, *lists, tiles, with_q=False)
-        problem = after(problem, next(d for d in d_rows if d is not None))
     if _floats(problem.column_values):
         _, _, d_columns = d_keys(problem, *inverse, tiles, with_k=False, with_v=False)
     return Gradients(d_q, d_k, d_v, d_rows, d_columns)
