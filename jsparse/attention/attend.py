@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention import block_sparse, mosaic, reference
+from jsparse.attention import mosaic, reference, xla
+from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
@@ -192,19 +193,19 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
 
 
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
-_compiled_xla = jax.jit(block_sparse.block_sparse_attention, static_argnames="rule")
+_compiled = jax.jit(block_sparse_attention, static_argnames=("rule", "passes"))
 
 
 def _xla(problem: Problem) -> tuple[Array, Array]:
     plan = with_plan(problem)
     # a score_mod is a new function at every call, and a cache would only keep it alive
     keeps = problem.rule.score_mod is None
-    call = _compiled_xla if keeps else block_sparse.block_sparse_attention
-    return call(problem.operands, plan, problem.mask, rule=problem.rule)
+    call = _compiled if keeps else block_sparse_attention
+    return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
 
 
 def _mosaic(problem: Problem) -> tuple[Array, Array]:
-    return block_sparse.block_sparse_attention(
+    return block_sparse_attention(
         problem.operands, with_plan(problem), problem.mask, problem.rule, mosaic.PASSES
     )
 

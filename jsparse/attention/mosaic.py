@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jsparse.attention.block_sparse import Lists, Passes, Sizes, xla_backward
+from jsparse.attention import xla
+from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
@@ -72,7 +73,7 @@ def backward(
     q, k, v = operands[:3]
     tiles = sizes.block_q, sizes.block_kv
     if mosaic_backward.refusal(*tiles, _padded_width(q), _padded_width(v)):
-        return xla_backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+        return xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> Separated | None:
         parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
@@ -128,7 +129,7 @@ def _cotangent(gradient: Array | None, value: Array) -> Any:
     return gradient.sum(shared, keepdims=True)
 
 
-PASSES = Passes(forward, backward)
+PASSES = Passes(forward, backward, xla.differentiable_forward)
 
 
 def _device_refuses() -> str | None:
