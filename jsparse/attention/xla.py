@@ -56,6 +56,10 @@ def _range(count: int) -> Array:
     return jnp.arange(count, dtype=jnp.int32)
 
 
+def _at(x: Array, *index: Any) -> Array:
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 class _Lanes(NamedTuple):
     """Rows, or columns, of tiles that walk their lists together, the longest list first.
 
@@ -73,7 +77,8 @@ class _Lanes(NamedTuple):
 
     def entry(self, step) -> Int[Array, " lanes"]:
         """The list entry to read; a list that is over stays with its last."""
-        return jnp.minimum(step, jnp.where(self.counts > 0, self.counts, self.longest) - 1)
+        last = jnp.where(self.counts > 0, self.counts, self.longest) - 1
+        return jnp.clip(step, 0, jnp.maximum(last, 0))
 
     def only_listed(self, x: Array, nowhere: int) -> Array:
         """Indices to write to: `nowhere`, past an array's end, for lanes without tiles."""
@@ -107,7 +112,25 @@ class _Place(NamedTuple):
 
     def tiles(self, x: Array, size: int) -> Float[Array, "lanes size dim"]:
         """The tiles of an array [batch, length, heads, dim]."""
-        return _blocks(x, size)[self.batch, self.block, :, self.head]
+        return _at(_blocks(x, size), self.batch, self.block, slice(None), self.head)
+
+    def rows(self, x: Array, size: int) -> Float[Array, "lanes dim_parts size dim_part"]:
+        """The tiles with their last axis cut, as the rows of `_scores`."""
+        blocks = _blocks(x, size)
+        cut = _parts(x.shape[-1])
+        blocks = blocks.reshape(*blocks.shape[:-1], cut, -1)
+        batch, block, head = (i[:, None] for i in (self.batch, self.block, self.head))
+        return _at(blocks, batch, block, slice(None), head, _range(cut))
+
+    def columns(self, x: Array, size: int) -> Float[Array, "lanes dim_parts parts tokens dim_part"]:
+        """The tiles with both axes cut, as the columns of `_scores`."""
+        blocks = _blocks(x, size)
+        outer, inner = _parts(size), _parts(x.shape[-1])
+        blocks = blocks.reshape(
+            *blocks.shape[:2], outer, -1, blocks.shape[3], inner, x.shape[-1] // inner
+        )
+        batch, block, head = (i[:, None, None] for i in (self.batch, self.block, self.head))
+        return _at(blocks, batch, block, _range(outer), slice(None), head, _range(inner)[:, None])
 
     def tokens(self, size: int) -> Int[Array, "lanes size"]:
         """The token indices of the tiles."""
@@ -123,17 +146,22 @@ def _blocks(x: Array, size: int) -> Float[Array, "batch blocks size heads dim"]:
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
+def _parts(length: int) -> int:
+    parts = _tuning().parts
+    return 1 if length % parts else parts
+
+
 def _cut(x: Array, axis: int) -> Shaped[Array, "lanes parts ..."]:
     """Cuts an axis that is summed over into parts, which come second."""
-    parts = _tuning().parts if x.shape[axis] % _tuning().parts == 0 else 1
+    parts = _parts(x.shape[axis])
     return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 1)
 
 
 def _scores(
-    rows: Float[Array, "lanes dim_parts rows dim_part"], columns: Float[Array, "lanes columns dim"]
+    rows: Float[Array, "lanes dim_parts rows dim_part"],
+    columns: Float[Array, "lanes dim_parts parts column_part dim_part"],
 ) -> Float[Array, "lanes parts rows column_part"]:
-    """Products of rows, whose last axis is cut, with columns: the tiles' columns come in parts."""
-    columns = _cut(_cut(columns, 1), 3)  # [lanes, dim_parts, parts, columns, dim]
+    """Products of rows with columns; those come in parts."""
     rows = jnp.broadcast_to(rows[:, :, None], (*columns.shape[:3], *rows.shape[2:]))
     dims = (((4,), (4,)), ((0, 1, 2), (0, 1, 2)))
     return jax.lax.dot_general(rows, columns, dims, preferred_element_type=jnp.float32).sum(1)
@@ -181,7 +209,7 @@ class _Bias(NamedTuple):
         return batch, head, q_block, slice(None), kv_block
 
     def load(self, queries: _Place, kv_block) -> Float[Array, "lanes q_size kv_size"] | None:
-        return None if self.tiles is None else self.tiles[self.position(queries, kv_block)]
+        return None if self.tiles is None else _at(self.tiles, *self.position(queries, kv_block))
 
 
 def _row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:
@@ -208,19 +236,19 @@ def _walk_rows(
         out, lse = carry
         lanes, here = rows
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
-        queries = _cut(here.tiles(q, s.block_q), 2)
+        queries = here.rows(q, s.block_q)
         q_index = _on_rows(here.tokens(s.block_q))
         owner = here.batch[:, None, None, None], here.head[:, None, None, None]
 
         def step(number, state):
             peak, total, acc = state
             entry = lanes.entry(number)
-            kv_block = lists.kv_indices[list_batch, list_head, here.block, entry]
+            kv_block = _at(lists.kv_indices, list_batch, list_head, here.block, entry)
             there = _Place(here.batch, here.head // s.group, kv_block)
             where = q_index, _on_columns(there.tokens(s.block_kv)), *owner
             bias_tiles = bias.load(here, kv_block)
             logits = rule.modify(
-                _scores(queries, there.tiles(k, s.block_kv)),
+                _scores(queries, there.columns(k, s.block_kv)),
                 None if bias_tiles is None else _cut(bias_tiles, 2),
                 operands.scale,
                 operands.captured,
@@ -244,9 +272,16 @@ def _walk_rows(
         seen = total != 0
         safe = jnp.where(seen, total, 1.0)
         target = lanes.only_listed(here.batch, nowhere=s.batches)
-        out = out.at[target, here.block, :, here.head].set(acc / safe[..., None], mode="drop")
+        out = out.at[target, here.block, :, here.head].set(
+            acc / safe[..., None], mode="drop", wrap_negative_indices=False
+        )
         row_lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
-        return (out, lse.at[target, here.head, here.block].set(row_lse, mode="drop")), None
+        return (
+            out,
+            lse.at[target, here.head, here.block].set(
+                row_lse, mode="drop", wrap_negative_indices=False
+            ),
+        ), None
 
     # the backward pass needs rowsum(out * d_out) in f32, so the output stays f32 until the end
     out = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, v.shape[-1]), jnp.float32)
@@ -338,7 +373,7 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
     def group(carry, xs: tuple[_Lanes, _Place, _Columns]):
         lanes, here, members = xs
         keys, values = here.tiles(k, s.block_kv), here.tiles(v, s.block_kv)
-        cut_keys, cut_values = _cut(keys, 2), _cut(values, 2)
+        key_rows, value_rows = here.rows(k, s.block_kv), here.rows(v, s.block_kv)
         kv_index = _on_rows(here.tokens(s.block_kv))
 
         # tiles have the keys first: all products but that of d_q sum over their last axis then
@@ -347,22 +382,22 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
             member, entry = members.entry(lanes.entry(number))
             head = here.head * s.group + member
             list_place = _Place(here.batch, head, here.block).list_of(inverse.offsets.shape, s)
-            q_block = inverse.q_indices[*list_place, entry]
+            q_block = _at(inverse.q_indices, *list_place, entry)
             there = _Place(here.batch, head, q_block)
             queries, d_outs = there.tiles(q, s.block_q), there.tiles(d_out, s.block_q)
             owner = there.batch[:, None, None, None], head[:, None, None, None]
             where = _on_columns(there.tokens(s.block_q)), kv_index, *owner
             logits, pullback = jax.vjp(
                 lambda *parts: modify(*parts, *where),
-                _scores(cut_keys, queries),
+                _scores(key_rows, there.columns(q, s.block_q)),
                 bias.load(there, here.block),
                 operands.scale,
                 floats,
             )
             logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged) + lanes.over(number)
-            probs = jnp.exp(logits - _on_columns(safe_lse[there.batch, head, q_block]))
-            d_probs = _scores(cut_values, d_outs)
-            d_logits = probs * (d_probs - _on_columns(delta[there.batch, head, q_block]))
+            probs = jnp.exp(logits - _on_columns(_at(safe_lse, *there)))
+            d_probs = _scores(value_rows, there.columns(d_out, s.block_q))
+            d_logits = probs * (d_probs - _on_columns(_at(delta, *there)))
             d_raw, d_bias_tiles, d_scale_step, d_captured_step = pullback(d_logits)
             d_raw = d_raw.astype(q.dtype)
 
@@ -371,9 +406,13 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
             rows_first = jnp.moveaxis(d_raw, 2, 3).reshape(together, s.block_q, s.block_kv)
             # rows, and parts of a bias, may meet here from several columns
             d_q_tiles = _weighted(_cut(rows_first, 2), keys)
-            d_q = d_q.at[there.batch, there.block, :, there.head].add(d_q_tiles)
+            d_q = d_q.at[there.batch, there.block, :, there.head].add(
+                d_q_tiles, mode="promise_in_bounds", wrap_negative_indices=False
+            )
             if d_bias is not None:
-                d_bias = d_bias.at[bias.position(there, here.block)].add(d_bias_tiles)
+                d_bias = d_bias.at[bias.position(there, here.block)].add(
+                    d_bias_tiles, mode="promise_in_bounds", wrap_negative_indices=False
+                )
             if d_scale is not None:
                 d_scale = d_scale + d_scale_step
             d_captured = jax.tree.map(jnp.add, d_captured, d_captured_step)
@@ -388,8 +427,8 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
             slice(None),
             here.head,
         )
-        d_k = d_k.at[target].set(d_keys.astype(k.dtype), mode="drop")
-        d_v = d_v.at[target].set(d_values.astype(v.dtype), mode="drop")
+        d_k = d_k.at[target].set(d_keys.astype(k.dtype), mode="drop", wrap_negative_indices=False)
+        d_v = d_v.at[target].set(d_values.astype(v.dtype), mode="drop", wrap_negative_indices=False)
         return (d_q, d_k, d_v, d_modifiers), None
 
     def zeros32(x):
