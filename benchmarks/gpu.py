@@ -13,10 +13,8 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse as js
+from jsparse.attention.tuning import milliseconds
 
 # fraction of the output's norm: bf16 probabilities and output, 2^-9 each, and what sums to it
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -381,24 +380,6 @@ def torch_times(run, sizes: Sizes, plan: js.BlockMask, arrays, result) -> dict[s
             if place == "cuda":
                 out["torch cudnn"] = attempt(cudnn)
         return out
-
-
-def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> float:
-    """Median time of one call; launches are queued in batches, so that gaps do not count."""
-    wait(call())
-    start = time.perf_counter()
-    wait(call())
-    once = (time.perf_counter() - start) * 1e3
-    batch = max(1, int(budget / 10 / max(once, 1e-3)))
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        out = None
-        for _ in range(batch):
-            out = call()
-        wait(out)
-        times.append((time.perf_counter() - start) * 1e3 / batch)
-    return statistics.median(times)
 
 
 def summary(row: dict[str, Any]) -> str:
