@@ -294,8 +294,8 @@ def _settle(
     else:
         if config == default:
             return None
-        pairs = zip(dataclasses.astuple(config), dataclasses.astuple(default), strict=True)
-        if all(type(value) is type(shipped) for value, shipped in pairs):
+        shipped = vars(default)
+        if all(type(value) is type(shipped[name]) for name, value in vars(config).items()):
             reason = refusal(config)
         else:
             reason = f"its values are of other types than those of {default}"

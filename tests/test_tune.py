@@ -125,8 +125,7 @@ def dry_run(capsys, monkeypatch, tmp_path, kernels):
 
 
 def test_a_dry_run_goes_through_the_motions(capsys, monkeypatch, tmp_path):
-    # of the last, which runs the forward pass for its inputs
-    path = dry_run(capsys, monkeypatch, tmp_path, tuning._KERNELS[-1:])
+    path = dry_run(capsys, monkeypatch, tmp_path, tuning._KERNELS[:1])
     before = path.read_text()
     main(["tune", "--dry-run", "--output", str(path)])
     assert "2 of 2 were timed before; --again times them anew" in capsys.readouterr().out

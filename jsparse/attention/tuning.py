@@ -106,7 +106,7 @@ class Effort(NamedTuple):
 FULL = Effort()
 # the interpreter takes seconds where the chip takes microseconds: once each, at sizes of one tile
 DRY = Effort(0.0, 1, 2, lambda: kernels.interpreter(detect_races=False))
-DRY_SIZES = Sizes(heads=2, kv_heads=1, length=64, density=0.5)
+DRY_SIZES = Sizes(heads=1, kv_heads=1, length=64, density=0.5)
 DRY_SHAPE = Shape(dim=64, v_dim=64, block_q=64, block_kv=64)
 
 
