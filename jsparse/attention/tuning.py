@@ -194,12 +194,21 @@ def tune(
 def milliseconds(
     call: Callable[[], Any], wait: Callable[[Any], Any], budget: float, rounds: int = 10
 ) -> float:
-    """Median time of one call; launches are queued in batches, so that gaps do not count."""
+    """Median time of one call; launches are queued in batches, so that gaps do not count.
+
+    Args:
+      call: What is timed.
+      wait: Waits for what a call returned.
+      budget: About how many milliseconds all batches take; 0 makes each a single call.
+      rounds: How many batches.
+    """
     wait(call())
-    start = time.perf_counter()
-    wait(call())
-    once = (time.perf_counter() - start) * 1e3
-    batch = max(1, int(budget / rounds / max(once, 1e-3)))
+    batch = 1
+    if budget:
+        start = time.perf_counter()
+        wait(call())
+        once = (time.perf_counter() - start) * 1e3
+        batch = max(1, int(budget / rounds / max(once, 1e-3)))
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
