@@ -114,12 +114,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
             axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xscale="log")
             values = sorted({x for points in chart.lines.values() for x, _ in points})
             axes.set_xticks(values, [f"{x:.3g}" if x < 1 else f"{x:.0f}" for x in values])
-            axes.minorticks_off()
             if chart.log_y:
                 axes.set_yscale("log")
+                axes.locator_params("y", subs=(1, 2, 5))
                 axes.yaxis.set_major_formatter("{x:g}")
             else:
                 axes.set_ylim(bottom=0)
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         page.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

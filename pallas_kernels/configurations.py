@@ -6,7 +6,8 @@ the variable is not set it is `jsparse/tuned.json` in the user's cache: `$XDG_CA
 `~/.cache`, `~/Library/Caches` on macOS, `%LOCALAPPDATA%` on Windows.
 
 A tuned configuration is taken only for the key it was timed for, under the jax it was timed under,
-if it is legal and still compiles. Anything else is the default, with one warning.
+if it is legal and still compiles, which its first use in a process finds out by compiling the
+kernel once more. Anything else is the default, with one warning.
 """
 
 import dataclasses

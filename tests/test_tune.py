@@ -35,7 +35,7 @@ def job(calls=None, **outcomes):
 
         return call
 
-    return tuning.Job(KEY, tuning.Sizes(), CONFIGS, run)
+    return tuning.Job(KEY, tuning.Sizes(), CONFIGS, lambda: run)
 
 
 def test_the_fastest_that_is_right_is_kept(tmp_path):

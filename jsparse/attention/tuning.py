@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +62,19 @@ class Shape(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A kernel to tune: its key, its configurations, and what runs it with one of them."""
+    """A kernel to tune.
+
+    Attributes:
+      key: What its configuration is chosen by.
+      sizes: The problem it is timed on.
+      candidates: Its configurations, the default first.
+      prepare: Makes its inputs, and what gives for a configuration a call on them.
+    """
 
     key: Key
     sizes: Sizes
     candidates: tuple[Any, ...]
-    run: Callable[[Any], Callable[[], Any]]
+    prepare: Callable[[], Callable[[Any], Callable[[], Any]]]
 
 
 class Timing(NamedTuple):
@@ -146,7 +154,8 @@ def jobs(shapes: Sequence[Shape], sizes: Sizes, effort: Effort = FULL) -> list[J
                 continue
             candidates = kernel.candidates(*widths)[: effort.most]
             key = Key(kernel.operation, kernel.masked, device, *shape)
-            found.append(Job(key, sizes, candidates, _runner(kernel, shape, sizes)))
+            prepare = functools.partial(_prepare, kernel, shape, sizes)
+            found.append(Job(key, sizes, candidates, prepare))
     return found
 
 
@@ -177,6 +186,8 @@ def tune(
         if again or not same or first != [dataclasses.asdict(job.candidates[0])]:
             entry = fresh
         entries[job.key] = entry
+        # inputs live as long as they are needed, and not at all where nothing is left to time
+        job = job._replace(prepare=functools.cache(job.prepare))
         known = {tuple(row["config"].items()): row for row in entry.candidates}
         expected = None
         for config in job.candidates:
@@ -248,8 +259,8 @@ def _timed(
     try:
         with effort.surrounding():
             if expected is None and config != default:
-                expected = _arrays(job.run(default)())
-            call = job.run(config)
+                expected = _arrays(job.prepare()(default)())
+            call = job.prepare()(config)
             got = _arrays(call())
             expected = expected or got
             errors = [
@@ -343,17 +354,15 @@ _KERNELS = (
 )
 
 
-def _runner(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Callable[[], Any]]:
+def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Callable[[], Any]]:
     """Gives, for a configuration, a call that runs the kernel with it on the same inputs."""
     rule = (_causal, _causal_gradient) if kernel.masked else (None, None)
     tiles = mosaic_backward.Tiles(shape.block_q, shape.block_kv, shape.dim**-0.5, *rule)
-    inputs: list[_Inputs] = []
+    inputs = _inputs(shape, sizes, tiles, kernel.backward)
 
     def run(config: Any) -> Callable[[], Any]:
-        if not inputs:
-            inputs.append(_inputs(shape, sizes, tiles, kernel.backward))
         compiled = jax.jit(lambda inputs: kernel.call(inputs, tiles, config))
-        return lambda: compiled(inputs[0])
+        return lambda: compiled(inputs)
 
     return run
 
