@@ -6,11 +6,18 @@ shared memory, more registers. Another compiler may choose otherwise, so figures
 are not compared; the gates of each compilation hold for every version.
 """
 
+import argparse
+import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 RESULTS = Path(__file__).parent / "results" / "gpu_compile.json"
 REGISTER_GROWTH = 8  # registers per thread, the unit in which they are handed out
@@ -44,6 +51,70 @@ class Report(NamedTuple):
 
     versions: dict[str, str]
     rows: list[Row]
+
+
+def add_arguments(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Lets the command line of a script that compiles kernels say what happens to its figures."""
+    parser.add_argument(
+        "--update", action="store_true", help="write what was compiled, instead of comparing it"
+    )
+    parser.add_argument("--report", type=Path, default=path, metavar="JSON", help="what is kept")
+
+
+def conclude(
+    rows: Sequence[Row], path: Path, names: Collection[str] | None = None, *, update: bool
+) -> int:
+    """Compares rows with what is kept, or keeps them, and says what came of it.
+
+    Args:
+      rows: What was compiled; "failed" of each says which gates it did not pass.
+      path: The kept report.
+      names: The cases that were compiled; None for all there are.
+      update: Whether to keep the rows.
+
+    Returns:
+      The exit code, 0 if nothing is wrong.
+    """
+    failed = any(row["failed"] for row in rows)
+    shown = [{key: value for key, value in row.items() if key != "failed"} for row in rows]
+    old, new = read(path), Report(versions(), shown)
+    if update:
+        if failed:
+            print("Nothing is written: a kernel does not pass its gates.")
+            return 1
+        try:
+            write(path, merged(old, new, complete=names is None))
+        except ValueError as error:
+            print(f"Nothing is written: {error}")
+            return 2
+        print(f"written: {path} and {path.with_suffix('.md').name}")
+        return 0
+    if old is None:
+        print(f"There is nothing to compare with; --update writes {path}.")
+        return 1
+    apart = comparable(old, new)
+    if apart:
+        print(apart)
+        return int(failed)
+    found = differences(old.rows, new.rows, names)
+    for sentence in found:
+        print(sentence)
+    if found:
+        print("If that is meant, keep it: run the same with --update.")
+    return int(failed or bool(found))
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers: XLA takes the first ptxas on the PATH, or else NVIDIA's package's."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec and spec.submodule_search_locations) or ()
+    installed = [ptxas for folder in folders for ptxas in Path(folder).glob("*/bin/ptxas")]
+    found = [ptxas for ptxas in (shutil.which("ptxas"), *installed) if ptxas]
+    if not found:
+        sys.exit("There is no ptxas on the PATH; install nvidia-cuda-nvcc.")
+    said = subprocess.run([found[0], "--version"], capture_output=True, text=True).stdout
+    number = re.search(r"V(\d[\d.]*)", said)
+    return {"jax": jax.__version__, "ptxas": number.group(1) if number else "unknown"}
 
 
 def read(path: Path) -> Report | None:

@@ -6,11 +6,8 @@ gpu_compile.md beside it.
 """
 
 import argparse
-import importlib.util
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -133,16 +130,7 @@ CASES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="compile only cases whose name has this in it")
-    parser.add_argument(
-        "--update", action="store_true", help="write what was compiled, instead of comparing it"
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="JSON",
-        default=compile_report.RESULTS,
-        help=argparse.SUPPRESS,
-    )
+    compile_report.add_arguments(parser, compile_report.RESULTS)
     arguments = parser.parse_args()
     chosen = [case for case in CASES if not arguments.only or arguments.only in case.name]
     if not chosen:
@@ -160,50 +148,9 @@ def main() -> int:
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         console.print(f"[red]{row['name']}, {row['pass']}: {'; '.join(row['failed'])}")
-    new = compile_report.Report(
-        versions(), [{k: v for k, v in row.items() if k != "failed"} for row in rows]
-    )
-    old = compile_report.read(arguments.report)
-    if arguments.update:
-        if failed:
-            return 1
-        try:
-            kept = compile_report.merged(old, new, complete=len(chosen) == len(CASES))
-        except ValueError as error:
-            parser.error(str(error))
-        compile_report.write(arguments.report, kept)
-        print(f"written: {arguments.report} and {arguments.report.with_suffix('.md').name}")
-        return 0
-    if old is None:
-        print(f"There is nothing to compare with; --update writes {arguments.report}.")
-        return 1
-    apart = compile_report.comparable(old, new)
-    if apart:
-        print(apart)
-        return 1 if failed else 0
-    found = compile_report.differences(old.rows, new.rows, missed(chosen))
-    for sentence in found:
-        print(sentence)
-    if found:
-        print("If that is meant, keep it: python -m benchmarks.gpu_compile --update")
-    return 1 if failed or found else 0
-
-
-def missed(chosen: list[Case]) -> set[str] | None:
-    """Whose figures would be missed: those of the cases compiled, or of any case if all were."""
-    return None if len(chosen) == len(CASES) else {case.name for case in chosen}
-
-
-def versions() -> dict[str, str]:
-    """Of the compilers: XLA takes the first ptxas on the PATH, or else NVIDIA's package's."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = (spec and spec.submodule_search_locations) or ()
-    installed = [ptxas for folder in folders for ptxas in Path(folder).glob("*/bin/ptxas")]
-    ptxas = [p for p in (shutil.which("ptxas"), *installed) if p]
-    if not ptxas:
-        sys.exit("There is no ptxas on the PATH; install nvidia-cuda-nvcc.")
-    said = subprocess.run([ptxas[0], "--version"], capture_output=True, text=True).stdout
-    return {"jax": jax.__version__, "ptxas": _first(r"V(\d[\d.]*)", said)}
+    every = len(chosen) == len(CASES)
+    names = None if every else {case.name for case in chosen}
+    return compile_report.conclude(rows, arguments.report, names, update=arguments.update)
 
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:

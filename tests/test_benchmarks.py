@@ -71,6 +71,35 @@ def test_other_compilers_are_not_compared():
     assert "only the gates count" in said
 
 
+def test_a_run_compares_updates_and_heeds_the_gates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "versions", lambda: VERSIONS)
+    path = tmp_path / "gpu_compile.json"
+    good, wrong = row(failed=[]), row(failed=["no wgmma"])
+
+    def run(*rows, update=False, names=None):
+        return compile_report.conclude(rows, path, names, update=update)
+
+    assert run(good) == 1
+    assert "nothing to compare with" in capsys.readouterr().out
+    assert run(wrong, update=True) == 1
+    assert not path.exists()
+    assert run(good, update=True) == 0
+    assert run(good) == 0
+    assert "failed" not in path.read_text()
+    assert run(wrong) == 1
+    capsys.readouterr()
+    assert run(good | {"shared_memory": 1}) == 1
+    assert "1 bytes of shared memory" in capsys.readouterr().out
+    assert run(row("dim 64", failed=[])) == 1
+    assert run(row("dim 64", failed=[]), names={"dim 64"}) == 1
+    monkeypatch.setattr(compile_report, "versions", lambda: {"jax": "0.12"})
+    capsys.readouterr()
+    assert run(good | {"shared_memory": 1}) == 0
+    assert "only the gates count" in capsys.readouterr().out
+    assert run(wrong) == 1
+    assert run(good, update=True, names={"dim 128"}) == 2
+
+
 def test_an_update_of_some_keeps_the_others(tmp_path):
     path = tmp_path / "new" / "gpu_compile.json"
     assert compile_report.read(path) is None
