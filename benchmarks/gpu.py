@@ -31,6 +31,7 @@ import numpy as np
 import jsparse as js
 from benchmarks import roofline
 from jsparse.attention.tuning import milliseconds
+from pallas_kernels import configurations
 
 # fraction of the output's norm: bf16 probabilities and output, 2^-9 each, and what sums to it
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -139,8 +140,10 @@ def machine() -> dict[str, Any]:
         torch_version = torch.__version__
     except ImportError:
         torch_version = "not installed"
+    tuned = configurations.place()
     return {
         "device": jax.devices()[0].device_kind,
+        "configurations": str(tuned) if tuned and tuned.exists() else "shipped",
         "nvidia_smi": nvidia,
         "jax": jax.__version__,
         "torch": torch_version,

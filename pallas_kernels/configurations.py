@@ -302,7 +302,9 @@ def _settle(
             reason = f"its values are of other types than those of {default}"
         if reason is None:
             try:
-                trial(config)
+                # nothing is compiled for the interpreter
+                if key.device != INTERPRETER:
+                    trial(config)
                 return config
             except Exception as error:  # a compiler's errors are of many classes
                 reason = f"it does not compile: {type(error).__name__}: {str(error)[:200]}"
