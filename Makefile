@@ -27,8 +27,9 @@ help:
 	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
 	@echo "make check        lint, types, import contracts"
 	@echo "make format       rewrite the code in the house format"
-	@echo "make bench        time attention on this CPU against torch"
-	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU"
+	@echo "make bench        time attention on this CPU against torch, draw the figures"
+	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU, and compare"
+	@echo "                  with benchmarks/results/gpu_compile.json; UPDATE=1 writes that instead"
 	@echo "make gpu          numerics and timings on this machine's GPU"
 	@echo "make clean        remove what the others made, .venv included"
 	@echo
@@ -72,6 +73,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	sh .ci/find-python.sh > /dev/null
@@ -90,7 +92,7 @@ $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 	@touch $@
 
 gpu-compile: $(CUDA_VENV)/.compile
-	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile
+	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile $(if $(UPDATE),--update)
 
 gpu:
 	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu

@@ -1,14 +1,17 @@
 """Times block-sparse attention on this CPU, against torch in the same run.
 
-    python -m benchmarks.attention            # everything, some minutes
-    python -m benchmarks.attention --quick    # one density, no scaling runs
+    python -m benchmarks.attention                   # everything, some minutes
+    python -m benchmarks.attention --dtype float32   # of one dtype, default float32 and bfloat16
+    python -m benchmarks.attention --quick           # one density, no scaling runs
 
-Each case is checked against dense attention before it is timed. Ratios are medians of ratios of
-runs taken in turn, so that a drifting machine weighs on both sides alike.
+`python -m benchmarks.plots` draws what it wrote. Each case is checked against dense attention
+before it is timed. Ratios are medians of ratios of runs taken in turn, so that a drifting machine
+weighs on both sides alike.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -30,6 +33,9 @@ from rich.table import Table
 import jsparse as js
 
 LENGTH, HEADS, DIM, BLOCK = 8192, 4, 64, 128
+# of the norm, between two results in that dtype: half a unit of f32 for each of 8192 terms, at
+# random, in another order; half a unit of bf16 for probabilities, products and outputs of either
+TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-6}
 RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
 
 
@@ -48,9 +54,19 @@ def plan_of(tiles: np.ndarray, length: int) -> js.BlockMask:
     )
 
 
-def inputs(length: int, dtype: Any = np.float32) -> list[np.ndarray]:
+def inputs(length: int, dtype: str = "float32") -> list[np.ndarray]:
+    """q, k, v and weights of the output; JAX's NumPy knows bfloat16."""
     rng = np.random.default_rng(1)
-    return [rng.normal(size=(1, length, HEADS, DIM)).astype(dtype) for _ in range(4)]
+    shape = 1, length, HEADS, DIM
+    return [rng.normal(size=shape).astype(np.float32).astype(jnp.dtype(dtype)) for _ in range(4)]
+
+
+def same(got: Any, want: Any, dtype: str) -> None:
+    """Two results in a dtype agree, or nothing is timed."""
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    if not error < TOLERANCE[dtype]:
+        raise ArithmeticError(f"results in {dtype} differ by {error:.1e} of their norm")
 
 
 def forward(q, k, v, plan):
@@ -86,12 +102,12 @@ def ratio(times: dict[str, list[float]], slower: str, faster: str) -> float:
     return float(np.median(np.array(times[slower]) / np.array(times[faster])))
 
 
-def against_torch(density: float, repeats: int) -> dict[str, float]:
-    """One density: ours, FlexAttention on the same tiles, and torch's dense attention."""
+def against_torch(density: float, repeats: int, dtype: str = "float32") -> dict[str, Any]:
+    """One density and dtype: ours, FlexAttention on the same tiles, and torch's dense attention."""
     import torch
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    arrays = inputs(LENGTH)
+    arrays = inputs(LENGTH, dtype)
     q, k, v, weights = map(jnp.asarray, arrays)
     tiles = random_tiles(LENGTH, density)
     plan = plan_of(tiles, LENGTH)
@@ -100,12 +116,14 @@ def against_torch(density: float, repeats: int) -> dict[str, float]:
     # on a shorter problem of the same kind, where the dense reference fits
     short = slice(0, 1024)
     few = plan_of(random_tiles(1024, max(density, 0.2)), 1024)
-    expected = js.attend(q[:, short], k[:, short], v[:, short], few, implementation="reference")
-    np.testing.assert_allclose(
-        ours(q[:, short], k[:, short], v[:, short], few), expected, atol=2e-5
-    )
+    exact = [x[:, short].astype(jnp.float32) for x in (q, k, v)]
+    expected = js.attend(*exact, few, implementation="reference")
+    same(ours(q[:, short], k[:, short], v[:, short], few), expected, dtype)
 
-    tq, tk, tv = (torch.tensor(x).transpose(1, 2).contiguous() for x in arrays[:3])
+    tq, tk, tv = (
+        torch.tensor(x.astype(np.float32)).to(getattr(torch, dtype)).transpose(1, 2).contiguous()
+        for x in arrays[:3]
+    )
     lists = torch.tensor(np.asarray(plan.kv_indices))[None]
     counts = torch.tensor(np.asarray(plan.kv_num_blocks))[None]
     columns = LENGTH // BLOCK
@@ -116,8 +134,8 @@ def against_torch(density: float, repeats: int) -> dict[str, float]:
     flex = torch.compile(flex_attention)
     dense = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad():
-        theirs = flex(tq, tk, tv, block_mask=mask).transpose(1, 2).numpy()
-        np.testing.assert_allclose(ours(q, k, v, plan), theirs, atol=2e-5)
+        theirs = flex(tq, tk, tv, block_mask=mask).transpose(1, 2).float().numpy()
+        same(ours(q, k, v, plan), theirs, dtype)
         times = in_turn(
             {
                 "forward": lambda: ours(q, k, v, plan).block_until_ready(),
@@ -128,6 +146,7 @@ def against_torch(density: float, repeats: int) -> dict[str, float]:
             repeats,
         )
     return {
+        "dtype": dtype,
         "density": float(plan.density().mean()),
         **{f"{name}_ms": 1e3 * float(np.median(values)) for name, values in times.items()},
         "speed_over_flex": ratio(times, "flex", "forward"),
@@ -197,6 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one density, no scaling runs")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", choices=[*TOLERANCE], help="of the peers' cases; default: both")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--long", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,16 +231,17 @@ def main() -> None:
 
     result: dict[str, Any] = {
         "machine": machine(),
-        "case": {"length": LENGTH, "heads": HEADS, "dim": DIM, "block": BLOCK, "dtype": "float32"},
+        "case": {"length": LENGTH, "heads": HEADS, "dim": DIM, "block": BLOCK},
     }
+    dtypes = (arguments.dtype,) if arguments.dtype else (*TOLERANCE,)
     densities = (0.1,) if arguments.quick else (0.05, 0.1, 0.25)
     lengths = () if arguments.quick else (8192, 16384, 32768, 65536, 131072)
     with Progress(transient=True) as progress:
-        bar = progress.add_task("", total=len(densities) + len(lengths) + 1)
+        bar = progress.add_task("", total=len(dtypes) * len(densities) + len(lengths) + 1)
         result["against_torch"] = []
-        for density in densities:
-            progress.update(bar, description=f"density {density:.0%}")
-            result["against_torch"].append(against_torch(density, arguments.repeats))
+        for dtype, density in itertools.product(dtypes, densities):
+            progress.update(bar, description=f"{dtype}, density {density:.0%}")
+            result["against_torch"].append(against_torch(density, arguments.repeats, dtype))
             progress.advance(bar)
         progress.update(bar, description="scaling in density")
         result["scaling_in_density"] = scaling_in_density(arguments.repeats)
@@ -241,7 +262,8 @@ def main() -> None:
         if rows:
             table = Table(*rows[0], title=name.replace("_", " "))
             for row in rows:
-                table.add_row(*(f"{value:.4g}" for value in row.values()))
+                cells = (x if isinstance(x, str) else f"{x:.4g}" for x in row.values())
+                table.add_row(*cells)
             console.print(table)
     if not arguments.quick:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

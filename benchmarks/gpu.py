@@ -5,7 +5,8 @@
     python3 -m benchmarks.gpu --dry-run    # tiny sizes on any machine, to try the script itself
 
 Needs no network and no installation: run it at the root of the repository. torch is a peer where
-it is installed. A case is timed only after its output agreed with the reference.
+it is installed. A case is timed only after its output agreed with the reference; beside each time
+stands what the roofline expects at best. `python -m benchmarks.plots` draws what it wrote.
 """
 
 import argparse
@@ -13,10 +14,8 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse as js
+from benchmarks import roofline
+from jsparse.attention.tuning import milliseconds
+from pallas_kernels import configurations
 
 # fraction of the output's norm: bf16 probabilities and output, 2^-9 each, and what sums to it
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -138,8 +140,10 @@ def machine() -> dict[str, Any]:
         torch_version = torch.__version__
     except ImportError:
         torch_version = "not installed"
+    tuned = configurations.place()
     return {
         "device": jax.devices()[0].device_kind,
+        "configurations": str(tuned) if tuned and tuned.exists() else "shipped",
         "nvidia_smi": nvidia,
         "jax": jax.__version__,
         "torch": torch_version,
@@ -279,8 +283,15 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
         plan = random_plan(sizes.length, sizes.heads, sizes.density)
     tiles = float(np.asarray(plan.kv_num_blocks).sum())
     tiles *= sizes.heads / plan.kv_num_blocks.shape[-2]
-    flops = 4.0 * tiles * plan.block_q * plan.block_kv * sizes.dim
-    row: dict[str, Any] = {"tiles": tiles, "gflop": flops / 1e9}
+    work = roofline.kernels(
+        roofline.Problem(
+            *(sizes.heads, sizes.kv_heads, sizes.length, sizes.length, sizes.dim, sizes.dim, tiles),
+            *(plan.block_q, plan.block_kv),
+            masked=sizes.causal,
+        )
+    )
+    flops = work["forward"].flops
+    row: dict[str, Any] = {"tiles": tiles, "gflop": flops / 1e9, "roofline": expected(work)}
 
     ours = jax.jit(
         lambda q, k, v, plan: js.attend(q, k, v, plan, mask=mask, implementation=run.implementation)
@@ -312,11 +323,34 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
         )
     times |= torch_times(run, sizes, plan, (q, k, v), result)
     row["times"] = times
+    best = {name: kernel["expected_ms"] for name, kernel in row["roofline"].items()}
     for name, entry in times.items():
-        if "ms" in entry and name != BACKWARD:
+        if "ms" not in entry:
+            continue
+        if name != BACKWARD:
             # a dense peer computes every tile; its rate is given on those
             entry["tflops"] = flops / entry["ms"] / 1e9
+        if None not in best.values():
+            entry["expected_ms"] = sum(best.values()) if name == BACKWARD else best["forward"]
+    if "ms" in times["jsparse"] and "ms" in times[BACKWARD]:
+        alone = times[BACKWARD]["ms"] - times["jsparse"]["ms"]
+        # by the usual count: five products where the forward pass has two
+        row["backward"] = {"ms": alone, "tflops": 2.5 * flops / alone / 1e9 if alone > 0 else None}
     return row
+
+
+def expected(work: dict[str, roofline.Work]) -> dict[str, dict[str, Any]]:
+    """Each kernel's operations, bytes and best time; None where the device is not known."""
+    device = roofline.DEVICES.get(jax.devices()[0].device_kind)
+    return {
+        name: {
+            "gflop": kernel.flops / 1e9,
+            "mbyte": kernel.bytes / 1e6,
+            "expected_ms": device and kernel.expected_ms(device),
+            "bound": device and kernel.bound(device),
+        }
+        for name, kernel in work.items()
+    }
 
 
 def torch_times(run, sizes: Sizes, plan: js.BlockMask, arrays, result) -> dict[str, Any]:
@@ -383,30 +417,13 @@ def torch_times(run, sizes: Sizes, plan: js.BlockMask, arrays, result) -> dict[s
         return out
 
 
-def milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> float:
-    """Median time of one call; launches are queued in batches, so that gaps do not count."""
-    wait(call())
-    start = time.perf_counter()
-    wait(call())
-    once = (time.perf_counter() - start) * 1e3
-    batch = max(1, int(budget / 10 / max(once, 1e-3)))
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        out = None
-        for _ in range(batch):
-            out = call()
-        wait(out)
-        times.append((time.perf_counter() - start) * 1e3 / batch)
-    return statistics.median(times)
-
-
 def summary(row: dict[str, Any]) -> str:
     """One line of the log."""
     if "times" not in row:
         return f"failed: {row}"
     parts = [
         f"{name} {entry['ms']:.3f} ms"
+        + (f" of {entry['expected_ms']:.3f} at best" if "expected_ms" in entry else "")
         + (f" ({entry['tflops']:.0f} TFLOP/s)" if "tflops" in entry else "")
         if "ms" in entry
         else f"{name} failed"

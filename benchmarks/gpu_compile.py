@@ -1,10 +1,11 @@
 """Compiles every GPU kernel for its chips on a machine without a GPU, and holds it to gates.
 
-Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings both.
+Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings both. What kernels
+are made of is compared with benchmarks/results/gpu_compile.json; --update writes that file, and
+gpu_compile.md beside it.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# all three are read when jax or its plugin is loaded
+# all of these are read when jax or its plugin is loaded
 DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-")))
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JSPARSE_TUNED"] = ""  # the shipped configurations, whatever was tuned here
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -27,6 +29,7 @@ from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import jsparse as js  # noqa: E402
+from benchmarks import compile_report  # noqa: E402
 from jsparse.attention import mosaic as adapter  # noqa: E402
 from jsparse.attention.attend import prepare  # noqa: E402
 from jsparse.attention.block_sparse import block_sparse_attention  # noqa: E402
@@ -127,7 +130,7 @@ CASES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="compile only cases whose name has this in it")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    compile_report.add_arguments(parser, compile_report.RESULTS)
     arguments = parser.parse_args()
     chosen = [case for case in CASES if not arguments.only or arguments.only in case.name]
     if not chosen:
@@ -142,12 +145,12 @@ def main() -> int:
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
     console.print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         console.print(f"[red]{row['name']}, {row['pass']}: {'; '.join(row['failed'])}")
-    return 1 if failed else 0
+    every = len(chosen) == len(CASES)
+    names = None if every else {case.name for case in chosen}
+    return compile_report.conclude(rows, arguments.report, names, update=arguments.update)
 
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
@@ -218,18 +221,18 @@ def measure(
         compiled = jax.jit(function).lower(*inputs).compile()
     kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
     memory = compiled.memory_analysis()
+    made_of = [compile_report.instructions(ptx) for ptx in kernels]
     row: dict[str, Any] = {
         "name": case.name,
         "pass": name,
+        "target": " ".join(sorted({_first(r"^\.target (\S+)", ptx) for ptx in kernels})),
         "tile": f"{case.block_q}x{case.block_kv}",
-        "kernels": len(kernels),
-        "targets": sorted({_first(r"^\.target (\S+)", ptx) for ptx in kernels}),
         "stages": layout["stages"],
-        "registers": max(int(_first(r"Used (\d+) registers", report)) for report in reports),
+        "registers": [int(_first(r"Used (\d+) registers", report)) for report in reports],
         "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
         "shared_memory": layout["smem"],
-        "fewest_wgmma": min(len(re.findall(r"wgmma\.mma_async", ptx)) for ptx in kernels),
-        "fewest_tma": min(len(re.findall(r"cp\.async\.bulk\.tensor", ptx)) for ptx in kernels),
+        "tensor_core": [products for products, _ in made_of],
+        "bulk_copies": [copies for _, copies in made_of],
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }
@@ -239,9 +242,9 @@ def measure(
 
 def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
-        ("no wgmma: a kernel's products are not on the tensor cores", row["fewest_wgmma"] == 0),
-        ("no TMA: a kernel's loads are not the copy engine's", row["fewest_tma"] == 0),
-        (f"compiled for {row['targets']}, not sm_90a", row["targets"] != ["sm_90a"]),
+        ("no wgmma: a kernel's products are not on the tensor cores", min(row["tensor_core"]) == 0),
+        ("no TMA: a kernel's loads are not the copy engine's", min(row["bulk_copies"]) == 0),
+        (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
@@ -259,6 +262,8 @@ def _new(before: set[Path], suffix: str) -> list[str]:
     found = [path for path in set(DUMP.iterdir()) - before if path.suffix == suffix]
     if not found:
         sys.exit(f"The compiler left no {suffix} file in {DUMP}; is ptxas installed?")
+    # in the order of compilation: their names end in a number
+    found.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
     return [path.read_text() for path in found]
 
 
@@ -283,7 +288,7 @@ class _without_c_stderr:  # noqa: N801
 def table(rows: list[dict[str, Any]]) -> Table:
     """The figures, and a mark for each kernel that passed."""
     out = Table(
-        title=f"block-sparse forward, Mosaic, jax {jax.__version__}",
+        title=f"block-sparse attention, jax {jax.__version__}",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
@@ -298,13 +303,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["name"],
             row["pass"],
             row["tile"],
-            str(row["kernels"]),
+            str(len(row["registers"])),
             str(row["stages"]),
-            str(row["registers"]),
+            str(max(row["registers"])),
             str(row["spill_bytes"]),
             f"{row['shared_memory'] / 1024:.0f}",
-            str(row["fewest_wgmma"]),
-            str(row["fewest_tma"]),
+            str(min(row["tensor_core"])),
+            str(min(row["bulk_copies"])),
             f"{row['temp_bytes'] / 2**20:.1f}",
             "[red]fails" if row["failed"] else "[green]ok",
         )

@@ -573,3 +573,20 @@ def captured_inputs(path: Any, layer: int, tensors: Any) -> None:
         attention_inputs(*tensors)
     except ValueError as error:
         raise ValueError(f"{path}: in layer {layer}, {error}") from None
+
+
+def tunable(what: str, reason: str | None) -> None:
+    """Kernels for something can be timed here, for there is no reason why not."""
+    if reason:
+        raise NotImplementedError(f"{what} cannot be tuned: {reason}")
+
+
+def tuned_file(path: Any, error: Any) -> None:
+    """A file of tuned configurations could not be read."""
+    raise ValueError(f"{path} holds no tuned configurations ({error}); name another file.")
+
+
+def tuned_place(path: Any, variable: str) -> None:
+    """There is a place to keep tuned configurations in."""
+    if path is None:
+        raise ValueError(f"{variable} is empty, which switches tuned files off; pass --output.")

@@ -1,27 +1,31 @@
-"""The command line: `jsparse methods`, `jsparse compare`."""
+"""The command line: `jsparse methods`, `jsparse compare`, `jsparse tune`."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jsparse import checks
+from jsparse.attention import tuning
 from jsparse.evaluation.capture import Captured, load_captured
 from jsparse.evaluation.compare import Comparison, Setting, compare, settings
 from jsparse.evaluation.report import make_room, write_report
 from jsparse.evaluation.table import counted, print_first_that_fits, print_table
 from jsparse.registry import METHODS
+from pallas_kernels import configurations
 
 _EXAMPLES = """examples:
   jsparse methods
   jsparse compare captured.safetensors
   jsparse compare captured.safetensors --methods xattention streaming --output page.html
   jsparse compare captured.safetensors --block 64 --repeats 5
+  jsparse tune --dims 128 --tiles 128x128 64x128 --length 32768
 """
 
 
@@ -36,6 +40,20 @@ jsparse.nn two calls make it:
   save_captured(capture(model, tokens), "captured.safetensors")
 
 Stopped with Ctrl-C, the same command goes on where it was.
+"""
+
+
+_MARGIN = f"{configurations.MARGIN:.0%}"
+_TUNED = f"""Times configurations of the attention kernels on this GPU (pipeline depth, registers,
+keys per product) and keeps the fastest of each kernel in a file, which jsparse reads from
+then on. Results of any configuration are the same up to rounding.
+
+A configuration is timed only after its result agreed with that of the shipped default, and
+taken if it saves {_MARGIN} of the default's time; one that fails is reported and passed over.
+What is chosen by: kernel, device, dtype, dim and tile.
+
+The file is the one that {configurations.VARIABLE} names, or jsparse/tuned.json in your cache
+directory. Stopped with Ctrl-C, the same command goes on where it was.
 """
 
 
@@ -80,12 +98,139 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=3,
         help="timed runs per layer; default: %(default)s",
     )
+    _add_tune(commands)
     parsed = parser.parse_args(arguments)
+    run = {"methods": lambda parsed: _methods(), "compare": _compare, "tune": _tune}
     with one_line_errors("jsparse"):
-        if parsed.command == "methods":
-            _methods()
-        else:
-            _compare(parsed)
+        run[parsed.command](parsed)
+
+
+def _add_tune(commands: Any) -> None:
+    tuned = commands.add_parser(
+        "tune",
+        help="time configurations of the GPU kernels on this machine, keep the fastest",
+        description=_TUNED,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sizes = tuning.Sizes()
+    for name, default, meaning, metavar, more in (
+        ("--dims", ["64", "128"], "widths of q and k, and of v", "DIM[xV_DIM]", _SEVERAL),
+        ("--tiles", ["128x128"], "queries and keys per tile", "QxKV", _SEVERAL),
+        ("--heads", sizes.heads, "query heads", "N", {"type": int}),
+        ("--kv-heads", sizes.kv_heads, "heads of k and v", "N", {"type": int}),
+        ("--length", sizes.length, "tokens", "TOKENS", {"type": int}),
+        ("--density", sizes.density, "share of the tiles computed", "SHARE", {"type": float}),
+    ):
+        shown = " ".join(default) if isinstance(default, list) else default
+        if isinstance(default, list):
+            default = [*map(_two_numbers, default)]
+        tuned.add_argument(
+            name, default=default, metavar=metavar, help=f"{meaning}; default: {shown}", **more
+        )
+    tuned.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=[*tuning.TOLERANCE],
+        default=["bfloat16"],
+        help="default: bfloat16",
+    )
+    tuned.add_argument("--output", type=Path, metavar="FILE", help="keep the results elsewhere")
+    tuned.add_argument("--again", action="store_true", help="time also what the file has already")
+    tuned.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="go through the motions on any machine, at tiny sizes, in JAX's interpreter; "
+        "writes nothing unless --output names a file",
+    )
+
+
+def _two_numbers(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    if not (first.isdecimal() and (second or first).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 128 or 128x64")
+    return int(first), int(second or first)
+
+
+_SEVERAL = {"nargs": "+", "type": _two_numbers}
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    if parsed.dry_run:
+        path, effort, sizes, shapes = (
+            parsed.output,
+            tuning.DRY,
+            tuning.DRY_SIZES,
+            [tuning.DRY_SHAPE],
+        )
+    else:
+        tuning.device_check()
+        path, effort = parsed.output or configurations.place(), tuning.FULL
+        checks.tuned_place(path, configurations.VARIABLE)
+        sizes = tuning.Sizes(parsed.heads, parsed.kv_heads, parsed.length, parsed.density)
+        shapes = [
+            tuning.Shape(dtype, *dims, *tile)
+            for dtype in parsed.dtypes
+            for dims in parsed.dims
+            for tile in parsed.tiles
+        ]
+    jobs = tuning.jobs(shapes, sizes, effort)
+    timings: list[tuning.Timing] = []
+    with Progress(*_COLUMNS, transient=True) as bar:
+        task = bar.add_task("", total=sum(len(job.candidates) for job in jobs))
+        for job in jobs:
+            bar.update(task, description=job.key.operation)
+            for timing in tuning.tune([job], path, again=parsed.again, effort=effort):
+                timings.append(timing)
+                bar.update(task, advance=1)
+    _print_timings(timings, "JAX's interpreter: no measure of speed" if parsed.dry_run else "")
+    if path is not None:
+        print(f"kept: {path}")
+        if path != configurations.place():
+            print(f"to use it: export {configurations.VARIABLE}={path}")
+
+
+def _print_timings(timings: Sequence[tuning.Timing], caption: str) -> None:
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for name in ("kernel", "dtype", "dim", "tile", "default ms", "best ms"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("best configuration", overflow="fold", min_width=22)
+    for entry in {timing.entry.key: timing.entry for timing in timings}.values():
+        key, default = entry.key, entry.candidates[0]
+        best = entry.best() or default
+        changed = {
+            name: value
+            for name, value in best["config"].items()
+            if default["config"].get(name) != value
+        }
+        table.add_row(
+            _kernel(key),
+            key.dtype,
+            f"{key.dim}" if key.dim == key.v_dim else f"{key.dim}x{key.v_dim}",
+            f"{key.block_q}x{key.block_kv}",
+            *(f"{row['ms']:.3f}" if "ms" in row else "-" for row in (default, best)),
+            ", ".join(f"{name}={value}" for name, value in changed.items()) or "the default",
+        )
+    print_first_that_fits(table)
+    for timing in timings:
+        if timing.failed:
+            print(f"failed: {_kernel(timing.entry.key)}, {timing.config}: {timing.failed}")
+    again = sum(timing.kept for timing in timings)
+    if again:
+        print(f"{again} of {len(timings)} were timed before; --again times them anew")
+
+
+def _kernel(key: configurations.Key) -> str:
+    return f"{key.operation}, masked" if key.masked else key.operation
+
+
+# of a bar in the terminal
+_COLUMNS = (
+    TextColumn("{task.description:<18}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+)
 
 
 @contextlib.contextmanager
@@ -159,13 +304,7 @@ def compare_with_progress(
     layers: list[Captured], which: list[Setting], *, score=None, repeats: int = 3, partial=None
 ) -> Comparison:
     """`compare` with a bar in the terminal."""
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns) as bar:
+    with Progress(*_COLUMNS) as bar:
         task = bar.add_task("", total=len(which) + 1)
         started = False
 

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# nor what somebody tuned on this machine
+os.environ["JSPARSE_TUNED"] = ""
 
 import jax
 import jaxtyping

@@ -24,7 +24,7 @@ def refusal(
     q, k, v = operands[:3]
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype for it, not {q.dtype}, {k.dtype} and {v.dtype}."
-    reason = _device_refuses() or mosaic.refusal(
+    reason = device_refusal() or mosaic.refusal(
         q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     )
     if reason:
@@ -132,7 +132,8 @@ def _cotangent(gradient: Array | None, value: Array) -> Any:
 PASSES = Passes(forward, backward, xla.differentiable_forward)
 
 
-def _device_refuses() -> str | None:
+def device_refusal() -> str | None:
+    """Why kernels cannot run on this machine's default device, or None if they can."""
     if kernels.interpreting():
         return None
     platform = jax.default_backend()

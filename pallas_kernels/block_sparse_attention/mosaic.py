@@ -7,6 +7,7 @@ with it; the producer waits for all of them before it overwrites a slot.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ring
+from pallas_kernels import configurations, ring
 from pallas_kernels.warpgroup import warpgroup
 
 ROWS = 64  # of one warpgroup: the height of a wgmma
@@ -64,6 +65,32 @@ def default_config(
         if shared_memory(block_q, block_kv, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
             return config
     return None
+
+
+def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why a program cannot be laid out by this configuration, or None if it can."""
+    return configurations.layout_refusal(
+        config,
+        consumers=block_q // ROWS,
+        rows=block_kv,
+        needed=shared_memory(block_q, block_kv, dim, v_dim, config),
+        limit=SHARED_MEMORY - RESERVED,
+    )
+
+
+def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
+    """The configurations worth timing, the default first; none where nothing fits."""
+    default = default_config(block_q, block_kv, dim, v_dim)
+    if default is None:
+        return ()
+    others = (
+        Config(stages, columns, consumer, producer)
+        for stages in (4, 3, 2, 1)
+        for columns in sorted({64, block_kv}, reverse=True)
+        for consumer, producer in ((232, 40), (240, 24), (216, 56))
+    )
+    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
+    return (default, *(config for config in legal if config != default))
 
 
 def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -135,8 +162,24 @@ def forward(
     reason = refusal(q.dtype, block_q, block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    chosen = config or default_config(block_q, block_kv, dim, v_dim, len(column_values))
-    assert chosen is not None
+    sizes = block_q, block_kv, dim, v_dim
+    default = default_config(*sizes, len(column_values))
+    assert default is not None
+    # many vectors of keys ask for registers that what was timed had to spare
+    operation = "forward" if len(column_values) <= 2 else "forward, many values"
+    chosen = config or configurations.chosen(
+        configurations.key(operation, rule is not None, q.dtype, *sizes),
+        default,
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            functools.partial(
+                forward, block_q=block_q, block_kv=block_kv, scale=scale, rule=rule, config=tuned
+            ),
+            *(q, k, v, kv_indices, kv_num_blocks),
+            row_values=row_values,
+            column_values=column_values,
+        ),
+    )
     stages, columns = chosen.stages, min(chosen.columns, block_kv)
     consumers, q_blocks, group = block_q // ROWS, q_len // block_q, heads // kv_heads
     ops, dtype = warpgroup(), q.dtype

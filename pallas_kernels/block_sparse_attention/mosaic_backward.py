@@ -7,6 +7,7 @@ bit.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ring
+from pallas_kernels import configurations, ring
 from pallas_kernels.block_sparse_attention.mosaic import (
     LOG2_E,
     RESERVED,
@@ -90,6 +91,32 @@ def default_config(own: int, other: int, dim: int, v_dim: int) -> Config | None:
         if shared_memory(own, other, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
             return config
     return None
+
+
+def layout_refusal(config: Config, own: int, other: int, dim: int, v_dim: int) -> str | None:
+    """Why a program cannot be laid out by this configuration, or None if it can."""
+    return configurations.layout_refusal(
+        config,
+        consumers=own // ROWS,
+        rows=other,
+        needed=shared_memory(own, other, dim, v_dim, config),
+        limit=SHARED_MEMORY - RESERVED,
+    )
+
+
+def candidates(own: int, other: int, dim: int, v_dim: int) -> tuple[Config, ...]:
+    """The configurations worth timing, the default first; none where nothing fits."""
+    default = default_config(own, other, dim, v_dim)
+    if default is None:
+        return ()
+    others = (
+        Config(stages, columns, consumer, producer)
+        for stages in (3, 2, 1)
+        for columns in sorted({64, other})
+        for consumer, producer in ((240, 24), (232, 40))
+    )
+    legal = (c for c in others if layout_refusal(c, own, other, dim, v_dim) is None)
+    return (default, *(config for config in legal if config != default))
 
 
 def refusal(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -172,12 +199,22 @@ def d_queries(
     batches, q_len, heads, dim = problem.q.shape
     kv_heads, v_dim = problem.v.shape[2:]
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    chosen = config or default_config(block_q, block_kv, dim, v_dim)
-    assert chosen is not None
+    wanted = _floats(problem.row_values) if with_values else ()
+    sizes = block_q, block_kv, dim, v_dim
+    default = default_config(*sizes)
+    assert default is not None
+    again = functools.partial(d_queries, tiles=tiles, with_q=with_q, with_values=with_values)
+    chosen = config or configurations.chosen(
+        _key(problem, tiles, {"q": with_q, "values": bool(wanted)}),
+        default,
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            functools.partial(again, config=tuned), problem, kv_indices, kv_num_blocks
+        ),
+    )
     stages, columns = chosen.stages, min(chosen.columns, block_kv)
     consumers, q_blocks, group = block_q // ROWS, q_len // block_q, heads // kv_heads
     ops, dtype = warpgroup(), problem.q.dtype
-    wanted = _floats(problem.row_values) if with_values else ()
     sums = len(wanted)
 
     def kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs):
@@ -332,12 +369,24 @@ def d_keys(
     batches, _, heads, dim = problem.q.shape
     kv_len, kv_heads, v_dim = problem.v.shape[1:]
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    chosen = config or default_config(block_kv, block_q, dim, v_dim)
-    assert chosen is not None
+    wanted = _floats(problem.column_values) if with_values else ()
+    sizes = block_kv, block_q, dim, v_dim
+    default = default_config(*sizes)
+    assert default is not None
+    again = functools.partial(
+        d_keys, tiles=tiles, with_k=with_k, with_v=with_v, with_values=with_values
+    )
+    chosen = config or configurations.chosen(
+        _key(problem, tiles, {"k": with_k, "v": with_v, "values": bool(wanted)}),
+        default,
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            functools.partial(again, config=tuned), problem, offsets, q_indices
+        ),
+    )
     stages, columns = chosen.stages, min(chosen.columns, block_q)
     consumers, kv_blocks, group = block_kv // ROWS, kv_len // block_kv, heads // kv_heads
     ops, dtype = warpgroup(), problem.q.dtype
-    wanted = _floats(problem.column_values) if with_values else ()
     outputs = with_k + with_v
     sums = len(wanted)
 
@@ -487,6 +536,16 @@ def d_keys(
     d_k = results.pop(0) if with_k else None
     d_v = results.pop(0) if with_v else None
     return d_k, d_v, _place(d_values, wanted, len(problem.column_values))
+
+
+def _key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
+    """What a kernel with these outputs is chosen by."""
+    operation = "_".join(f"d_{name}" for name, wanted in outputs.items() if wanted)
+    masked = tiles.rule is not None
+    dim, v_dim = problem.q.shape[-1], problem.v.shape[-1]
+    return configurations.key(
+        operation, masked, problem.q.dtype, tiles.block_q, tiles.block_kv, dim, v_dim
+    )
 
 
 class Place(NamedTuple):

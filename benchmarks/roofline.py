@@ -1,0 +1,151 @@
+"""What each attention kernel has to do, and how fast a device could do it at the very best.
+
+The expected time is the longer of two: all products at the rate of the tensor cores, and every
+array moved once at the rate of the memory. Nothing here is measured; softmax, launches and what is
+read again are not counted, so no kernel is faster.
+"""
+
+from typing import NamedTuple
+
+
+class Device(NamedTuple):
+    """Rates of a device: dense 16-bit products, and its memory.
+
+    The data sheets give products with sparsity two to one; half of those are dense.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    source: str
+
+
+# by the name that JAX gives the device
+DEVICES = {
+    "NVIDIA H200": Device(
+        989e12,
+        4.8e12,
+        "NVIDIA H200 data sheet, https://www.nvidia.com/en-us/data-center/h200/",
+    ),
+    "NVIDIA H100 80GB HBM3": Device(
+        989e12,
+        3.35e12,
+        "NVIDIA H100 data sheet, SXM, https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """An attention problem.
+
+    Attributes:
+      heads: Query heads of all sequences.
+      kv_heads: Heads of k and v, of all sequences.
+      q_len: Queries.
+      kv_len: Keys.
+      dim: Width of q and k.
+      v_dim: Width of v.
+      tiles: Computed tiles, of all query heads.
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      masked: Whether something changes logits, so that d_k and d_v take a pass each.
+      itemsize: Bytes per number of q, k, v and their gradients.
+    """
+
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    dim: int
+    v_dim: int
+    tiles: float
+    block_q: int = 128
+    block_kv: int = 128
+    masked: bool = False
+    itemsize: int = 2
+
+
+class Work(NamedTuple):
+    """Operations, and bytes moved at least."""
+
+    flops: float
+    bytes: float
+
+    def expected_ms(self, device: Device) -> float:
+        """Milliseconds that a device takes at the very best."""
+        seconds = max(self.flops / device.flops_per_second, self.bytes / device.bytes_per_second)
+        return 1e3 * seconds
+
+    def bound(self, device: Device) -> str:
+        """What it waits for: "products" or "memory"."""
+        computing = self.flops / device.flops_per_second
+        return "products" if computing >= self.bytes / device.bytes_per_second else "memory"
+
+
+def forward(problem: Problem) -> Work:
+    """Two products per tile; q, k and v read, the output and a number per row written."""
+    size = _sizes(problem)
+    return Work(_products(problem, 1, 1), size.q + size.kv + size.out + size.row_numbers / 2)
+
+
+def d_q(problem: Problem) -> Work:
+    """Three products: logits, gradients of the probabilities, and of q."""
+    size = _sizes(problem)
+    return Work(_products(problem, 2, 1), 2 * size.q + size.out + size.kv + size.row_numbers)
+
+
+def d_k_d_v(problem: Problem) -> Work:
+    """Four products: logits, gradients of v, of the probabilities, and of k."""
+    size = _sizes(problem)
+    return Work(_products(problem, 2, 2), size.q + size.out + 2 * size.kv + size.row_numbers)
+
+
+def d_k(problem: Problem) -> Work:
+    """Three products: logits, gradients of the probabilities, and of k."""
+    size = _sizes(problem)
+    moved = size.q + size.out + size.kv + size.k + size.row_numbers
+    return Work(_products(problem, 2, 1), moved)
+
+
+def d_v(problem: Problem) -> Work:
+    """Two products: logits, and gradients of v; v itself is not needed."""
+    size = _sizes(problem)
+    moved = size.q + size.out + size.k + size.v + size.row_numbers / 2
+    return Work(_products(problem, 1, 1), moved)
+
+
+def kernels(problem: Problem) -> dict[str, Work]:
+    """The work of each kernel of a forward pass and its gradient, by name."""
+    made = (d_k, d_v) if problem.masked else (d_k_d_v,)
+    return {kernel.__name__: kernel(problem) for kernel in (forward, d_q, *made)}
+
+
+class _Sizes(NamedTuple):
+    """Bytes of each array; `row_numbers` of two f32 per row, `kv` of k and v."""
+
+    q: float
+    out: float
+    k: float
+    v: float
+    row_numbers: float
+
+    @property
+    def kv(self) -> float:
+        return self.k + self.v
+
+
+def _sizes(problem: Problem) -> _Sizes:
+    rows = problem.heads * problem.q_len
+    # where tiles are few, some keys are never read
+    columns = min(problem.kv_heads * problem.kv_len, problem.tiles * problem.block_kv)
+    return _Sizes(
+        float(problem.itemsize * rows * problem.dim),
+        float(problem.itemsize * rows * problem.v_dim),
+        float(problem.itemsize * columns * problem.dim),
+        float(problem.itemsize * columns * problem.v_dim),
+        8.0 * rows,
+    )
+
+
+def _products(problem: Problem, over_dim: int, over_v_dim: int) -> float:
+    pairs = problem.tiles * problem.block_q * problem.block_kv
+    return 2.0 * pairs * (over_dim * problem.dim + over_v_dim * problem.v_dim)

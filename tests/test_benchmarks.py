@@ -1,0 +1,237 @@
+"""What the benchmarks compare and draw, on made-up records."""
+
+import copy
+import json
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import attention, compile_report, plots
+from benchmarks.compile_report import Report
+
+VERSIONS = {"jax": "0.10.2", "ptxas": "13.0.88"}
+
+
+def row(name="dim 128", **changes):
+    return {
+        **{"name": name, "pass": "gradients", "target": "sm_90a", "tile": "128x128", "stages": 2},
+        **{"registers": [168, 240], "spill_bytes": 0, "shared_memory": 204800},
+        **{"tensor_core": [40, 48], "bulk_copies": [9, 16], "temp_bytes": 1},
+        **changes,
+    }
+
+
+def compare(*new, old=None, names=None):
+    return compile_report.differences([row()] if old is None else old, new, names)
+
+
+def test_equal_reports_have_no_differences():
+    # where a buffer lies is not what kernels are made of; fewer registers are no loss
+    assert compare(row(temp_bytes=2, registers=[168, 232])) == []
+    # growth by one unit of what is handed out may be chance
+    assert compare(row(registers=[176, 240])) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"spill_bytes": 4}, "4 bytes spilled, before 0."),
+        ({"shared_memory": 1}, "1 bytes of shared memory, before 204800."),
+        ({"tensor_core": [40, 24]}, "40 24 matrix instructions, before 40 48."),
+        ({"bulk_copies": [9]}, "9 copies by TMA, before 9 16."),
+        ({"registers": [168, 249]}, "168 249 registers, before 168 240."),
+    ],
+)
+def test_each_difference_that_matters_is_a_sentence(change, says):
+    assert compare(row(**change)) == [f"dim 128, gradients (sm_90a): {says}"]
+
+
+def test_kernels_that_appear_and_vanish_are_named():
+    found = compare(row("dim 64"), row(target="sm_80"))
+    assert found == [
+        "dim 128, gradients (sm_90a) is kept, but was not compiled.",
+        "dim 64, gradients (sm_90a) is new.",
+        "dim 128, gradients (sm_80) is new.",
+    ]
+
+
+def test_cases_that_were_not_asked_for_are_not_missed():
+    both = [row(), row("dim 64")]
+    assert compare(row(), old=both, names={"dim 128"}) == []
+    assert len(compare(row(), old=both)) == 1
+
+
+def test_other_compilers_are_not_compared():
+    old = Report(VERSIONS, [row()])
+    assert compile_report.comparable(old, Report(dict(VERSIONS), [])) is None
+    said = compile_report.comparable(old, Report({**VERSIONS, "ptxas": "13.5.37"}, []))
+    assert "ptxas 13.0.88" in said
+    assert "ptxas 13.5.37" in said
+    assert "only the gates count" in said
+
+
+def test_a_run_compares_updates_and_heeds_the_gates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "versions", lambda: VERSIONS)
+    path = tmp_path / "gpu_compile.json"
+    good, wrong = row(failed=[]), row(failed=["no wgmma"])
+
+    def run(*rows, update=False, names=None):
+        return compile_report.conclude(rows, path, names, update=update)
+
+    assert run(good) == 1
+    assert "nothing to compare with" in capsys.readouterr().out
+    assert run(wrong, update=True) == 1
+    assert not path.exists()
+    assert run(good, update=True) == 0
+    assert run(good) == 0
+    assert "failed" not in path.read_text()
+    assert run(wrong) == 1
+    capsys.readouterr()
+    assert run(good | {"shared_memory": 1}) == 1
+    assert "1 bytes of shared memory" in capsys.readouterr().out
+    assert run(row("dim 64", failed=[])) == 1
+    assert run(row("dim 64", failed=[]), names={"dim 64"}) == 1
+    monkeypatch.setattr(compile_report, "versions", lambda: {"jax": "0.12"})
+    capsys.readouterr()
+    assert run(good | {"shared_memory": 1}) == 0
+    assert "only the gates count" in capsys.readouterr().out
+    assert run(wrong) == 1
+    assert run(good, update=True, names={"dim 128"}) == 2
+
+
+def test_an_update_of_some_keeps_the_others(tmp_path):
+    path = tmp_path / "new" / "gpu_compile.json"
+    assert compile_report.read(path) is None
+    old = Report(VERSIONS, [row("a"), row("b")])
+    compile_report.write(path, old)
+    assert compile_report.read(path) == old
+    some = Report(VERSIONS, [row("b", spill_bytes=8), row("c")])
+    merged = compile_report.merged(old, some, complete=False)
+    assert merged.rows == [row("a"), row("b", spill_bytes=8), row("c")]
+    assert compile_report.merged(old, some, complete=True) == some
+    with pytest.raises(ValueError, match="without --only"):
+        compile_report.merged(old, some._replace(versions={"jax": "0.12"}), complete=False)
+
+
+def test_the_page_has_a_line_per_row(tmp_path):
+    path = tmp_path / "gpu_compile.json"
+    compile_report.write(path, Report(VERSIONS, [row("a"), row("b", registers=[1, 2, 3])]))
+    lines = path.with_suffix(".md").read_text().splitlines()
+    assert "| a | gradients | sm_90a | 128x128 | 2 | 168 240 | 0 | 204800 | 40 48 | 9 16 |" in lines
+    assert lines[-1].split(" | ")[5] == "1 2 3"
+
+
+def test_the_kept_report_fits_its_page():
+    report = compile_report.read(compile_report.RESULTS)
+    assert compile_report.RESULTS.with_suffix(".md").read_text() == compile_report.page(report)
+    assert not [r["name"] for r in report.rows if r["spill_bytes"]]
+    assert all(min(r["tensor_core"]) > 0 for r in report.rows)
+
+
+def test_instructions_of_every_generation_are_counted():
+    ptx = """
+      wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {
+      wgmma.commit_group.sync.aligned;
+      tcgen05.mma.cta_group::1.kind::f16 [%r1],
+      mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {
+      cp.async.bulk.tensor.4d.shared::cluster.global.tile [%r1],
+      cp.async.bulk.commit_group;
+    """
+    assert compile_report.instructions(ptx) == (3, 1)
+
+
+def gpu_record():
+    def timing(length, density, **more):
+        times = {
+            "jsparse": {"ms": 1.0, "tflops": 100.0 * density},
+            "torch flex": {"error": "not there"},
+            "jsparse, forward and gradients": {"ms": 3.0},
+        }
+        sizes = {"length": length, "density": density, "dim": 128, "heads": 16, "kv_heads": 4}
+        backward = {"ms": 2.0, "tflops": 50.0}
+        return {**sizes, "causal": False, "times": times, "backward": backward, **more}
+
+    return {
+        "machine": {"device": "Made-up GPU", "jax": "1", "torch": "2", "date": "2026-01-01T00"},
+        "timings": [
+            *(timing(length, density) for length in (8192, 32768) for density in (1.0, 0.1)),
+            timing(8192, 1.0, causal=True),
+            {"length": 8192, "error": "out of memory"},
+        ],
+    }
+
+
+def test_gpu_charts_are_over_density_and_over_length():
+    found = {chart.title: chart for chart in plots.charts(gpu_record())}
+    shape = "dim 128, 16 heads over 4"
+    assert set(found) == {
+        *(f"{length} tokens, {shape}" for length in (8192, 32768)),
+        *(f"density {density}, {shape}" for density in ("1", "0.1")),
+    }
+    over_density = found[f"8192 tokens, {shape}"]
+    assert over_density.lines == {
+        "jsparse": [(0.1, 10.0), (1.0, 100.0)],
+        "jsparse, gradients": [(0.1, 50.0), (1.0, 50.0)],
+    }
+    assert found[f"density 1, {shape}"].lines["jsparse"] == [(8192, 100.0), (32768, 100.0)]
+
+
+def test_cpu_charts_have_one_of_each_dtype():
+    record = json.loads(attention.RESULTS.read_text())
+    record["against_torch"] = [
+        {**row, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+        for row in record["against_torch"]
+    ]
+    titles = [chart.title for chart in plots.charts(record)]
+    assert sum("float32" in title for title in titles) == 1
+    assert sum("bfloat16" in title for title in titles) == 1
+    # as written before there was more than one
+    old = copy.deepcopy(record)
+    old["case"]["dtype"] = "float32"
+    old["against_torch"] = [
+        {k: v for k, v in row.items() if k != "dtype"} for row in record["against_torch"][:3]
+    ]
+    assert [c.title for c in plots.charts(old)] == [t for t in titles if "bfloat16" not in t]
+
+
+def test_a_picture_says_what_was_measured_where(tmp_path):
+    path = tmp_path / "x.svg"
+    plots.draw(gpu_record(), path)
+    text = path.read_text()
+    ElementTree.fromstring(text)
+    for said in ("Made-up GPU, jax 1, torch 2, 2026-01-01", "TFLOP/s on computed tiles", "jsparse"):
+        assert said in text
+    assert "torch flex" not in text
+
+
+def test_the_kept_picture_is_of_the_kept_figures(tmp_path):
+    path = tmp_path / "attention_cpu.svg"
+    record = json.loads(attention.RESULTS.read_text())
+    plots.draw(record, path)
+
+    def words(text):
+        found = [x.text for x in ElementTree.fromstring(text).iter() if x.tag.endswith("text")]
+        return sorted(filter(None, found))
+
+    kept = attention.RESULTS.with_suffix(".svg").read_text()
+    assert words(kept) == words(path.read_text()), "run python -m benchmarks.plots"
+
+
+@pytest.mark.parametrize("text", ["{}", "no json"])
+def test_a_file_without_figures_is_named(tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["plots", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        plots.main()
+    assert stop.value.code == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_results_that_differ_are_not_timed():
+    q, k, _, _ = attention.inputs(64, "bfloat16")
+    attention.same(q, q, "bfloat16")
+    with pytest.raises(ArithmeticError, match="results in bfloat16 differ"):
+        attention.same(q, k, "bfloat16")

@@ -1,0 +1,68 @@
+"""The roofline against numbers worked by hand."""
+
+import pytest
+
+from benchmarks import roofline
+from benchmarks.roofline import DEVICES, Problem
+
+H200 = DEVICES["NVIDIA H200"]
+# 64 x 64 tiles of 128 x 128 per head, all computed
+DENSE = Problem(16, 4, 8192, 8192, 128, 128, tiles=16 * 64 * 64)
+
+
+def test_forward_at_density_one():
+    work = roofline.forward(DENSE)
+    # 4 * 16 heads * 8192^2 pairs * 128
+    assert work.flops == 4 * 16 * 8192 * 8192 * 128 == 549_755_813_888
+    # q and out 32 MiB each, k and v 8 MiB each, a f32 per row
+    assert work.bytes == 2**20 * (32 + 32 + 8 + 8) + 4 * 16 * 8192
+    # 0.5498 TFLOP at 989 TFLOP/s
+    assert work.expected_ms(H200) == pytest.approx(0.55587, rel=1e-4)
+    assert work.bound(H200) == "products"
+
+
+def test_products_of_the_gradients():
+    forward = roofline.forward(DENSE).flops
+    by_name = {name: work.flops / forward for name, work in roofline.kernels(DENSE).items()}
+    assert by_name == {"forward": 1.0, "d_q": 1.5, "d_k_d_v": 2.0}
+    masked = DENSE._replace(masked=True)
+    by_name = {name: work.flops / forward for name, work in roofline.kernels(masked).items()}
+    assert by_name == {"forward": 1.0, "d_q": 1.5, "d_k": 1.5, "d_v": 1.0}
+
+
+def test_widths_that_differ():
+    # one tile of 64 x 64, dim 192, v_dim 128; in units of 2 * 64 * 64 operations
+    problem = Problem(1, 1, 64, 64, 192, 128, 1, block_q=64, block_kv=64, masked=True)
+    unit = 2 * 64 * 64
+    found = {name: work.flops / unit for name, work in roofline.kernels(problem).items()}
+    assert found == {"forward": 320, "d_q": 512, "d_k": 512, "d_v": 320}
+    both = roofline.kernels(problem._replace(masked=False))["d_k_d_v"]
+    assert both.flops / unit == 640
+    # in bytes per row of 64: q and k 384 each, v, out and its gradient 256, two f32
+    row = {name: work.bytes / 64 for name, work in roofline.kernels(problem).items()}
+    assert row == {
+        "forward": 384 + 384 + 256 + 256 + 4,
+        "d_q": 384 + 384 + 256 + 256 + 384 + 8,
+        "d_k": 384 + 384 + 256 + 256 + 384 + 8,
+        "d_v": 384 + 384 + 256 + 256 + 4,
+    }
+    assert both.bytes / 64 == 384 + 384 + 256 + 256 + 384 + 256 + 8
+
+
+def test_few_tiles_wait_for_memory():
+    one_per_row = DENSE._replace(tiles=16 * 64)
+    work = roofline.forward(one_per_row)
+    assert work.bound(H200) == "memory"
+    # 80 MiB and half a MiB of numbers per row at 4.8 TB/s
+    assert work.expected_ms(H200) == pytest.approx((80.5 * 2**20) / 4.8e12 * 1e3)
+
+
+def test_keys_that_no_tile_lists_are_not_read():
+    # one head of four tiles of keys, of which one is listed
+    few = Problem(1, 1, 128, 512, 64, 64, tiles=1)
+    assert roofline.forward(few).bytes == 2 * (128 + 128 + 128 + 128) * 64 + 4 * 128
+
+
+def test_every_device_names_its_source():
+    assert all("https://" in device.source for device in DEVICES.values())
+    assert (H200.flops_per_second, H200.bytes_per_second) == (989e12, 4.8e12)
