@@ -5,7 +5,9 @@ Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings
 
 import argparse
 import contextlib
+import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks import gpu_compile as common  # isort: skip
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from rich import box
 from rich.console import Console
@@ -62,6 +65,18 @@ CHIPS = (
     Chip("NVIDIA H200", "9.0", 132, 232_448, r"wgmma\.mma_async|\bmma\.sync"),
     Chip("NVIDIA B200", "10.0", 148, 232_448, r"tcgen05\.mma|\bmma\.sync"),
 )
+
+
+def every_operation(table, logit, batch, head, q, kv):
+    """What a rule may do on registers, derivatives and all."""
+    far = jnp.abs(q - kv).astype(jnp.float32)
+    x = jnp.clip(jnp.sin(logit) * jnp.cos(far) + jnp.log1p(far) - jnp.exp2(-far), -9, table[kv])
+    x = x + jax.lax.rsqrt(1 + x * x) + jnp.sqrt(1 + far) * jnp.sign(x) + jnp.floor(x) + jnp.ceil(x)
+    x = jnp.expm1(jnp.tanh(x)) + jax.lax.logistic(x) ** 3 + (2 + jnp.tanh(x)) ** (1 + far / T)
+    x = jnp.where((q % 7 < kv // 3) ^ (head == 1) | ~(x > 1), x, jnp.maximum(jnp.exp(-x), far))
+    return x + jax.lax.stop_gradient(jnp.log(1 + x * x)) / (1 + far)
+
+
 T = 4096
 PAIRS = (1, T, T)
 SHARED = frozenset({"causal", "segments", "score_mod (ALiBi)", "bias per key, traced scale"})
@@ -88,6 +103,12 @@ CASES = (
             "score_mod": lambda logit, batch, head, q, kv: logit - slopes[head] * (q - kv),
         },
         arrays=(((16,), "float32"),),
+    ),
+    Case(
+        "every operation",
+        options=lambda table: {"score_mod": functools.partial(every_operation, table)},
+        arrays=(((T,), "float32"),),
+        q_len=T,
     ),
     Case(
         "dense mask",
@@ -150,41 +171,34 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
             if name == "forward" or not row["kernel"].startswith("forward"):
                 yield {"name": case.name, "capability": chip.capability, **row}
         if len(rows) != KERNELS[name]:
-            print(case.name,name,len(rows))
+            sys.exit(f"{case.name}, {name}: {len(rows)} kernels, not {KERNELS[name]}, were dumped.")
 
 
 def measure(function: Callable, inputs: list, chip: Chip) -> Iterator[dict[str, Any]]:
     """Compiles a function and reads what the compilers say of each Triton kernel in it."""
-    with tempfile.TemporaryDirectory() as folder, _lowering_for(chip):
-        lowered = jax.jit(function).lower(*inputs)
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-        except jax.errors.JaxRuntimeError as error:
-            print(chip.name, str(error)[:150]); return
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
+        # the second, or versions from 0.11 on leave no .ptx
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+        with _lowering_for(chip):
+            compiled = jax.jit(function).lower(*inputs).compile(compiler_options=options)
         memory = compiled.memory_analysis()
-        files = list(Path(folder).iterdir())
-        (thunks,) = [f.read_text() for f in files if f.name.endswith("thunk_sequence.txt")]
-        for path in sorted(f for f in files if f.suffix == ".ptx"):
+        (thunks,) = (path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
+        for path in Path(folder).glob("*.ptx"):
             ptx = path.read_text()
             if "_kernel(" not in ptx:
                 continue
             target = _found(r"^\.target (\w+)", ptx)
-            report = subprocess.run(
-                [_ptxas(), f"-arch={target}", "-v", path, "-o", "/dev/null"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stderr
-            for kernel in re.findall(r"\.entry (\w+_kernel)\(", ptx):
-                body = ptx.split(f".entry {kernel}(")[1].split(".entry ")[0]
-                said = report.split(f"entry function '{kernel}'")[1].split("entry function")[0]
+            for kernel in re.findall(r"\.entry (\w+)_kernel\(", ptx):
+                body = ptx.split(f".entry {kernel}_kernel(")[1].split(".entry ")[0]
+                said = _assembled(path, target, f"{kernel}_kernel")
+                asked = _found(rf"{kernel}_kernel .*shared_memory: (\d+)", thunks)
                 row = {
-                    "kernel": kernel.removesuffix("_kernel"),
+                    "kernel": kernel,
                     "target": target,
                     "warps": int(_found(r"\.(?:req|max)ntid (\d+)", body)) // 32,
                     "registers": int(_found(r"Used (\d+) registers", said)),
                     "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-                    "shared_memory": int(_found(rf"{kernel} .*shared_memory: (\d+)", thunks)),
+                    "shared_memory": int(asked),
                     "tensor_core": len(re.findall(chip.product, body)),
                     "copies": len(re.findall(r"cp\.async\.c[ag]", body)),
                     "temp_bytes": memory.temp_size_in_bytes,
@@ -192,6 +206,13 @@ def measure(function: Callable, inputs: list, chip: Chip) -> Iterator[dict[str, 
                 }
                 row["failed"] = [sentence for sentence, wrong in _gates(row, chip) if wrong]
                 yield row
+
+
+def _assembled(ptx: Path, target: str, kernel: str) -> str:
+    """What ptxas says of one of the kernels in a file."""
+    command = [_ptxas(), f"-arch={target}", "-v", str(ptx), "-o", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return report.split(f"entry function '{kernel}'")[1].split("entry function")[0]
 
 
 def _gates(row: dict[str, Any], chip: Chip) -> list[tuple[str, bool]]:
@@ -216,9 +237,7 @@ def _lowering_for(chip: Chip) -> contextlib.AbstractContextManager:
     device = jax.sharding.AbstractDevice(
         device_kind=chip.name, num_cores=chip.cores, platform="gpu"
     )
-    return jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((), (), abstract_device=device)
-    )
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def _ptxas() -> str:
@@ -241,7 +260,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
         padding=(0, 1, 0, 0),
     )
     out.add_column("kernel", no_wrap=True)
-    for name in ("", "chip", "warps", "regs", "spill", "smem KB", "products", "copies", "temp MB", ""):
+    for name in (
+        "",
+        "chip",
+        "warps",
+        "regs",
+        "spill",
+        "smem KB",
+        "products",
+        "copies",
+        "temp MB",
+        "",
+    ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(

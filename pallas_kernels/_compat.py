@@ -17,7 +17,6 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-
 # what every kernel is interpreted by, and part of what compiled functions are kept by
 _MODE = config.pallas_tpu_interpret_mode_context_manager
 

@@ -13,14 +13,6 @@ from jsparse.attention.separation import Separated, separate
 from jsparse.types import Mask
 
 
-def dtype_refusal(operands: Operands) -> str | None:
-    """Why a kernel cannot multiply these operands, or None."""
-    q, k, v = operands[:3]
-    if q.dtype == k.dtype == v.dtype:
-        return None
-    return f"q, k and v must have one dtype for it, not {q.dtype}, {k.dtype} and {v.dtype}."
-
-
 def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
     """Why a kernel does not run on this machine, or None.
 

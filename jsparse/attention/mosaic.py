@@ -18,10 +18,8 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
     q, _, v = operands[:3]
-    reason = (
-        kernels.dtype_refusal(operands)
-        or _device_refuses()
-        or mosaic.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    reason = _device_refuses() or mosaic.refusal(
+        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     )
     if reason:
         return reason

@@ -24,8 +24,8 @@ ELEMENTWISE = frozenset(
     "log logistic lt max min mul ne neg not one_minus_square or rem round rsqrt select_n sign sin "
     "square stop_gradient sub tanh xor".split()
 )
-# on scalars these change nothing
-_IDENTITIES = frozenset("broadcast_in_dim copy reshape squeeze".split())
+# on scalars these change nothing; a derivative sums over no axis where devices have a mesh
+_IDENTITIES = frozenset("broadcast_in_dim copy reduce_sum reshape squeeze".split())
 _LOGIT, _QUERY, _KEY, _BATCH, _HEAD = _ARGUMENTS = ("logit", "q", "kv", "batch", "head")
 
 LogitFunction = Callable[[Array, Array, Array, Array, Array], Array]
@@ -228,9 +228,7 @@ def _frontier(inside: list, outputs: Sequence[Any], indices: Sequence[Any]) -> l
     return [v for v in dict.fromkeys(read) if v not in made]
 
 
-def _derivative(
-    part: "_compat.Program", operations: frozenset[str]
-) -> "_compat.Program | str":
+def _derivative(part: "_compat.Program", operations: frozenset[str]) -> "_compat.Program | str":
     """The program of the gradient by the logit and by each f32 value, on scalars."""
     (output,) = part.outputs
     floats = [n for n, v in enumerate(part.inputs) if v.aval.dtype == jnp.float32]

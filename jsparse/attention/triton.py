@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -22,10 +21,8 @@ def refusal(
 ) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
     q, _, v = operands[:3]
-    reason = (
-        kernels.dtype_refusal(operands)
-        or _device_refuses()
-        or triton.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    reason = _device_refuses() or triton.refusal(
+        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     )
     if reason:
         return reason

@@ -4,9 +4,10 @@ For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, 
 of tokens. JAX has deprecated this backend since 0.11 and will remove it; as Mosaic learns a shape
 or a chip, that goes there, and this file ends with the backend.
 
-Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the inverse
-list of a tile of keys, one query head of the group after the other. Each number has one writer, so
-reruns are equal bit by bit. Products of f32 are as precise as `jax.default_matmul_precision` says.
+Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the
+inverse list of a tile of keys, one query head of the group after the other. Each number has one
+writer, so reruns are equal bit by bit. Products of f32 are as precise as
+`jax.default_matmul_precision` says.
 """
 
 import dataclasses
@@ -61,23 +62,22 @@ def default_config(
       rule: Whether a rule changes logits.
       backward: Whether for one of the backward kernels.
     """
-    size = jnp.dtype(dtype).itemsize
-    sizes = _BACKWARD[size] if backward else _FORWARD[size]
-    own_most, other_most = next(most for limit, most in sizes.items() if width <= limit)
-    own, other = min(own, own_most), min(other, other_most)
-    # an accumulator has own * width numbers, and a thread 255 registers
-    num_warps = 4 if own * width <= 4096 else 8
+    sizes = (_BACKWARD if backward else _FORWARD)[jnp.dtype(dtype).itemsize]
+    most = next(config for limit, config in sizes.items() if width <= limit)
+    own, other = min(own, most.own), min(other, most.other)
+    # few numbers to keep are few threads' work
+    num_warps = 4 if own * width <= 2048 else most.num_warps
     return Config(own, other, num_warps, num_stages=2 if rule else 3)
 
 
-# by bytes of a number and by width: the most tokens of its own, and read per step
+# by bytes of a number and by width: the largest pieces of tiles
 _FORWARD = {
-    2: {128: (128, 64), 256: (64, 32)},
-    4: {64: (128, 32), 128: (64, 32), 256: (32, 16)},
+    2: {128: Config(128, 64, 8), 256: Config(64, 32, 8)},
+    4: {64: Config(128, 32, 8), 128: Config(64, 32, 8), 256: Config(32, 16, 8)},
 }
 _BACKWARD = {
-    2: {128: (64, 64), 256: (32, 32)},
-    4: {64: (32, 32), 128: (32, 32), 256: (32, 16)},
+    2: {64: Config(64, 32, 4), 128: Config(64, 64, 8), 256: Config(32, 32, 8)},
+    4: {64: Config(32, 32, 4), 128: Config(32, 32, 8), 256: Config(32, 16, 8)},
 }
 
 
@@ -152,9 +152,7 @@ def forward(
     reason = refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Triton block-sparse attention: " + reason)
-    chosen = config or default_config(
-        tiles.block_q, tiles.block_kv, max(dim, v_dim), dtype, rule=bool(tiles.rule), backward=False
-    )
+    chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
     # with a rule logits stay in natural units; without, base 2 and scale are one factor
     factor = LOG2_E if tiles.rule else LOG2_E * (1.0 if tiles.scale is None else tiles.scale)
 
@@ -239,11 +237,18 @@ def d_queries(
     batches, q_len, heads, dim = problem.q.shape
     dtype = problem.q.dtype
     chosen = config or default_config(
-        tiles.block_q, tiles.block_kv, max(dim, problem.v.shape[-1]), dtype, rule=bool(tiles.rule), backward=True
+        tiles.block_q,
+        tiles.block_kv,
+        max(dim, problem.v.shape[-1]),
+        dtype,
+        rule=bool(tiles.rule),
+        backward=True,
     )
     wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] == 1]
 
-    def d_queries_kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs):
+    def d_queries_kernel(
+        q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs
+    ):
         value_refs, d_q_ref, *d_value_refs = _split(refs, len(problem.values))
         row = _row(problem, indices_ref, tiles, chosen)
         here, rows = (row.batch, row.queries, row.head), (row.batch, row.head, row.queries)
@@ -311,13 +316,13 @@ def d_keys(
     """
     batches, kv_len, kv_heads, dim = problem.k.shape
     heads, v_dim, dtype = problem.q.shape[2], problem.v.shape[-1], problem.k.dtype
-    chosen = config or default_config(
-        tiles.block_kv, tiles.block_q, max(dim, v_dim), dtype, rule=bool(tiles.rule), backward=True
-    )
+    chosen = config or _config(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
     parts, group = tiles.block_q // chosen.other, heads // kv_heads
     wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] > 1]
 
-    def d_keys_kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, offsets_ref, ids_ref, *refs):
+    def d_keys_kernel(
+        q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, offsets_ref, ids_ref, *refs
+    ):
         value_refs, d_k_ref, d_v_ref, *d_value_refs = _split(refs, len(problem.values))
         program, part = divmod_i32(pl.program_id(0), kv_len // chosen.own)
         batch, kv_head = divmod_i32(program, kv_heads)
@@ -372,6 +377,12 @@ def d_keys(
     )(*problem[:3], *cotangents, offsets, q_indices, *problem.values)
     found = {n: d[..., None, :] for n, d in zip(wanted, d_values, strict=True)}
     return d_k, d_v, tuple(found.get(n) for n in range(len(problem.values)))
+
+
+def _config(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
+    width = max(problem.q.shape[-1], problem.v.shape[-1])
+    rule = tiles.rule is not None
+    return default_config(own, other, width, problem.q.dtype, rule=rule, backward=backward)
 
 
 def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
