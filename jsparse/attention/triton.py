@@ -124,7 +124,8 @@ def _problem(operands: Operands, parts: Separated | None) -> triton.Problem:
             *(x[..., None, :] for x in parts.column_values),
             *parts.pair_values,
         )
-    return triton.Problem(*map(_pad_width, operands[:3]), values)
+    q, k, v = operands[:3]
+    return triton.Problem(_pad_width(q), _pad_width(k), _pad_width(v), values)
 
 
 def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Tiles:

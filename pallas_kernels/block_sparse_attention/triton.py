@@ -26,7 +26,7 @@ from pallas_kernels.block_sparse_attention.mosaic import LOG2_E, divmod_i32
 # read them. gradient(..., d_logits) -> what flows back to the logits, then to each value: None
 # where no gradient is asked for
 TileRule = Callable[..., jax.Array]
-TileGradient = Callable[..., Sequence[jax.Array | None]]
+TileGradient = Callable[..., Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
