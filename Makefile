@@ -93,6 +93,7 @@ $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 
 gpu-compile: $(CUDA_VENV)/.compile
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile $(if $(UPDATE),--update)
+	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile_triton
 
 gpu:
 	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu

@@ -153,8 +153,8 @@ def main() -> int:
     return compile_report.conclude(rows, arguments.report, names, update=arguments.update)
 
 
-def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
-    """Compiles a case, then its gradients."""
+def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable, list]:
+    """Attention of a case and its gradients, computed by `passes`, and what to lower them with."""
     q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-case.q_len // case.block_kv)
     shapes = (
         ((1, case.q_len, case.heads, case.dim), case.dtype),
@@ -178,7 +178,7 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
         )
         problem = prepare(q, k, v, plan, **case.options(*arrays))
         return block_sparse_attention(
-            problem.operands, problem.plan, problem.mask, problem.rule, adapter.PASSES
+            problem.operands, problem.plan, problem.mask, problem.rule, passes
         )
 
     def gradients(q, k, v, kv_indices, kv_num_blocks, *arrays):
@@ -193,6 +193,12 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
         outputs, pullback = jax.vjp(changed, q, k, v, *(arrays[n] for n in floats))
         return pullback(jax.tree.map(jnp.ones_like, outputs))
 
+    return attention, gradients, inputs
+
+
+def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
+    """Compiles a case, then its gradients."""
+    attention, gradients, inputs = programs(case, sharding, adapter.PASSES)
     width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
     tile = case.block_q, case.block_kv
     forward = mosaic.default_config(*tile, *width)

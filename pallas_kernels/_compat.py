@@ -1,4 +1,4 @@
-"""The names of JAX's Mosaic GPU that move between versions or are not public.
+"""The names of Pallas on GPUs that move between versions or are not public.
 
 Nothing else in this package imports from `jax._src` or looks at a version.
 """
@@ -17,11 +17,28 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# what every kernel is interpreted by, and part of what compiled functions are kept by
+_MODE = config.pallas_tpu_interpret_mode_context_manager
+
 
 def interpreting() -> bool:
-    """Whether a kernel traced now is for JAX's interpreter on the CPU."""
-    mode = config.pallas_tpu_interpret_mode_context_manager.value
-    return isinstance(mode, InterpretGPUParams)
+    """Whether a Mosaic kernel traced now is for JAX's interpreter on the CPU."""
+    return isinstance(_MODE.value, InterpretGPUParams)
+
+
+def interpreting_triton() -> bool:
+    """Whether a Triton kernel traced now is to be computed by XLA, program by program."""
+    return _MODE.value is True
+
+
+@contextlib.contextmanager
+def triton_interpreter() -> Iterator[None]:
+    """Computes the Triton kernels traced inside by XLA, program by program, on any device."""
+    before = _MODE.swap_local(True)
+    try:
+        yield
+    finally:
+        _MODE.set_local(before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """`attend`: attention for a plan and a mask, by whichever implementation can do it here."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention import mosaic, reference, xla
+from jsparse.attention import mosaic, reference, triton, xla
 from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
@@ -204,27 +205,33 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
 
 
-def _mosaic(problem: Problem) -> tuple[Array, Array]:
+def _by_kernels(adapter: Any, problem: Problem) -> tuple[Array, Array]:
     return block_sparse_attention(
-        problem.operands, with_plan(problem), problem.mask, problem.rule, mosaic.PASSES
+        problem.operands, with_plan(problem), problem.mask, problem.rule, adapter.PASSES
     )
 
 
-def _mosaic_refuses(problem: Problem) -> str | None:
-    if not (problem.plan is None or isinstance(problem.plan, BlockMask)):
-        return f"the tile executor does not take {type(problem.plan).__name__}."
+def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
+    reason = _xla_refuses(problem)
+    if reason:
+        return reason
     block_q = block_kv = DEFAULT_BLOCK
-    if problem.plan is not None:
+    if isinstance(problem.plan, BlockMask):
         block_q, block_kv = problem.plan.block_q, problem.plan.block_kv
-    return mosaic.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
+    return adapter.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
 
 
-_CALLS = {"reference": _reference, "xla": _xla, "mosaic": _mosaic}
+_CALLS = {
+    "reference": _reference,
+    "xla": _xla,
+    "mosaic": partial(_by_kernels, mosaic),
+    "triton": partial(_by_kernels, triton),
+}
 _REFUSES: dict[str, Callable[[Problem], str | None]] = {
     "reference": lambda problem: None,
     "xla": _xla_refuses,
-    "mosaic": _mosaic_refuses,
-    "triton": lambda problem: "there is no Triton kernel in this version.",
+    "mosaic": partial(_kernels_refuse, mosaic),
+    "triton": partial(_kernels_refuse, triton),
 }
 
 

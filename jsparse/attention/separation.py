@@ -4,6 +4,8 @@ A GPU kernel holds a tile of logits in registers, where it can do arithmetic but
 in arrays. What a mask or a score_mod looks up, though, mostly belongs to a query or to a key (a
 segment id, an interval's end, a slope per head). That part is computed before, a value per query
 and a value per key; the arithmetic that is left goes into the kernel, and so does its derivative.
+What an array says pair by pair (a dense mask, a full bias) may go along as it is, for kernels that
+read it tile by tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jsparse import _compat
@@ -21,8 +24,8 @@ ELEMENTWISE = frozenset(
     "log logistic lt max min mul ne neg not one_minus_square or rem round rsqrt select_n sign sin "
     "square stop_gradient sub tanh xor".split()
 )
-# on scalars these change nothing
-_IDENTITIES = frozenset("broadcast_in_dim copy reshape squeeze".split())
+# on scalars these change nothing; a derivative sums over no axis where devices have a mesh
+_IDENTITIES = frozenset("broadcast_in_dim copy reduce_sum reshape squeeze".split())
 _LOGIT, _QUERY, _KEY, _BATCH, _HEAD = _ARGUMENTS = ("logit", "q", "kv", "batch", "head")
 
 LogitFunction = Callable[[Array, Array, Array, Array, Array], Array]
@@ -32,7 +35,8 @@ Reader = Callable[[], Array]
 class Separated(NamedTuple):
     """A rule in two parts: values computed before, and element-by-element arithmetic.
 
-    Values have axes for sequences, heads and tokens, each of length 1 where it makes no difference.
+    Values have axes for sequences, heads and tokens, each of length 1 where it makes no difference;
+    those per pair have axes for queries and for keys.
 
     Values reach the arithmetic as functions without arguments, called where a value is used; they
     give arrays of the logits' shape, as the indices are.
@@ -41,6 +45,12 @@ class Separated(NamedTuple):
     row_values: tuple[Shaped[Array, "_ _ _"], ...]
     column_values: tuple[Shaped[Array, "_ _ _"], ...]
     inside: "_Inside"
+    pair_values: tuple[Shaped[Array, "_ _ _ _"], ...] = ()
+
+    @property
+    def values(self) -> tuple[tuple[Array, ...], ...]:
+        """All that is computed before: per query, per key, per pair."""
+        return self.row_values, self.column_values, self.pair_values
 
     def rule(
         self,
@@ -49,9 +59,10 @@ class Separated(NamedTuple):
         kv_index: Int[Array, "..."],
         row_values: Sequence[Reader],
         column_values: Sequence[Reader],
+        pair_values: Sequence[Reader] = (),
     ) -> Float[Array, "..."]:
         """The changed logits."""
-        given = (logits, q_index, kv_index, *row_values, *column_values)
+        given = (logits, q_index, kv_index, *row_values, *column_values, *pair_values)
         return self.inside.forward(given, logits.shape)[0]
 
     def gradient(
@@ -62,9 +73,10 @@ class Separated(NamedTuple):
         row_values: Sequence[Reader],
         column_values: Sequence[Reader],
         d_logits: Float[Array, "..."],
+        pair_values: Sequence[Reader] = (),
     ) -> list[Float[Array, "..."]]:
-        """What flows back: to the logits, then to each f32 value per query, then per key."""
-        given = (logits, q_index, kv_index, *row_values, *column_values, d_logits)
+        """What flows back: to the logits, then to each f32 value per query, per key, per pair."""
+        given = (logits, q_index, kv_index, *row_values, *column_values, *pair_values, d_logits)
         return self.inside.backward(given, logits.shape)
 
 
@@ -74,7 +86,14 @@ class _Inside(NamedTuple):
 
 
 def separate(
-    function: LogitFunction, *, batches: int, heads: int, q_len: int, kv_len: int
+    function: LogitFunction,
+    *,
+    batches: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    operations: frozenset[str] = ELEMENTWISE,
+    pairs: int | None = None,
 ) -> Separated | str:
     """Splits `function(logit, q_index, kv_index, batch, head) -> logit`, written for scalars.
 
@@ -84,6 +103,9 @@ def separate(
       heads: Number of query heads.
       q_len: Number of queries that get a value.
       kv_len: Number of keys that get a value.
+      operations: What the kernel computes on registers.
+      pairs: How many pairs of tokens there are, for a kernel that reads values per pair: such
+        values it gets where they are looked up in an array that is as large itself. Default: none.
 
     Returns:
       The parts, or a sentence that says what cannot be split.
@@ -97,7 +119,7 @@ def separate(
         used = frozenset().union(*(depends[v] for v in step.variables))
         depends |= dict.fromkeys(step.outputs, used)
 
-    before = _steps_before(program, depends)
+    before = _steps_before(program, depends, operations, by_pair=pairs is not None)
     if isinstance(before, str):
         return before
     inside = _compat.needed([s for s in program.steps if s.index not in before], program.outputs)
@@ -106,16 +128,28 @@ def separate(
     for value in values:
         if value.aval.dtype not in (jnp.float32, jnp.int32, jnp.bool_):
             return f"it cannot hand {value.aval.dtype} values to a kernel; convert to f32 or int32."
+    both = [value for value in values if {_QUERY, _KEY} <= depends[value]]
+    for value in both:
+        repeats = (batches if _BATCH in depends[value] else 1) * (
+            heads if _HEAD in depends[value] else 1
+        )
+        if _largest_source(program, value) < repeats * (pairs or 0):
+            return (
+                "a mask, bias or score_mod looks up by query and by key what is no array of all "
+                "pairs, which a kernel cannot do in registers."
+            )
     rows = [value for value in values if _KEY not in depends[value]]
-    columns = [value for value in values if _KEY in depends[value]]
-    part = program._replace(inputs=(*indices, *rows, *columns), constants={}, steps=tuple(inside))
-    backward = _derivative(part)
+    columns = [v for v in values if _KEY in depends[v] and v not in both]
+    inputs = (*indices, *rows, *columns, *both)
+    part = program._replace(inputs=inputs, constants={}, steps=tuple(inside))
+    backward = _derivative(part, operations)
     if isinstance(backward, str):
         return backward
+    lengths = {_QUERY: q_len, _KEY: kv_len}
 
-    def compute(value: Any, length: int) -> Array:
-        argument = _KEY if _KEY in depends[value] else _QUERY
-        sizes = {_BATCH: batches, _HEAD: heads, argument: length}
+    def compute(value: Any) -> Array:
+        tokens = [a for a in lengths if a in depends[value]] or [_QUERY]
+        sizes = {_BATCH: batches, _HEAD: heads} | {a: lengths[a] for a in tokens}
 
         def at(*positions):
             given = dict(zip(sizes, positions, strict=True))
@@ -126,26 +160,46 @@ def separate(
             at = jax.vmap(at, in_axes=tuple(0 if n == axis else None for n in range(len(sizes))))
         used = (jnp.arange(size if name in depends[value] else 1) for name, size in sizes.items())
         result = at(*used)
-        return result.astype(jnp.int32) if value.aval.dtype == jnp.bool_ else result
+        if value.aval.dtype != jnp.bool_:
+            return result
+        # pairs are many; not int8, for Pallas counts bytes, not elements, where it widens offsets
+        return result.astype(jnp.int16 if len(tokens) == 2 else jnp.int32)
 
     return Separated(
-        tuple(compute(value, q_len) for value in rows),
-        tuple(compute(value, kv_len) for value in columns),
+        tuple(map(compute, rows)),
+        tuple(map(compute, columns)),
         _Inside(_on_arrays(part), _on_arrays(backward)),
+        tuple(map(compute, both)),
     )
 
 
-def _steps_before(program: "_compat.Program", depends: dict) -> set[int] | str:
+def _largest_source(program: "_compat.Program", value: Any) -> int:
+    """How many numbers the largest array has that a value follows from."""
+    read = {v for step in _compat.needed(program.steps, [value]) for v in step.variables}
+    return max((np.size(program.constants[v]) for v in read if v in program.constants), default=0)
+
+
+def _steps_before(
+    program: "_compat.Program", depends: dict, operations: frozenset[str], *, by_pair: bool
+) -> set[int] | str:
     """The steps to take before the kernel, or a sentence about one that cannot be."""
     before: set[int] = set()
+    pairwise: set[Any] = set()
     # a sequence or a head is one number in a kernel, so what follows from it alone is computed too
     computed = {*program.constants, *program.inputs[3:]}
     for step in program.steps:
         one_token = not {_QUERY, _KEY} <= depends[step.outputs[0]]
         one_token &= _LOGIT not in depends[step.outputs[0]]
-        looks_up = not _in_registers(step)
+        looks_up = not _in_registers(step, operations)
         if looks_up and not one_token:
-            return _refused(step)
+            if not by_pair or _LOGIT in depends[step.outputs[0]]:
+                return _refused(step)
+            before.add(step.index)
+            pairwise.update(step.outputs)
+        # a conversion of a value per pair, say
+        if len(step.variables) == 1 and step.variables[0] in pairwise:
+            before.add(step.index)
+            pairwise.update(step.outputs)
         # what follows from values that are computed before may as well be
         follows = bool(step.variables) and all(v in computed for v in step.variables)
         if one_token and (looks_up or follows):
@@ -154,9 +208,9 @@ def _steps_before(program: "_compat.Program", depends: dict) -> set[int] | str:
     return before
 
 
-def _in_registers(step: "_compat.Step") -> bool:
+def _in_registers(step: "_compat.Step", operations: frozenset[str]) -> bool:
     scalars = not any(v.aval.shape for v in (*step.variables, *step.outputs))
-    return scalars and step.name in ELEMENTWISE | _IDENTITIES
+    return scalars and step.name in operations | _IDENTITIES
 
 
 def _refused(step: "_compat.Step") -> str:
@@ -174,7 +228,7 @@ def _frontier(inside: list, outputs: Sequence[Any], indices: Sequence[Any]) -> l
     return [v for v in dict.fromkeys(read) if v not in made]
 
 
-def _derivative(part: "_compat.Program") -> "_compat.Program | str":
+def _derivative(part: "_compat.Program", operations: frozenset[str]) -> "_compat.Program | str":
     """The program of the gradient by the logit and by each f32 value, on scalars."""
     (output,) = part.outputs
     floats = [n for n, v in enumerate(part.inputs) if v.aval.dtype == jnp.float32]
@@ -197,7 +251,7 @@ def _derivative(part: "_compat.Program") -> "_compat.Program | str":
     program = _compat.inline(traced)
     kept = _compat.needed(program.steps, program.outputs)
     for step in kept:
-        if not _in_registers(step):
+        if not _in_registers(step, operations):
             return _refused(step)
     return program._replace(steps=tuple(kept))
 

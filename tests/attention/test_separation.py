@@ -174,3 +174,18 @@ def test_a_lookup_by_query_and_key_is_refused(function):
     answer = separate(function, batches=BATCHES, heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN)
     assert isinstance(answer, str)
     assert "cannot do in registers" in answer
+
+
+def test_values_per_pair_are_as_many_as_the_array_they_come_from():
+    sizes = {"batches": BATCHES, "heads": HEADS, "q_len": Q_LEN, "kv_len": KV_LEN}
+    pairs = jnp.asarray(RNG.random((BATCHES, 1, Q_LEN, KV_LEN)) < 0.5)
+    parts = separate(masked(m.dense(pairs)), **sizes, pairs=Q_LEN * KV_LEN)
+    assert not isinstance(parts, str), parts
+    (found,) = parts.pair_values
+    np.testing.assert_array_equal(found != 0, pairs)
+    small = separate(
+        lambda logit, q, kv, batch, head: logit + TABLE[q - kv], **sizes, pairs=Q_LEN * KV_LEN
+    )
+    assert isinstance(small, str)
+    assert "all pairs" in small
+    assert "with a query and a key" in separate(masked(m.dense(pairs)), **sizes)

@@ -1,0 +1,293 @@
+"""Compiles the Triton kernels for several chips on a machine without a GPU; holds them to gates.
+
+Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings both.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# first: it says to jax what has to be said before that is loaded
+from benchmarks import gpu_compile as common  # isort: skip
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jsparse as js
+from benchmarks.gpu_compile import Case
+from jsparse.attention.triton import PASSES
+
+
+class Chip(NamedTuple):
+    """What a compiler wants to know of a GPU, and what products on its tensor cores are called."""
+
+    name: str
+    capability: str
+    cores: int
+    shared_memory: int
+    product: str
+
+    def description(self) -> str:
+        """The H200's, changed where it matters to a compiler."""
+        major, minor = self.capability.split(".")
+        known = {
+            "core_count": self.cores,
+            "shared_memory_per_block_optin": self.shared_memory,
+            "shared_memory_per_core": self.shared_memory + 1024,
+            "major": major,
+            "minor": minor,
+        }
+        text = common.H200.replace("NVIDIA H200", self.name)
+        for key, value in known.items():
+            text = re.sub(rf"\b{key}: \d+", f"{key}: {value}", text)
+        return text
+
+
+CHIPS = (
+    Chip("NVIDIA A100", "8.0", 108, 166_912, r"\bmma\.sync"),
+    # as little shared memory as any chip has that is not too old
+    Chip("NVIDIA L4", "8.9", 58, 101_376, r"\bmma\.sync"),
+    Chip("NVIDIA H200", "9.0", 132, 232_448, r"wgmma\.mma_async|\bmma\.sync"),
+    Chip("NVIDIA B200", "10.0", 148, 232_448, r"tcgen05\.mma|\bmma\.sync"),
+)
+
+
+def every_operation(table, logit, batch, head, q, kv):
+    """What a rule may do on registers, derivatives and all."""
+    far = jnp.abs(q - kv).astype(jnp.float32)
+    x = jnp.clip(jnp.sin(logit) * jnp.cos(far) + jnp.log1p(far) - jnp.exp2(-far), -9, table[kv])
+    x = x + jax.lax.rsqrt(1 + x * x) + jnp.sqrt(1 + far) * jnp.sign(x) + jnp.floor(x) + jnp.ceil(x)
+    x = jnp.expm1(jnp.tanh(x)) + jax.lax.logistic(x) ** 3 + (2 + jnp.tanh(x)) ** (1 + far / T)
+    x = jnp.where((q % 7 < kv // 3) ^ (head == 1) | ~(x > 1), x, jnp.maximum(jnp.exp(-x), far))
+    return x + jax.lax.stop_gradient(jnp.log(1 + x * x)) / (1 + far)
+
+
+T = 4096
+PAIRS = (1, T, T)
+SHARED = frozenset({"causal", "segments", "score_mod (ALiBi)", "bias per key, traced scale"})
+CASES = (
+    *(Case(f"dim {dim}", dim, dim) for dim in (16, 64, 128, 256)),
+    *(Case(f"dim {dim}, f32", dim, dim, dtype="float32") for dim in (64, 128, 256)),
+    Case("dim 128, float16", dtype="float16"),
+    Case("dim 192, v_dim 128", 192, 128),
+    Case("dim 64, tiles 16 x 16", 64, 64, 16, 16, q_len=T),
+    Case("dim 128, tiles 64 x 32", 128, 128, 64, 32),
+    *(case for case in common.CASES if case.name in SHARED),
+    Case(
+        "causal, f32",
+        dtype="float32",
+        options=lambda: {"mask": js.masks.causal()},
+    ),
+    Case(
+        "softcap, score_mod, dim 64",
+        64,
+        64,
+        options=lambda slopes: {
+            "mask": js.masks.causal(),
+            "softcap": 30.0,
+            "score_mod": lambda logit, batch, head, q, kv: logit - slopes[head] * (q - kv),
+        },
+        arrays=(((16,), "float32"),),
+    ),
+    Case(
+        "every operation",
+        *(16, 16, 16, 16),  # sines alone fill hundreds of lines
+        options=lambda table: {"score_mod": functools.partial(every_operation, table)},
+        arrays=(((T,), "float32"),),
+        q_len=T,
+    ),
+    Case(
+        "dense mask",
+        q_len=T,
+        options=lambda pairs: {"mask": js.masks.dense(pairs)},
+        arrays=(((1, *PAIRS), "bool"),),
+    ),
+    Case(
+        "bias of all pairs",
+        q_len=T,
+        options=lambda bias: {"bias": bias},
+        arrays=((PAIRS, "bfloat16"),),
+    ),
+)
+KERNELS = {"forward": 1, "gradients": 3}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="compile only cases whose name has this in it")
+    parser.add_argument("--chip", default="", help="compile only for this compute capability")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    chosen = [
+        (chip, case)
+        for chip in CHIPS
+        for case in CASES
+        if arguments.only in case.name and arguments.chip in ("", chip.capability)
+    ]
+    if not chosen:
+        parser.error("no case has such a name, or there is no such chip")
+    console = Console(width=None if sys.stdout.isatty() else 125)
+    rows = []
+    for chip, case in track(chosen, "compiling", console=console):
+        rows += compiled_passes(case, chip)
+    console.print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1))
+    failed = [row for row in rows if row["failed"]]
+    for row in failed:
+        name = f"{row['capability']}, {row['name']}, {row['kernel']}"
+        console.print(f"[red]{name}: {'; '.join(row['failed'])}", highlight=False)
+    return 1 if failed else 0
+
+
+def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
+    """Compiles a case, then its gradients."""
+    device = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=chip.name,
+        target_config=chip.description(),
+        topology="1x1x1",
+    ).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    attention, gradients, inputs = common.programs(case, sharding, PASSES)
+    for name, function in (("forward", attention), ("gradients", gradients)):
+        rows = list(measure(function, inputs, chip))
+        for row in rows:
+            # the gradients compute the forward pass again; one report of that is enough
+            if name == "forward" or not row["kernel"].startswith("forward"):
+                yield {"name": case.name, "capability": chip.capability, **row}
+        if len(rows) != KERNELS[name]:
+            sys.exit(f"{case.name}, {name}: {len(rows)} kernels, not {KERNELS[name]}, were dumped.")
+
+
+def measure(function: Callable, inputs: list, chip: Chip) -> Iterator[dict[str, Any]]:
+    """Compiles a function and reads what the compilers say of each Triton kernel in it."""
+    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
+        # the second, or versions from 0.11 on leave no .ptx
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+        with _lowering_for(chip):
+            compiled = jax.jit(function).lower(*inputs).compile(compiler_options=options)
+        memory = compiled.memory_analysis()
+        (thunks,) = (path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
+        for path in Path(folder).glob("*.ptx"):
+            ptx = path.read_text()
+            if "_kernel(" not in ptx:
+                continue
+            target = _found(r"^\.target (\w+)", ptx)
+            for kernel in re.findall(r"\.entry (\w+)_kernel\(", ptx):
+                body = ptx.split(f".entry {kernel}_kernel(")[1].split(".entry ")[0]
+                said = _assembled(path, target, f"{kernel}_kernel")
+                asked = _found(rf"{kernel}_kernel .*shared_memory: (\d+)", thunks)
+                row = {
+                    "kernel": kernel,
+                    "target": target,
+                    "warps": int(_found(r"\.(?:req|max)ntid (\d+)", body)) // 32,
+                    "registers": int(_found(r"Used (\d+) registers", said)),
+                    "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+                    "shared_memory": int(asked),
+                    "tensor_core": len(re.findall(chip.product, body)),
+                    "copies": len(re.findall(r"cp\.async\.c[ag]", body)),
+                    "temp_bytes": memory.temp_size_in_bytes,
+                    "input_bytes": memory.argument_size_in_bytes,
+                }
+                row["failed"] = [sentence for sentence, wrong in _gates(row, chip) if wrong]
+                yield row
+
+
+def _assembled(ptx: Path, target: str, kernel: str) -> str:
+    """What ptxas says of one of the kernels in a file."""
+    command = [_ptxas(), f"-arch={target}", "-v", str(ptx), "-o", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return report.split(f"entry function '{kernel}'")[1].split("entry function")[0]
+
+
+def _gates(row: dict[str, Any], chip: Chip) -> list[tuple[str, bool]]:
+    major, minor = chip.capability.split(".")
+    return [
+        ("no product is on the tensor cores", row["tensor_core"] == 0),
+        ("no load is asynchronous", row["copies"] == 0),
+        (f"compiled for {row['target']}", not row["target"].startswith(f"sm_{major}{minor}")),
+        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
+        # padded copies, f32 outputs and lists, at most
+        (
+            f"{row['temp_bytes']} bytes of temporaries for {row['input_bytes']} of inputs",
+            row["temp_bytes"] > 4 * row["input_bytes"],
+        ),
+    ]
+
+
+def _lowering_for(chip: Chip) -> contextlib.AbstractContextManager:
+    """From 0.11 on Triton kernels are lowered for a device that has a name."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(
+        device_kind=chip.name, num_cores=chip.cores, platform="gpu"
+    )
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def _ptxas() -> str:
+    packages = [path for path in map(Path, sys.path) if path.name == "site-packages"]
+    found = [str(p) for path in packages for p in path.glob("nvidia/*/bin/ptxas")]
+    # one that came with this plugin reads what it writes; an older one may not
+    program = next(iter(found), None) or shutil.which("ptxas")
+    return program or sys.exit("There is no ptxas; install nvidia-cuda-nvcc.")
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match.group(1) if match else sys.exit(f"The compiler did not say {pattern!r}.")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The figures, and a mark for each kernel that passed."""
+    out = Table(
+        title=f"block-sparse attention, Triton, jax {jax.__version__}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    out.add_column("kernel", no_wrap=True)
+    for name in (
+        "",
+        "chip",
+        "warps",
+        "regs",
+        "spill",
+        "smem KB",
+        "products",
+        "copies",
+        "temp MB",
+        "",
+    ):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row["name"],
+            row["kernel"],
+            row["capability"],
+            *(str(row[name]) for name in ("warps", "registers", "spill_bytes")),
+            f"{row['shared_memory'] / 1024:.0f}",
+            *(str(row[name]) for name in ("tensor_core", "copies")),
+            f"{row['temp_bytes'] / 2**20:.1f}",
+            "[red]fails" if row["failed"] else "[green]ok",
+        )
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What the adapters of GPU kernels share: refusals, widths, the rule, the frame of a gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.separation import Separated, separate
+from jsparse.types import Mask
+
+
+def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
+    """Why a kernel does not run on this machine, or None.
+
+    Args:
+      wanted: What it needs, in words.
+      fits: Whether a GPU of a compute capability, such as "9.0", will do.
+    """
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return f"it needs {wanted}; the default backend is {platform}."
+    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    return None if fits(capability) else f"it needs {wanted}; this one has {capability}."
+
+
+def pad_width(x: Array, width: int) -> Array:
+    """Fills the last axis with zeros up to `width`."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def tile_rule(
+    operands: Operands,
+    mask: Mask | None,
+    rule: LogitRule,
+    q_len: int,
+    kv_len: int,
+    ragged: bool,
+    **options: Any,
+) -> Separated | str | None:
+    """What happens to logits, as kernels take it; None where only a constant scales them.
+
+    Args:
+      operands: Of attention.
+      mask: Who may see whom.
+      rule: What changes logits.
+      q_len: Queries, padding included.
+      kv_len: Keys, padding included.
+      ragged: Whether there is padding among the keys.
+      **options: What the kernel can do; see `separate`.
+
+    Returns:
+      The parts of the rule, or a sentence that says why it cannot be split.
+    """
+    bias = operands.bias
+    if mask is None and bias is None and not ragged and not rule.changes_logits:
+        return None
+
+    def on_scalars(logit, q_index, kv_index, batch, head):
+        extra = None
+        if bias is not None:
+            position = (batch, head, q_index, kv_index)
+            at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
+            extra = bias[at]
+        logit = rule.modify(
+            logit, extra, operands.scale, operands.captured, q_index, kv_index, batch, head
+        )
+        return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
+
+    batches, _, heads, _ = operands.q.shape
+    sizes = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+    return separate(on_scalars, **sizes, **options)
+
+
+def row_terms(
+    out: Float[Array, "batch q_len heads v_dim"],
+    lse: Float[Array, "batch heads q_len"],
+    d_out: Float[Array, "batch q_len heads v_dim"],
+    d_lse: Float[Array, "batch heads q_len"],
+) -> tuple[Float[Array, "batch heads q_len"], Float[Array, "batch heads q_len"]]:
+    """What the derivative of a softmax wants per row: the lse in base 2, and delta.
+
+    The lse of a row that saw nothing is +inf, so that its probabilities are 0. Delta is the row sum
+    of `out * d_out`, less the gradient of the lse.
+    """
+    empty = jnp.isneginf(lse)
+    delta = jnp.swapaxes((out * d_out.astype(jnp.float32)).sum(-1), 1, 2)
+    return jnp.where(empty, jnp.inf, lse / np.log(2.0)), delta - jnp.where(empty, 0.0, d_lse)
+
+
+def gradients(
+    operands: Operands,
+    split: Callable[[Operands], Separated | str | None],
+    kernels: Callable[[Separated | None], tuple[Array, Array, Array, Any]],
+) -> Operands:
+    """The gradient by every operand, from what kernels compute.
+
+    Args:
+      operands: Of attention.
+      split: Gives the parts of the rule, as `tile_rule` does.
+      kernels: Gives, for these parts, the gradients by q, k and v, of padded width, and those by
+        the parts' `values`, per sequence, head and token even where values are shared; None for
+        values without a gradient.
+    """
+
+    def parts_of(operands: Operands) -> Separated | None:
+        parts = split(operands)
+        assert not isinstance(parts, str)  # the forward pass was refused then
+        return parts
+
+    def values(operands: Operands):
+        parts = parts_of(operands)
+        return parts.values if parts else ()
+
+    computed, pullback = jax.vjp(values, operands)
+    d_q, d_k, d_v, d_values = kernels(parts_of(operands))
+    (d_modifiers,) = pullback(
+        jax.tree.map(_cotangent, d_values, computed, is_leaf=lambda x: x is None)
+    )
+    q, k, v = operands[:3]
+    return d_modifiers._replace(
+        q=d_q[..., : q.shape[-1]], k=d_k[..., : k.shape[-1]], v=d_v[..., : v.shape[-1]]
+    )
+
+
+def _cotangent(gradient: Array | None, value: Array) -> Any:
+    """A gradient per sequence, head and token, summed where the value is shared."""
+    if gradient is None:
+        integral = not jnp.issubdtype(value.dtype, jnp.inexact)
+        return np.zeros(value.shape, jax.dtypes.float0) if integral else jnp.zeros_like(value)
+    shared = tuple(n for n in range(value.ndim) if value.shape[n] == 1)
+    return gradient.sum(shared, keepdims=True)

@@ -1,0 +1,160 @@
+"""Block-sparse attention by the Triton kernels; what they cannot do, and why."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsparse.attention import kernels, xla
+from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.separation import ELEMENTWISE, Separated
+from jsparse.types import InverseList, Mask
+from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention import triton
+
+OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
+
+
+def refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str | None:
+    """Why the kernels cannot do this here, or None if they can."""
+    q, _, v = operands[:3]
+    reason = _device_refuses() or triton.refusal(
+        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
+    )
+    if reason:
+        return reason
+    ragged = bool(rule.kv_len % block_kv)
+    parts = _tile_rule(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    return parts if isinstance(parts, str) else None
+
+
+def forward(
+    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
+    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
+    q, k, v = operands[:3]
+    parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
+    problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+    out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
+    return out[..., : v.shape[-1]], lse
+
+
+def backward(
+    operands: Operands,
+    lists: Lists,
+    inverse: InverseList,
+    out: Float[Array, "batch q_len heads v_dim"],
+    lse: Float[Array, "batch heads q_len"],
+    d_out: Float[Array, "batch q_len heads v_dim"],
+    d_lse: Float[Array, "batch heads q_len"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> Operands:
+    """Computes the gradient by every operand."""
+    q, k = operands[:2]
+    by_pair = False
+
+    def split(operands: Operands) -> Separated | str | None:
+        lengths = q.shape[1], k.shape[1]
+        return _tile_rule(operands, lists.mask, rule, *lengths, sizes.ragged)
+
+    def compute(parts: Separated | None):
+        nonlocal by_pair
+        problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+        lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
+        padded = _pad_width(d_out.astype(q.dtype))
+        cotangents = triton.Cotangents(padded, lse2, delta)
+        found = lists.kv_indices, lists.kv_num_blocks
+        d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
+        turned = inverse.offsets, inverse.q_indices
+        d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
+        if parts is None:
+            return d_q, d_k, d_v, ()
+        by_pair = any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
+        rows, columns = len(parts.row_values), len(parts.column_values)
+        d_values = (
+            tuple(d if d is None else d[..., 0] for d in per_query[:rows]),
+            tuple(d if d is None else d[..., 0, :] for d in per_key[rows : rows + columns]),
+            (None,) * len(parts.pair_values),
+        )
+        return d_q, d_k, d_v, d_values
+
+    result = kernels.gradients(operands, split, compute)
+    if not by_pair:
+        return result
+    # values per pair have theirs from the loops of XLA, which drops these where nobody asks
+    looped = xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    return looped._replace(q=result.q, k=result.k, v=result.v)
+
+
+PASSES = Passes(forward, backward, xla.differentiable_forward)
+
+
+def _device_refuses() -> str | None:
+    if _compat.interpreting_triton():
+        return None
+    return kernels.device_refusal(
+        "an NVIDIA GPU of compute capability 8.0 or newer",
+        lambda capability: capability.partition(".")[0].isdecimal() and float(capability) >= 8.0,
+    )
+
+
+def _tile_rule(
+    operands: Operands,
+    mask: Mask | None,
+    rule: LogitRule,
+    q_len: int,
+    kv_len: int,
+    ragged: bool,
+) -> Separated | str | None:
+    options: dict[str, Any] = {"operations": OPERATIONS, "pairs": rule.q_len * rule.kv_len}
+    return kernels.tile_rule(operands, mask, rule, q_len, kv_len, ragged, **options)
+
+
+def _problem(operands: Operands, parts: Separated | None) -> triton.Problem:
+    values: tuple[Array, ...] = ()
+    if parts is not None:
+        values = (
+            *(x[..., None] for x in parts.row_values),
+            *(x[..., None, :] for x in parts.column_values),
+            *parts.pair_values,
+        )
+    q, k, v = operands[:3]
+    return triton.Problem(_pad_width(q), _pad_width(k), _pad_width(v), values)
+
+
+def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Tiles:
+    """What the kernels do with logits; their values stand in one row, here they are in three."""
+    if parts is None:
+        return triton.Tiles(sizes.block_q, sizes.block_kv, rule.scale)
+    rows, columns = len(parts.row_values), len(parts.column_values)
+
+    def by_kind(values):
+        return values[:rows], values[rows : rows + columns], values[rows + columns :]
+
+    def changed(logits, q_index, kv_index, values):
+        return parts.rule(logits, q_index, kv_index, *by_kind(values))
+
+    def gradient(logits, q_index, kv_index, values, d_logits):
+        per_query, per_key, per_pair = by_kind(values)
+        d_changed, *d_floats = parts.gradient(
+            logits, q_index, kv_index, per_query, per_key, d_logits, per_pair
+        )
+        floats = iter(d_floats)
+        all_values = (x for kind in parts.values for x in kind)
+        return d_changed, *(next(floats) if x.dtype == jnp.float32 else None for x in all_values)
+
+    return triton.Tiles(sizes.block_q, sizes.block_kv, None, changed, gradient)
+
+
+def _padded_width(x: Array) -> int:
+    return max(16, 1 << (x.shape[-1] - 1).bit_length())
+
+
+def _pad_width(x: Array) -> Array:
+    return kernels.pad_width(x, _padded_width(x))

@@ -1,0 +1,188 @@
+"""The Triton kernels, computed by XLA program by program; compilers see them in benchmarks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.testing import CASES, FEATURES, AttentionSuite, Problem
+from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention import triton
+from tests.inputs import qkv
+
+# the others differ from these in what no line of the kernels is for
+QUICK = (
+    "one_kv_head v_dim fewer_queries rectangular_tiles columns lists_per_kv_head causal_ragged "
+    "segments bias_full bias_queries score_mod scale_array two_batch_axes empty_rows hidden_rows"
+).split()
+attend = functools.partial(js.attend, implementation="triton")
+interpreted = pytest.mark.usefixtures("interpreter")
+
+
+@pytest.fixture
+def interpreter():
+    # around the whole test: gradients are traced after the call that they belong to
+    with _compat.triton_interpreter():
+        yield
+
+
+@interpreted
+class TestTriton(AttentionSuite):
+    attention = staticmethod(attend)
+    # those cases have tiles with a side below 16; larger ones are tested below
+    supports = FEATURES - {"rectangular_tiles"}
+
+    def pytest_generate_tests(self, metafunc):
+        if "case" in metafunc.fixturenames:
+            slow = [pytest.mark.slow]
+            cases = [
+                pytest.param(case, id=case.name, marks=[] if case.name in QUICK else slow)
+                for case in CASES
+            ]
+            metafunc.parametrize("case", cases)
+
+
+def close(got, expected, tolerance):
+    """Every array within `tolerance` of the largest entry of the expected one."""
+    for mine, true in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        mine, true = np.asarray(mine, np.float64), np.asarray(true, np.float64)
+        finite = np.isfinite(true)
+        np.testing.assert_array_equal(np.isfinite(mine), finite)
+        size = max(1.0, np.abs(true[finite]).max(initial=0.0))
+        np.testing.assert_allclose(mine[finite], true[finite], rtol=0, atol=tolerance * size)
+
+
+def value_and_gradients(loss, implementation, *operands):
+    """Of `loss(implementation, *operands)`, by every operand."""
+    numbers = tuple(range(len(operands)))
+    run = jax.value_and_grad(functools.partial(loss, implementation), argnums=numbers)
+    return jax.jit(run)(*operands)
+
+
+@interpreted
+@pytest.mark.parametrize("pieces", [None, (16, 16), (16, 32), (32, 16)])
+def test_everything_at_once_in_pieces_of_tiles(pieces, monkeypatch):
+    """Programs compute a part of a tile, and read tiles part by part."""
+    if pieces:
+        config = triton.Config(*pieces)
+        monkeypatch.setattr(triton, "default_config", lambda *sizes, **which: config)
+    case = next(case for case in CASES if case.name == "everything")
+    sizes = {"block_q": 32, "block_kv": 64, "q_len": 80, "kv_len": 150, "bias": (2, 1, 1, 150)}
+    problem = Problem(dataclasses.replace(case, **sizes))
+    if pieces:
+        got = problem.value_and_gradients(attend)(problem.operands)
+        close(got, problem.exact(), problem.tolerance())
+    else:
+        got = jax.jit(lambda o: problem.run(attend, o))(problem.operands)
+        close(got, problem.exact()[:2], problem.tolerance())
+
+
+@interpreted
+def test_what_is_said_pair_by_pair():
+    """Tiles of a dense mask, of a bias and of an array that a score_mod looks into."""
+    q, k, v = qkv(48, 70, heads=2, kv_heads=1, batch=(2,))
+    rng = np.random.default_rng(0)
+    mask = js.masks.causal() & js.masks.dense(jnp.asarray(rng.random((2, 1, 48, 70)) < 0.7))
+    pairs = jnp.asarray(rng.normal(size=(48, 70)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(2, 48, 70)), jnp.bfloat16)
+    slopes = jnp.asarray(rng.normal(size=2), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    tiles = jnp.asarray(rng.random((2, 2, 3, 3)) < 0.8)
+    plan = js.BlockMask.from_dense(tiles, q_len=48, kv_len=70, block_q=16, block_kv=32)
+
+    def loss(implementation, q, k, v, pairs, bias, slopes):
+        def score_mod(logit, batch, head, q_index, kv_index):
+            return logit * (1 + pairs[q_index, kv_index]) + slopes[head] * kv_index
+
+        options = {"mask": mask, "bias": bias, "score_mod": score_mod}
+        out = js.attend(q, k, v, plan, **options, implementation=implementation)
+        return (out * weights).sum()
+
+    operands = q, k, v, pairs, bias, slopes
+    got = value_and_gradients(loss, "triton", *operands)
+    expected = value_and_gradients(loss, "reference", *operands)
+    assert [x.dtype for x in got[1]] == [x.dtype for x in operands]
+    # sums of some hundred roundings; the bias's gradient is rounded to its 8 bits once more
+    close(got[0], expected[0], 2e-5)
+    for n, (mine, true) in enumerate(zip(got[1], expected[1], strict=True)):
+        close(mine, true, 2**-8 if n == 4 else 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_16_bits(dtype):
+    """Their error is that of the inputs' rounding; nothing of what is not listed is read."""
+    q, k, v = qkv(64, 128, heads=2, kv_heads=1, dim=24, v_dim=40, dtype=dtype)
+    tiles = jnp.asarray([[[True, False], [True, False]], [[True, False], [False, False]]])
+    plan = js.BlockMask.from_dense(tiles, q_len=64, kv_len=128, block_q=32, block_kv=64)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2, 40)), jnp.float32)
+
+    def loss(implementation, q, k, v):
+        out, lse = js.attend(q, k, v, plan, return_lse=True, implementation=implementation)
+        seen = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return (out.astype(jnp.float32) * weights).sum() + (seen * weights[:, :, 0].T).sum()
+
+    unread = k.at[64:].set(jnp.nan), v.at[64:].set(jnp.nan)
+    _, got = value_and_gradients(loss, "triton", q, *unread)
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    _, want = value_and_gradients(loss, "reference", *exact)
+    for mine, true in zip(got, want, strict=True):
+        assert mine.dtype == dtype
+        error = jnp.linalg.norm((mine.astype(jnp.float32) - true).ravel())
+        # operands of the products are rounded once, at random, and so is the result
+        assert error <= 2 * jnp.finfo(dtype).eps * jnp.linalg.norm(true.ravel())
+
+
+@interpreted
+def test_second_derivatives():
+    q, k, v = qkv(32, heads=2, kv_heads=1)
+
+    def slope(implementation, q, k, v):
+        def loss(*operands):
+            out = js.attend(*operands, mask=js.masks.causal(), implementation=implementation)
+            return jnp.sin(out).sum()
+
+        return sum(jnp.sin(x).sum() for x in jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
+
+    got = value_and_gradients(slope, "triton", q, k, v)
+    close(got, value_and_gradients(slope, "reference", q, k, v), 2e-4)
+
+
+@interpreted
+def test_the_choice_falls_on_it_where_mosaic_cannot():
+    q, k, v = qkv(64)
+    found = js.explain(q, k, v)
+    assert found.implementation == "triton"
+    assert set(found.refused) == {"mosaic"}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_q": 8}, "16, 32, 64 or 128 queries, not 8"),
+        ({"block_kv": 48}, "16, 32, 64 or 128 keys, not 48"),
+        ({"dim": 257}, "up to 256, not 512"),
+        ({"score_mod": lambda s, b, h, i, j: s + jnp.arange(99.0)[i - j + 49]}, "all pairs"),
+        ({"score_mod": lambda s, b, h, i, j: jax.lax.erf(s)}, "does 'erf'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_a_sentence(change, reason):
+    sizes = {"block_q": 16, "block_kv": 16, "dim": 16, **change}
+    q, k, v = qkv(48, heads=1, kv_heads=1, dim=sizes["dim"])
+    sides = {name: sizes[name] for name in ("block_q", "block_kv")}
+    tiles = jnp.ones((1, -(-48 // sides["block_q"]), -(-48 // sides["block_kv"])), bool)
+    plan = js.BlockMask.from_dense(tiles, q_len=48, kv_len=48, **sides)
+    with pytest.raises(NotImplementedError, match=reason):
+        attend(q, k, v, plan, score_mod=change.get("score_mod"))
+
+
+def test_without_a_gpu_it_is_refused():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(NotImplementedError, match="compute capability 8.0 or newer"):
+        attend(*qkv(16))
