@@ -1,19 +1,20 @@
 """Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jsparse.attention import xla
+from jsparse.attention import whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat as kernels
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.ring import LANES
 
 
@@ -30,8 +31,8 @@ def refusal(
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    tile_rule = _tile_rule(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
-    return tile_rule if isinstance(tile_rule, str) else None
+    parts = _split(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    return parts if isinstance(parts, str) else None
 
 
 def forward(
@@ -39,21 +40,15 @@ def forward(
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     q, k, v = operands[:3]
-    tile_rule = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
-    if isinstance(tile_rule, str):
-        raise NotImplementedError(tile_rule)
+    parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
     out, lse = mosaic.forward(
         _pad_width(q),
         _pad_width(k),
         _pad_width(v),
-        lists.kv_indices,
-        lists.kv_num_blocks,
-        block_q=sizes.block_q,
-        block_kv=sizes.block_kv,
-        scale=rule.scale if tile_rule is None else None,
-        rule=tile_rule and tile_rule.rule,
-        row_values=tile_rule.row_values if tile_rule else (),
-        column_values=tile_rule.column_values if tile_rule else (),
+        whole_tiles.by_query(lists, rule, sizes),
+        _tiles(parts, rule, sizes),
     )
     return out[..., : v.shape[-1]].astype(jnp.float32), lse
 
@@ -71,20 +66,19 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand; by the loops of XLA where kernels have no room."""
     q, k, v = operands[:3]
-    tiles = sizes.block_q, sizes.block_kv
-    if mosaic_backward.refusal(*tiles, _padded_width(q), _padded_width(v)):
+    block_sizes = sizes.block_q, sizes.block_kv
+    if mosaic_backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
         return xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
-    def split(operands: Operands) -> Separated | None:
-        parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    def split(operands: Operands) -> _Parts:
+        parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
         assert not isinstance(parts, str)  # the forward pass was refused then
         return parts
 
     def values(operands: Operands):
-        parts = split(operands)
-        return (parts.row_values, parts.column_values) if parts else ((), ())
+        modify = split(operands).modify
+        return (modify.row_values, modify.column_values) if modify else ((), ())
 
-    parts = split(operands)
     (row_values, column_values), pullback = jax.vjp(values, operands)
     empty = jnp.isneginf(lse)
     delta = jnp.swapaxes((out * d_out).sum(-1), 1, 2) - jnp.where(empty, 0.0, d_lse)
@@ -93,21 +87,14 @@ def backward(
         _pad_width(k),
         _pad_width(v),
         _pad_width(d_out.astype(q.dtype)),
-        jnp.where(empty, jnp.inf, lse * mosaic.LOG2_E),
+        jnp.where(empty, jnp.inf, lse * LOG2_E),
         delta,
-        row_values,
-        column_values,
     )
     found = mosaic_backward.gradients(
         problem,
-        (lists.kv_indices, lists.kv_num_blocks),
-        (inverse.offsets, inverse.q_indices),
-        mosaic_backward.Tiles(
-            *tiles,
-            rule.scale if parts is None else None,
-            parts and parts.rule,
-            parts and parts.gradient,
-        ),
+        whole_tiles.by_query(lists, rule, sizes),
+        whole_tiles.by_key(inverse, lists.mask, rule, sizes),
+        _tiles(split(operands), rule, sizes),
     )
     d_values = (
         tuple(map(_cotangent, found.row_values, row_values)),
@@ -144,32 +131,68 @@ def _device_refuses() -> str | None:
     return None
 
 
-def _tile_rule(
+class _Parts(NamedTuple):
+    """What happens to logits: in every tile, and in those where something is hidden.
+
+    None where nothing happens; a constant positive scale is no part of either.
+    """
+
+    modify: Separated | None
+    hide: Separated | None
+
+
+def _split(
     operands: Operands,
     mask: Mask | None,
     rule: LogitRule,
     q_len: int,
     kv_len: int,
     ragged: bool,
-) -> Separated | str | None:
-    """What happens to logits, as the kernel takes it; None where only a constant scales them."""
+) -> _Parts | str:
+    """The parts as kernels take them, or a sentence that says what they cannot take."""
     bias = operands.bias
-    if mask is None and bias is None and not ragged and not rule.changes_logits:
-        return None
 
-    def on_scalars(logit, q_index, kv_index, batch, head):
+    def modify(logit, q_index, kv_index, batch, head):
         extra = None
         if bias is not None:
             position = (batch, head, q_index, kv_index)
             at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
             extra = bias[at]
-        logit = rule.modify(
+        return rule.modify(
             logit, extra, operands.scale, operands.captured, q_index, kv_index, batch, head
         )
+
+    def hide(logit, q_index, kv_index, batch, head):
         return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
 
     batches, _, heads, _ = operands.q.shape
-    return separate(on_scalars, batches=batches, heads=heads, q_len=q_len, kv_len=kv_len)
+    sizes = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+    modified = None if _only_scales(operands, rule) else separate(modify, **sizes)
+    if isinstance(modified, str):
+        return modified
+    hidden = separate(hide, **sizes) if mask is not None or ragged else None
+    return hidden if isinstance(hidden, str) else _Parts(modified, hidden)
+
+
+def _only_scales(operands: Operands, rule: LogitRule) -> bool:
+    # a factor that is not positive would turn the maximum of a row, and what is hidden, round
+    return (
+        operands.bias is None
+        and not rule.changes_logits
+        and rule.scale is not None
+        and rule.scale > 0
+    )
+
+
+def _tiles(parts: _Parts, rule: LogitRule, sizes: Sizes) -> Tiles:
+    modify, hide = parts
+    return Tiles(
+        sizes.block_q,
+        sizes.block_kv,
+        None if modify else rule.scale,
+        modify and Rule(modify.rule, modify.row_values, modify.column_values, modify.gradient),
+        hide and Rule(hide.rule, hide.row_values, hide.column_values),
+    )
 
 
 def _padded_width(x: Array) -> int:
