@@ -49,7 +49,10 @@ class Rule(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a piece of logits lies, and which of its axes are the queries."""
+    """Where a piece of logits lies, and which of its axes are the queries.
+
+    `positions` is a reference to the numbers from 0 on, at least as many as there are tokens.
+    """
 
     batch: jax.Array
     head: jax.Array
@@ -57,15 +60,24 @@ class Place(NamedTuple):
     kv_start: jax.Array
     q_axis: int
     shape: tuple[int, int]
+    positions: Any
 
     def _arguments(self, rule: Rule) -> tuple[Any, ...]:
-        ops, q_axis, kv_axis = warpgroup(), self.q_axis, 1 - self.q_axis
+        q_axis, kv_axis = self.q_axis, 1 - self.q_axis
         return (
-            ops.iota(self.shape, q_axis) + self.q_start,
-            ops.iota(self.shape, kv_axis) + self.kv_start,
+            self._index(self.q_start, q_axis),
+            self._index(self.kv_start, kv_axis),
             self._readers(rule.row_values, self.q_start, q_axis),
             self._readers(rule.column_values, self.kv_start, kv_axis),
         )
+
+    def _index(self, start: jax.Array, axis: int) -> jax.Array:
+        ops = warpgroup()
+        if axis == 0:
+            return ops.iota(self.shape, 0) + start
+        # the compiler would keep what it adds to each start in sixteen registers, for all tiles
+        numbers = ops.load_columns(self.positions.at[pl.ds(start, self.shape[1])])
+        return lax.broadcast_in_dim(numbers, self.shape, (1,))
 
     def _readers(
         self, refs: Sequence[Any], start: jax.Array, axis: int

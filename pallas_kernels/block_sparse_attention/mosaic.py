@@ -24,7 +24,7 @@ from pallas_kernels.block_sparse_attention.walk import (
     Side,
     launch,
 )
-from pallas_kernels.warpgroup import warpgroup
+from pallas_kernels.warpgroup import product_nt, warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +143,13 @@ def forward(
 
         def piece(entry, step, part, carry, masked):
             acc, peak, total = carry
-            raw = ops.product_nt(q_tile, k_ring.piece(step, part, columns))
+            raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
             if part + 1 == parts:
                 k_ring.release(step)
             kv_start = program.met(visit, entry) * block_kv + part * columns
-            at = Place(program.batch, program.head, program.start, kv_start, 0, shape)
+            at = Place(
+                program.batch, program.head, program.start, kv_start, 0, shape, program.positions
+            )
             logits = bound.change(raw, at, masked)
             new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
             # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
@@ -158,7 +160,11 @@ def forward(
             acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
             if part == 0:
                 v_ring.wait(step)
-            acc = ops.add_product(acc, probs.astype(dtype), v_ring.piece(step, part, columns))
+            ((acc,), ()) = ops.together(
+                lambda acc: acc.add(probs.astype(dtype), v_ring.piece(step, part, columns)) or (),
+                (acc,),
+                (),
+            )
             return acc, new_peak, total
 
         start = ops.tile((ROWS, v_dim), 0.0), ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)

@@ -7,6 +7,7 @@ bit.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from pallas_kernels.block_sparse_attention.walk import (
     Side,
     launch,
 )
-from pallas_kernels.warpgroup import warpgroup
+from pallas_kernels.warpgroup import product_nt, warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +107,14 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
     """
     rule = tiles.rule
     d_q, _ = d_queries(problem, lists, tiles, with_values=False)
-    if rule is None:
+    if rule is None and tiles.mask is None:
         d_k, d_v, _ = d_keys(problem, inverse, tiles)
         return Gradients(d_q, d_k, d_v, (), ())
-    # a rule wants registers of its own: one accumulator at a time, logits computed anew
+    # these want registers of their own: one accumulator at a time, logits computed anew
     d_k, _, _ = d_keys(problem, inverse, tiles, with_v=False, with_values=False)
     _, d_v, _ = d_keys(problem, inverse, tiles, with_k=False, with_values=False)
+    if rule is None:
+        return Gradients(d_q, d_k, d_v, (), ())
     d_rows: tuple[jax.Array | None, ...] = (None,) * len(rule.row_values)
     d_columns: tuple[jax.Array | None, ...] = (None,) * len(rule.column_values)
     if _floats(rule.row_values):
@@ -147,7 +150,8 @@ def d_queries(
     """
     batches, q_len, heads, dim = problem.q.shape
     block_kv, dtype = tiles.block_kv, problem.q.dtype
-    chosen = config or default_config(tiles.block_q, block_kv, dim, problem.v.shape[3])
+    default = default_config(tiles.block_q, block_kv, dim, problem.v.shape[3])
+    chosen = config or (_spare(default) if tiles.rule else default)
     assert chosen is not None
     columns = min(chosen.columns, block_kv)
     shape, parts = (ROWS, columns), block_kv // columns
@@ -179,20 +183,30 @@ def d_queries(
             d_q, d_values = carry
             k_piece, v_piece = (x.piece(step, part, columns) for x in (k_ring, v_ring))
             kv_start = program.met(visit, entry) * block_kv + part * columns
-            at = Place(program.batch, program.head, program.start, kv_start, 0, shape)
-            raw = ops.product_nt(q_tile, k_piece)
-            d_probs = ops.product_nt(d_out_tile, v_piece)
-            probs = jnp.exp2(bound.change(raw, at, masked) * tiles.to_base_2 - lse2)
-            d_raw, *d_new = bound.pull_back(raw, at, probs * (d_probs - delta))
-            if with_q:
-                d_q = ops.add_product(d_q, d_raw.astype(dtype), k_piece)
-            return d_q, _add_sums(d_values, d_new[:sums])
+            at = Place(
+                program.batch, program.head, program.start, kv_start, 0, shape, program.positions
+            )
 
-        start: Any = ops.tile((ROWS, dim), 0.0) if with_q else None, _no_sums(ops, sums)
+            def products(raw, d_probs, *rest):
+                raw.add_nt(q_tile, k_piece)
+                d_probs.add_nt(d_out_tile, v_piece)
+                found = raw.read(running=1)
+                probs = jnp.exp2(bound.change(found, at, masked) * tiles.to_base_2 - lse2)
+                d_logits = probs * (d_probs.read() - delta)
+                d_raw, *d_new = bound.pull_back(found, at, d_logits)
+                if with_q:
+                    rest[0].add(d_raw.astype(dtype), k_piece)
+                return _add_sums(rest[with_q:], d_new[:sums])
+
+            zero = ops.tile(shape, 0.0)
+            (_, _, *d_q), d_values = ops.together(products, (zero, zero, *d_q), d_values)
+            return tuple(d_q), d_values
+
+        start = (ops.tile((ROWS, dim), 0.0),) * with_q, _no_sums(ops, sums)
         d_q, d_values = visit.tiles(tile, start)
         pairs = []
         if with_q:
-            q_tile[...] = (d_q * tiles.to_raw).astype(dtype)
+            q_tile[...] = (d_q[0] * tiles.to_raw).astype(dtype)
             pairs.append((q_tile, program.results[0].at[program.tokens]))
         pairs += _sums_to_write(program, d_values, program.head)
         program.write(pairs)
@@ -242,13 +256,15 @@ def d_keys(
     batches, kv_len, _, v_dim = problem.v.shape
     heads, dim = problem.q.shape[2:]
     block_q, dtype = tiles.block_q, problem.q.dtype
-    chosen = config or default_config(tiles.block_kv, block_q, dim, v_dim)
+    default = default_config(tiles.block_kv, block_q, dim, v_dim)
+    chosen = config or (default if with_k and with_v else _spare(default))
     assert chosen is not None
     columns = min(chosen.columns, block_q)
     shape, parts = (ROWS, columns), block_q // columns
     column_values = tiles.rule.column_values if tiles.rule else ()
     wanted = _floats(column_values) if with_values else ()
     sums = len(wanted)
+    with_d_probs, lse_inside = with_k or bool(wanted), tiles.rule is None
     ops = warpgroup()
 
     def consumer(program: Program):
@@ -257,7 +273,7 @@ def d_keys(
         bound = tiles.bind(values)
 
         def one_head(which, carry):
-            d_k, d_v, steps = carry  # None for what is not asked for
+            d_k, d_v, steps = carry  # of one array each, of none where it is not asked for
             visit = program.visit(which, steps)
 
             def tile(entry, carry, masked):
@@ -274,44 +290,55 @@ def d_keys(
                 d_k, d_v, d_values = carry
                 q_piece, d_out_piece = (x.piece(step, part, columns) for x in (q_ring, d_out_ring))
                 q_start = program.met(visit, entry) * block_q + part * columns
-                at = Place(program.batch, visit.head, q_start, program.start, 1, shape)
+                at = Place(
+                    program.batch, visit.head, q_start, program.start, 1, shape, program.positions
+                )
                 numbers = program.batch, visit.head, pl.ds(q_start, columns)
 
                 def per_query(ref):
                     return lax.broadcast_in_dim(ops.load_columns(ref.at[numbers]), shape, (1,))
 
-                raw = ops.product_nt(k_tile, q_piece)
-                logits = bound.change(raw, at, masked)
-                probs = jnp.exp2(logits * tiles.to_base_2 - per_query(lse_ref))
-                if with_v:
-                    d_v = ops.add_product(d_v, probs.astype(dtype), d_out_piece)
-                if not (with_k or wanted):
-                    return d_k, d_v, d_values
-                # from -delta on, so that no register holds delta beside the product
-                d_probs = ops.product_nt(v_tile, d_out_piece, -per_query(delta_ref))
-                d_raw, *d_new = bound.pull_back(raw, at, probs * d_probs)
-                if with_k:
-                    d_k = ops.add_product(d_k, d_raw.astype(dtype), q_piece)
-                return d_k, d_v, _add_sums(d_values, d_new[len(d_new) - sums :])
+                # products start from -lse and -delta, so that no register holds those beside them
+                nothing = ops.tile(shape, 0.0)
+                raw = per_query(lse_ref) * (-1 / tiles.to_base_2) if lse_inside else nothing
+                raw = product_nt(raw, k_tile, q_piece)
+                logits = bound.change(raw, at, masked) * tiles.to_base_2
+                probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
+
+                def products(*rest):
+                    d_probs, d_k, d_v, sums_before = _grouped(rest, with_d_probs, with_k, with_v)
+                    for product in d_v:
+                        product.add(probs.astype(dtype), d_out_piece)
+                    if not d_probs:
+                        return sums_before
+                    d_probs[0].add_nt(v_tile, d_out_piece)
+                    d_raw, *d_new = bound.pull_back(raw, at, probs * d_probs[0].read())
+                    for product in d_k:
+                        product.add(d_raw.astype(dtype), q_piece)
+                    return _add_sums(sums_before, d_new[len(d_new) - sums :])
+
+                d_probs = [-per_query(delta_ref)] if with_d_probs else []
+                found, d_values = ops.together(products, (*d_probs, *d_k, *d_v), d_values)
+                d_k, d_v = _grouped(found[with_d_probs:], with_k)
+                return d_k, d_v, d_values
 
             d_k, d_v, d_values = visit.tiles(tile, (d_k, d_v, _no_sums(ops, sums)))
             if wanted:
                 program.write(_sums_to_write(program, d_values, visit.head))
             return d_k, d_v, visit.after
 
-        start: Any = (
-            ops.tile((ROWS, dim), 0.0) if with_k else None,
-            ops.tile((ROWS, v_dim), 0.0) if with_v else None,
+        start = (
+            (ops.tile((ROWS, dim), 0.0),) * with_k,
+            (ops.tile((ROWS, v_dim), 0.0),) * with_v,
             jnp.int32(0),
         )
         d_k, d_v, _ = lax.fori_loop(0, program.visits, one_head, start)
+        d_k = [x * tiles.to_raw for x in d_k]
+        own = [k_tile] * with_k + [v_tile] * with_v
         pairs = []
-        if with_k:
-            k_tile[...] = (d_k * tiles.to_raw).astype(dtype)
-            pairs.append((k_tile, program.results[0].at[program.tokens]))
-        if with_v:
-            v_tile[...] = d_v.astype(dtype)
-            pairs.append((v_tile, program.results[with_k].at[program.tokens]))
+        for value, tile, result in zip((*d_k, *d_v), own, program.results, strict=False):
+            tile[...] = value.astype(dtype)
+            pairs.append((tile, result.at[program.tokens]))
         program.write(pairs)
 
     kept = [problem.k] * with_k + [problem.v] * with_v
@@ -331,6 +358,17 @@ def d_keys(
     d_k = results.pop(0) if with_k else None
     d_v = results.pop(0) if with_v else None
     return d_k, d_v, _place(d_values, wanted, len(column_values))
+
+
+def _spare(config: Config | None) -> Config | None:
+    """The same where consumers with one accumulator leave registers to the producer."""
+    return config and dataclasses.replace(config, consumer_registers=232, producer_registers=40)
+
+
+def _grouped(found: Sequence[Any], *counts: int) -> list[tuple[Any, ...]]:
+    """Splits a sequence into groups of these sizes, and what is left."""
+    left = iter(found)
+    return [*(tuple(itertools.islice(left, n)) for n in counts), tuple(left)]
 
 
 def _no_sums(ops, count: int) -> tuple[jax.Array, ...]:

@@ -132,6 +132,7 @@ class Program(NamedTuple):
       inputs: References to the further inputs.
       results: References to the results.
       scratch: References to the further shared memory.
+      positions: A reference to the numbers from 0 on.
       visits: How many lists the program walks.
       visit: Gives each of them from its number and how many tiles were met before.
       ids: `Lists.ids`.
@@ -146,6 +147,7 @@ class Program(NamedTuple):
     inputs: tuple[Any, ...]
     results: tuple[Any, ...]
     scratch: tuple[Any, ...]
+    positions: Any
     visits: int
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
@@ -203,7 +205,7 @@ def launch(
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
     ops = warpgroup()
 
-    def kernel(order_ref, *refs):
+    def kernel(order_ref, positions_ref, *refs):
         left = iter(refs)
         taken = [tuple(itertools.islice(left, len(group))) for group in counts]
         own_refs, met_refs, lists_refs, input_refs, result_refs, own_smem, slots = taken
@@ -233,14 +235,15 @@ def launch(
             def walk(which, steps):
                 way = visit(which, steps)
 
-                def copy(entry, _):
+                # the step is carried, where it might be derived: registers are few here
+                def copy(entry, step):
                     start = ids_ref[*way.row, entry] * met.block
                     source = batch, pl.ds(start, met.block), way.head
                     for ref, tiles in zip(met_refs, rings, strict=True):
-                        tiles.fill(ref.at[source], way.step(entry))
+                        tiles.fill(ref.at[source], step)
+                    return step + 1
 
-                lax.fori_loop(way.first, way.last, copy, None)
-                return way.after
+                return lax.fori_loop(way.first, way.last, copy, steps)
 
             steps = lax.fori_loop(0, visits, walk, jnp.int32(0))
             for tiles in rings:
@@ -266,12 +269,14 @@ def launch(
                     inputs=input_refs,
                     results=result_refs,
                     scratch=tuple(left),
+                    positions=positions_ref,
                     visits=visits,
                     visit=visit,
                     ids=ids_ref,
                 )
             )
 
+    positions = jnp.arange(max(side.arrays[0].shape[1] for side in (own, met)), dtype=jnp.int32)
     work = _work(lists, batches, heads, kv_heads, members)
     return plgpu.kernel(
         kernel,
@@ -288,7 +293,7 @@ def launch(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
-    )(order(work, _together(work, met)), *own.arrays, *met.arrays, *given, *inputs)
+    )(order(work, _together(work, met)), positions, *own.arrays, *met.arrays, *given, *inputs)
 
 
 def _divmod(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

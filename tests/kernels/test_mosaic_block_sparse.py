@@ -209,7 +209,10 @@ def test_tiles_that_are_whole_skip_the_mask_and_no_others():
     got, want = results(*masked), results(*without)
     assert np.isfinite(want[1]).all()
     assert not np.asarray(want[2].k, np.float32)[:, 64:128].any()
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        # other passes for k and v: sums in f32 may round otherwise, and results to 8 bits
+        assert np.linalg.norm(a - b) <= 2**-9 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("together", [2, 1])
