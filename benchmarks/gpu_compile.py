@@ -227,6 +227,7 @@ def measure(
         "stages": layout["stages"],
         "registers": max(int(_first(r"Used (\d+) registers", report)) for report in reports),
         "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
+        "serialized": sum("instructions are serialized" in report for report in reports),
         "shared_memory": layout["smem"],
         "fewest_wgmma": min(len(re.findall(r"wgmma\.mma_async", ptx)) for ptx in kernels),
         "fewest_tma": min(len(re.findall(r"cp\.async\.bulk\.tensor", ptx)) for ptx in kernels),
@@ -243,6 +244,7 @@ def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
         ("no TMA: a kernel's loads are not the copy engine's", row["fewest_tma"] == 0),
         (f"compiled for {row['targets']}, not sm_90a", row["targets"] != ["sm_90a"]),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
+        ("wgmma waits for wgmma: the compiler serialized a kernel's", row["serialized"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
             row["shared_memory"] > mosaic.SHARED_MEMORY,
