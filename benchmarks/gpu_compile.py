@@ -236,6 +236,7 @@ def measure(
         "stages": layout["stages"],
         "registers": [int(_first(r"Used (\d+) registers", report)) for report in reports],
         "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
+        "serialized": sum("instructions are serialized" in report for report in reports),
         "shared_memory": layout["smem"],
         "tensor_core": [products for products, _ in made_of],
         "bulk_copies": [copies for _, copies in made_of],
@@ -252,6 +253,7 @@ def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
         ("no TMA: a kernel's loads are not the copy engine's", min(row["bulk_copies"]) == 0),
         (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
+        ("wgmma waits for wgmma: the compiler serialized a kernel's", row["serialized"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
             row["shared_memory"] > mosaic.SHARED_MEMORY,

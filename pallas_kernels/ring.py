@@ -1,7 +1,6 @@
 """A ring of tiles in shared memory: one warpgroup fills it, others empty it."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +17,54 @@ def tiles(dtype: Any, count: int, tokens: int, width: int) -> Any:
     return plgpu.SMEM((count, tokens, width), dtype, transforms=transforms)
 
 
-def fill(source: Any, ring: Any, full: Any, free: Any, step: jax.Array, stages: int) -> None:
-    """Copies a tile into the ring's next slot, as soon as its last reader is done with that."""
-    slot = lax.rem(step, jnp.int32(stages))
-
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(free.at[slot])
-
-    plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+def barriers(stages: int, readers: int) -> tuple[Any, Any]:
+    """Barriers of a ring: a tile has come, and all its readers are done with it."""
+    full = plgpu.Barrier(num_barriers=stages)
+    return full, plgpu.Barrier(num_barriers=stages, num_arrivals=readers)
 
 
-def drain(steps: jax.Array, stages: int, barriers: Sequence[Any]) -> None:
-    """Waits for what is still being read, so that no program ends with unseen arrivals."""
+class Ring(NamedTuple):
+    """References to the slots and barriers of a ring; tile number `step` is in slot step % stages.
 
-    def wait(step, _):
-        for free in barriers:
-            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+    Attributes:
+      slots: Shared memory made by `tiles`.
+      full: Barrier per slot: the copy has arrived.
+      free: Barrier per slot: every reader has released the tile.
+    """
 
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+    slots: Any
+    full: Any
+    free: Any
+
+    def _slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.slots.shape[0]))
+
+    def fill(self, source: Any, step: jax.Array) -> None:
+        """Copies a tile into its slot, as soon as the last readers of that are done."""
+        slot = self._slot(step)
+
+        @pl.when(step >= self.slots.shape[0])
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.full.at[slot])
+
+    def drain(self, steps: jax.Array) -> None:
+        """Waits for what is still being read, so that no program ends with unseen arrivals."""
+
+        def wait(step, _):
+            plgpu.barrier_wait(self.free.at[self._slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.slots.shape[0], 0), steps, wait, None)
+
+    def wait(self, step: jax.Array) -> None:
+        """Waits for a tile to come."""
+        plgpu.barrier_wait(self.full.at[self._slot(step)])
+
+    def piece(self, step: jax.Array, part: int, size: int) -> Any:
+        """A reference to tokens [part * size, (part + 1) * size) of a tile."""
+        return self.slots.at[self._slot(step), pl.ds(part * size, size)]
+
+    def release(self, step: jax.Array) -> None:
+        """Says that this reader is done with a tile."""
+        plgpu.barrier_arrive(self.free.at[self._slot(step)])

@@ -4,6 +4,7 @@ Two sets of the same functions. `Hopper` is what runs on the chip. `Interpreted`
 references, so that races on shared memory are still found, and computes with `jnp` in f32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,25 +53,50 @@ class Hopper:
         return _compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
 
     @staticmethod
-    def product_nt(a: Ref, b: Ref, start: jax.Array | None = None) -> jax.Array:
-        """`a @ b.T`, plus `start`, in f32, both operands in shared memory."""
+    def together(
+        body: Callable[..., tuple[jax.Array, ...]],
+        accumulators: tuple[jax.Array, ...],
+        values: tuple[jax.Array, ...],
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Computes while products that were started go on.
 
-        def issue(accumulator):
-            plgpu.wgmma(accumulator, a, _compat.transpose(b))
-            return accumulator[...] if start is None else None
+        Args:
+          body: `body(*products, *values) -> values`, with a `HopperProducts` per accumulator.
+          accumulators: What products are added to.
+          values: Arrays that `body` changes.
 
-        if start is not None:
-            return pl.run_state(issue)(plgpu.ACC.init(start))  # pyright: ignore
-        return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+        Returns:
+          The accumulators, with all products in them, and the changed values.
+        """
+        count = len(accumulators)
 
-    @staticmethod
-    def add_product(accumulator: jax.Array, a: jax.Array, b: Ref) -> jax.Array:
-        """`accumulator + a @ b` in f32, `a` in registers, `b` in shared memory."""
+        def run(refs):
+            changed = body(*map(HopperProducts, refs[:count]), *(ref[...] for ref in refs[count:]))
+            for ref, value in zip(refs[count:], changed, strict=True):
+                ref[...] = value
 
-        def issue(ref):
-            plgpu.wgmma(ref, a, b)
+        state = *map(plgpu.ACC.init, accumulators), *values  # pyright: ignore
+        results: Any = pl.run_state(run)(state)
+        return results[:count], results[count:]
 
-        return pl.run_state(issue)(plgpu.ACC.init(accumulator))  # pyright: ignore
+
+class HopperProducts:
+    """An accumulator to which products are added, in the order in which they are started."""
+
+    def __init__(self, ref: Ref):
+        self._ref = ref
+
+    def add(self, a: Ref | jax.Array, b: Ref) -> None:
+        """Starts to add `a @ b`, `a` in shared memory or in registers, `b` in shared memory."""
+        plgpu.wgmma(self._ref, a, b)
+
+    def add_nt(self, a: Ref, b: Ref) -> None:
+        """Starts to add `a @ b.T`, both in shared memory."""
+        plgpu.wgmma(self._ref, a, _compat.transpose(b))
+
+    def read(self, running: int = 0) -> jax.Array:
+        """Waits until only the last `running` products, of all accumulators, still go on."""
+        return plgpu.wgmma_accumulator_load(self._ref, wait_n=running)
 
 
 class Interpreted:
@@ -104,20 +130,48 @@ class Interpreted:
         return ref[...]
 
     @staticmethod
-    def product_nt(a: Ref, b: Ref, start: jax.Array | None = None) -> jax.Array:
-        """`a @ b.T`, plus `start`, in f32."""
-        left, right = a[...], b[...]
+    def together(
+        body: Callable[..., tuple[jax.Array, ...]],
+        accumulators: tuple[jax.Array, ...],
+        values: tuple[jax.Array, ...],
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Computes while products that were started go on."""
+        started: list[tuple[InterpretedProducts, Ref]] = []
+        products = tuple(InterpretedProducts(x, started) for x in accumulators)
+        changed = body(*products, *values)
+        return tuple(product.read() for product in products), changed
+
+
+class InterpretedProducts:
+    """The same sums, with reads of shared memory for as long as tensor cores would read."""
+
+    def __init__(self, value: jax.Array, started: list[tuple["InterpretedProducts", Ref]]):
+        self._value, self._started = value, started
+
+    def add(self, a: Ref | jax.Array, b: Ref) -> None:
+        """Adds `a @ b`."""
+        self._add(a, b, 0)
+
+    def add_nt(self, a: Ref, b: Ref) -> None:
+        """Adds `a @ b.T`."""
+        self._add(a, b, 1)
+
+    def _add(self, a: Ref | jax.Array, b: Ref, axis: int) -> None:
+        self._value = self._value + _dot(a[...], b[...], axis)
         # wgmma reads as the copy engine writes; ordinary reads like these want a fence between
         plgpu.commit_smem()
-        product = _dot(left, right, 1)
-        return product if start is None else start + product
+        self._started.append((self, b))
 
-    @staticmethod
-    def add_product(accumulator: jax.Array, a: jax.Array, b: Ref) -> jax.Array:
-        """`accumulator + a @ b` in f32."""
-        right = b[...]
+    def read(self, running: int = 0) -> jax.Array:
+        """The sum, once only the last `running` products still go on."""
+        ended = len(self._started) - running
+        assert all(product is not self for product, _ in self._started[ended:])
+        for _, ref in self._started[:ended]:
+            # until now the tensor cores may have read it, so nobody may have written to it
+            ref[...]
         plgpu.commit_smem()
-        return accumulator + _dot(a, right, 0)
+        del self._started[:ended]
+        return self._value
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
@@ -128,3 +182,9 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 def warpgroup() -> type[Hopper] | type[Interpreted]:
     """The functions for a kernel that is traced now."""
     return Interpreted if _compat.interpreting() else Hopper
+
+
+def product_nt(start: jax.Array, a: Ref, b: Ref) -> jax.Array:
+    """`start + a @ b.T`, both in shared memory."""
+    ((product,), ()) = warpgroup().together(lambda x: x.add_nt(a, b) or (), (start,), ())
+    return product

@@ -56,24 +56,34 @@ def tile_rule(
     Returns:
       The parts of the rule, or a sentence that says why it cannot be split.
     """
-    bias = operands.bias
-    if mask is None and bias is None and not ragged and not rule.changes_logits:
+    if mask is None and operands.bias is None and not ragged and not rule.changes_logits:
         return None
+    modify = modifier(operands, rule)
 
     def on_scalars(logit, q_index, kv_index, batch, head):
-        extra = None
-        if bias is not None:
-            position = (batch, head, q_index, kv_index)
-            at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
-            extra = bias[at]
-        logit = rule.modify(
-            logit, extra, operands.scale, operands.captured, q_index, kv_index, batch, head
-        )
+        logit = modify(logit, q_index, kv_index, batch, head)
         return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
 
     batches, _, heads, _ = operands.q.shape
     sizes = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
     return separate(on_scalars, **sizes, **options)
+
+
+def modifier(operands: Operands, rule: LogitRule) -> Callable[..., Array]:
+    """What changes a logit before the mask: a function of it and of its place, on scalars."""
+    bias = operands.bias
+
+    def modify(logit, q_index, kv_index, batch, head):
+        extra = None
+        if bias is not None:
+            position = (batch, head, q_index, kv_index)
+            at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
+            extra = bias[at]
+        return rule.modify(
+            logit, extra, operands.scale, operands.captured, q_index, kv_index, batch, head
+        )
+
+    return modify
 
 
 def row_terms(
@@ -94,8 +104,8 @@ def row_terms(
 
 def gradients(
     operands: Operands,
-    split: Callable[[Operands], Separated | str | None],
-    kernels: Callable[[Separated | None], tuple[Array, Array, Array, Any]],
+    split: Callable[[Operands], Any],
+    kernels: Callable[[Any], tuple[Array, Array, Array, Any]],
 ) -> Operands:
     """The gradient by every operand, from what kernels compute.
 
@@ -107,7 +117,7 @@ def gradients(
         values without a gradient.
     """
 
-    def parts_of(operands: Operands) -> Separated | None:
+    def parts_of(operands: Operands) -> Any:
         parts = split(operands)
         assert not isinstance(parts, str)  # the forward pass was refused then
         return parts

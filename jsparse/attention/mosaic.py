@@ -1,15 +1,18 @@
 """Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse.attention import kernels, xla
+from jsparse.attention import kernels, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.logits import LogitRule, Operands
-from jsparse.attention.separation import Separated
+from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
 
@@ -24,8 +27,8 @@ def refusal(
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    tile_rule = kernels.tile_rule(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
-    return tile_rule if isinstance(tile_rule, str) else None
+    parts = _split(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    return parts if isinstance(parts, str) else None
 
 
 def forward(
@@ -33,21 +36,15 @@ def forward(
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     q, k, v = operands[:3]
-    tile_rule = kernels.tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
-    if isinstance(tile_rule, str):
-        raise NotImplementedError(tile_rule)
+    parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
     out, lse = mosaic.forward(
         _pad_width(q),
         _pad_width(k),
         _pad_width(v),
-        lists.kv_indices,
-        lists.kv_num_blocks,
-        block_q=sizes.block_q,
-        block_kv=sizes.block_kv,
-        scale=rule.scale if tile_rule is None else None,
-        rule=tile_rule and tile_rule.rule,
-        row_values=tile_rule.row_values if tile_rule else (),
-        column_values=tile_rule.column_values if tile_rule else (),
+        whole_tiles.by_query(lists, rule, sizes),
+        _tiles(parts, rule, sizes),
     )
     return out[..., : v.shape[-1]].astype(jnp.float32), lse
 
@@ -65,15 +62,14 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand; by the loops of XLA where kernels have no room."""
     q, k, v = operands[:3]
-    tiles = sizes.block_q, sizes.block_kv
-    if mosaic_backward.refusal(*tiles, _padded_width(q), _padded_width(v)):
+    block_sizes = sizes.block_q, sizes.block_kv
+    if mosaic_backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
         return xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
-    def split(operands: Operands) -> Separated | str | None:
-        lengths = q.shape[1], k.shape[1]
-        return kernels.tile_rule(operands, lists.mask, rule, *lengths, sizes.ragged)
+    def split(operands: Operands) -> _Parts | str:
+        return _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
 
-    def compute(parts: Separated | None):
+    def compute(parts: _Parts):
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         problem = mosaic_backward.Problem(
             _pad_width(q),
@@ -82,21 +78,14 @@ def backward(
             _pad_width(d_out.astype(q.dtype)),
             lse2,
             delta,
-            parts.row_values if parts else (),
-            parts.column_values if parts else (),
         )
         found = mosaic_backward.gradients(
             problem,
-            (lists.kv_indices, lists.kv_num_blocks),
-            (inverse.offsets, inverse.q_indices),
-            mosaic_backward.Tiles(
-                *tiles,
-                rule.scale if parts is None else None,
-                parts and parts.rule,
-                parts and parts.gradient,
-            ),
+            whole_tiles.by_query(lists, rule, sizes),
+            whole_tiles.by_key(inverse, lists.mask, rule, sizes),
+            _tiles(parts, rule, sizes),
         )
-        d_values = (found.row_values, found.column_values, ()) if parts else ()
+        d_values = (found.row_values, found.column_values, ()) if parts.modify else ()
         return *found[:3], d_values
 
     return kernels.gradients(operands, split, compute)
@@ -111,6 +100,66 @@ def device_refusal() -> str | None:
         return None
     wanted = "a Hopper GPU (compute capability 9.0)"
     return kernels.device_refusal(wanted, lambda capability: capability.startswith("9."))
+
+
+class _Parts(NamedTuple):
+    """What happens to logits: in every tile, and in those where something is hidden.
+
+    None where nothing happens; a constant positive scale is no part of either.
+    """
+
+    modify: Separated | None
+    hide: Separated | None
+
+    @property
+    def values(self) -> tuple[tuple[Array, ...], ...]:
+        """What is computed before and has gradients; what hides has none."""
+        return self.modify.values if self.modify else ()
+
+
+def _split(
+    operands: Operands,
+    mask: Mask | None,
+    rule: LogitRule,
+    q_len: int,
+    kv_len: int,
+    ragged: bool,
+) -> _Parts | str:
+    """The parts as kernels take them, or a sentence that says what they cannot take."""
+
+    def hide(logit, q_index, kv_index, batch, head):
+        return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
+
+    batches, _, heads, _ = operands.q.shape
+    sizes: dict[str, Any] = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+    modified = None
+    if not _only_scales(operands, rule):
+        modified = separate(kernels.modifier(operands, rule), **sizes)
+    if isinstance(modified, str):
+        return modified
+    hidden = separate(hide, **sizes) if mask is not None or ragged else None
+    return hidden if isinstance(hidden, str) else _Parts(modified, hidden)
+
+
+def _only_scales(operands: Operands, rule: LogitRule) -> bool:
+    # a factor that is not positive would turn the maximum of a row, and what is hidden, round
+    return (
+        operands.bias is None
+        and not rule.changes_logits
+        and rule.scale is not None
+        and rule.scale > 0
+    )
+
+
+def _tiles(parts: _Parts, rule: LogitRule, sizes: Sizes) -> Tiles:
+    modify, hide = parts
+    return Tiles(
+        sizes.block_q,
+        sizes.block_kv,
+        None if modify else rule.scale,
+        modify and Rule(modify.rule, modify.row_values, modify.column_values, modify.gradient),
+        hide and Rule(hide.rule, hide.row_values, hide.column_values),
+    )
 
 
 def _padded_width(x: Array) -> int:

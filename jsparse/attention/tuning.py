@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import checks
+from jsparse.attention import block_sparse, whole_tiles
 from jsparse.attention import mosaic as adapter
-from jsparse.types import BlockMask
+from jsparse.attention.logits import LogitRule
+from jsparse.types import BlockMask, InverseList
 from pallas_kernels import _compat as kernels
 from pallas_kernels import configurations
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward, walk
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.configurations import Entry, Key
 from pallas_kernels.ring import LANES
 
@@ -285,16 +288,12 @@ def _causal(logits, q_index, kv_index, row_values, column_values):
     return jnp.where(q_index >= kv_index, logits, -jnp.inf)
 
 
-def _causal_gradient(logits, q_index, kv_index, row_values, column_values, d_logits):
-    return (jnp.where(q_index >= kv_index, d_logits, 0.0),)
-
-
 class _Inputs(NamedTuple):
     """Arrays of a problem, as the kernels of both directions read them."""
 
     problem: mosaic_backward.Problem
-    lists: tuple[jax.Array, jax.Array]
-    inverse: tuple[jax.Array, jax.Array]
+    lists: walk.Lists
+    inverse: walk.Lists
 
 
 class _Kernel(NamedTuple):
@@ -302,7 +301,7 @@ class _Kernel(NamedTuple):
 
     Attributes:
       operation: As in its key.
-      masked: Whether it runs with a causal rule.
+      masked: Whether it runs with a causal mask, applied in every tile.
       backward: Whether its inputs hold what a forward pass left.
       candidates: Its configurations for block_q, block_kv, dim and v_dim.
       call: `call(inputs, tiles, config)`.
@@ -315,25 +314,17 @@ class _Kernel(NamedTuple):
     call: Callable[..., Any]
 
 
-def _forward(inputs: _Inputs, tiles: mosaic_backward.Tiles, config: Any) -> Any:
-    q, k, v = inputs.problem[:3]
-    return mosaic.forward(
-        *(q, k, v, *inputs.lists),
-        block_q=tiles.block_q,
-        block_kv=tiles.block_kv,
-        scale=tiles.scale,
-        rule=tiles.rule,
-        config=config,
-    )
+def _forward(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+    return mosaic.forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
 
 
-def _d_queries(inputs: _Inputs, tiles: mosaic_backward.Tiles, config: Any) -> Any:
-    return mosaic_backward.d_queries(inputs.problem, *inputs.lists, tiles, config)
+def _d_queries(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+    return mosaic_backward.d_queries(inputs.problem, inputs.lists, tiles, config)
 
 
 def _d_keys(**wanted: bool) -> Callable[..., Any]:
-    def call(inputs: _Inputs, tiles: mosaic_backward.Tiles, config: Any) -> Any:
-        return mosaic_backward.d_keys(inputs.problem, *inputs.inverse, tiles, config, **wanted)
+    def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+        return mosaic_backward.d_keys(inputs.problem, inputs.inverse, tiles, config, **wanted)
 
     return call
 
@@ -356,8 +347,8 @@ _KERNELS = (
 
 def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Callable[[], Any]]:
     """Gives, for a configuration, a call that runs the kernel with it on the same inputs."""
-    rule = (_causal, _causal_gradient) if kernel.masked else (None, None)
-    tiles = mosaic_backward.Tiles(shape.block_q, shape.block_kv, shape.dim**-0.5, *rule)
+    mask = Rule(_causal) if kernel.masked else None
+    tiles = Tiles(shape.block_q, shape.block_kv, shape.dim**-0.5, mask=mask)
     inputs = _inputs(shape, sizes, tiles, kernel.backward)
 
     def run(config: Any) -> Callable[[], Any]:
@@ -367,7 +358,7 @@ def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Cal
     return run
 
 
-def _inputs(shape: Shape, sizes: Sizes, tiles: mosaic_backward.Tiles, backward: bool) -> _Inputs:
+def _inputs(shape: Shape, sizes: Sizes, tiles: Tiles, backward: bool) -> _Inputs:
     widths = (sizes.heads, shape.dim), (sizes.kv_heads, shape.dim), (sizes.kv_heads, shape.v_dim)
     *keys, last = jax.random.split(jax.random.key(0), 4)
     q, k, v = (
@@ -388,11 +379,28 @@ def _inputs(shape: Shape, sizes: Sizes, tiles: mosaic_backward.Tiles, backward: 
         block_q=shape.block_q,
         block_kv=shape.block_kv,
     )
-    lists = plan.kv_indices[None], plan.kv_num_blocks[None]
+    rule = LogitRule(sizes.length, sizes.length, tiles.scale, None, None)
+    layout = block_sparse.Sizes(
+        1,
+        sizes.heads,
+        sizes.kv_heads,
+        shape.block_q,
+        shape.block_kv,
+        rows,
+        columns,
+        ragged=False,
+    )
     inverse = plan.inverse()
-    offsets, q_indices = inverse.offsets[None], inverse.q_indices[None]
-    problem = mosaic_backward.Problem(q, k, v, v, q, q, (), ())
-    inputs = _Inputs(problem, lists, (offsets, q_indices))
+    lists = block_sparse.Lists(plan.kv_indices[None], plan.kv_num_blocks[None], None)
+    inverse = InverseList(inverse.q_indices[None], inverse.offsets[None])
+    ways = (
+        whole_tiles.by_query(lists, rule, layout),
+        whole_tiles.by_key(inverse, None, rule, layout),
+    )
+    if tiles.mask:
+        # no tile is called whole, so that the mask is at work in all
+        ways = tuple(way._replace(whole=way.first) for way in ways)
+    inputs = _Inputs(mosaic_backward.Problem(q, k, v, v, q, q), *ways)
     if not backward:
         return inputs
     config = mosaic.default_config(shape.block_q, shape.block_kv, shape.dim, shape.v_dim)
@@ -400,5 +408,5 @@ def _inputs(shape: Shape, sizes: Sizes, tiles: mosaic_backward.Tiles, backward: 
     d_out = jax.random.normal(last, out.shape, out.dtype)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     return inputs._replace(
-        problem=problem._replace(d_out=d_out, lse2=lse * mosaic.LOG2_E, delta=delta)
+        problem=inputs.problem._replace(d_out=d_out, lse2=lse * LOG2_E, delta=delta)
     )

@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.block_sparse_attention.mosaic import LOG2_E, divmod_i32
+from pallas_kernels.block_sparse_attention.logits import LOG2_E
+from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # rule(logits, q_index, kv_index, values) -> logits; element by element, values as functions that
 # read them. gradient(..., d_logits) -> what flows back to the logits, then to each value: None

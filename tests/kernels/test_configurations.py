@@ -10,7 +10,9 @@ import pytest
 
 from pallas_kernels import _compat, configurations
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.mosaic import Config
+from pallas_kernels.block_sparse_attention.walk import Lists
 from pallas_kernels.configurations import Entry, Key
 
 SIZES = 64, 64, 64, 64  # block_q, block_kv, dim, v_dim
@@ -148,7 +150,8 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
 def arrays():
     q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
-    return q, q, q, jnp.zeros((1, 1, 1, 1), jnp.int32), jnp.ones((1, 1, 1), jnp.int32)
+    zero = jnp.zeros((1, 1, 1), jnp.int32)
+    return q, Lists(zero, zero, zero + 1)
 
 
 def test_the_kernels_take_what_was_tuned_under_jit_and_grad(file, monkeypatch):
@@ -165,22 +168,13 @@ def test_the_kernels_take_what_was_tuned_under_jit_and_grad(file, monkeypatch):
     keys = [KEY, KEY._replace(operation="d_q"), KEY._replace(operation="d_k_d_v")]
     found = [entry(), *(entry(key=key, tuned=backward) for key in keys[1:])]
     configurations.write(file, found)
-    q, k, v, indices, counts = arrays()
+    q, lists = arrays()
+    tiles = Tiles(64, 64)
     with _compat.interpreter(detect_races=False):
-
-        def attention(q, k, v):
-            return mosaic.forward(q, k, v, indices, counts, block_q=64, block_kv=64)
-
-        jax.eval_shape(attention, q, k, v)
+        jax.eval_shape(lambda q: mosaic.forward(q, q, q, lists, tiles), q)
         rows = jnp.zeros((1, 1, 64))
-        problem = mosaic_backward.Problem(q, k, v, v, rows, rows, (), ())
-        inverse = jnp.asarray([[[0, 1]]], jnp.int32), jnp.zeros((1, 1, 1), jnp.int32)
-        jax.eval_shape(
-            lambda p: mosaic_backward.gradients(
-                p, (indices, counts), inverse, mosaic_backward.Tiles(64, 64)
-            ),
-            problem,
-        )
+        problem = mosaic_backward.Problem(q, q, q, q, rows, rows)
+        jax.eval_shape(lambda p: mosaic_backward.gradients(p, lists, lists, tiles), problem)
     assert taken == list(zip(keys, [TUNED, backward, backward], strict=True))
 
 
@@ -188,17 +182,17 @@ def test_one_that_really_does_not_compile_is_the_default_with_one_warning(file):
     if jax.default_backend() == "gpu":
         pytest.skip("here it compiles")
     configurations.write(file, [entry()])
-    q, k, v, indices, counts = arrays()
+    k, lists = arrays()
 
     def attention(q):
-        return mosaic.forward(q, k, v, indices, counts, block_q=64, block_kv=64)[0].sum()
+        return mosaic.forward(q, k, k, lists, Tiles(64, 64))[0].sum()
 
     # the caller is inside two transformations, and its own kernel is for the interpreter
     with (
         _compat.interpreter(detect_races=False),
         pytest.warns(UserWarning, match="does not compile.*jsparse tune --again") as caught,
     ):
-        jax.eval_shape(jax.jit(jax.vmap(attention)), q[None])
+        jax.eval_shape(jax.jit(jax.vmap(attention)), k[None])
     assert len(caught) == 1
 
 

@@ -13,7 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jsparse as js
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
+from pallas_kernels.block_sparse_attention.walk import Lists, order
 from tests.inputs import qkv
 
 
@@ -135,10 +137,12 @@ def test_gradients_of_q_k_v_and_through_the_lse():
     q, k, v = qkv(192, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
     # four steps of two heads through a ring of three tiles, and rows without tiles
     plan = lists(192, 128, block_q=64, block_kv=128, heads=2, density=1.0)
+    # the first tile of queries is partly hidden, the last seen entirely
+    mask = js.masks.segments(jnp.zeros(192, jnp.int32).at[:9].set(-1), jnp.zeros(128, jnp.int32))
 
     def call(x, implementation):
         return js.attend(
-            x["q"], x["k"], x["v"], plan, return_lse=True, implementation=implementation
+            x["q"], x["k"], x["v"], plan, mask=mask, return_lse=True, implementation=implementation
         )
 
     compare_gradients({"q": q, "k": k, "v": v}, call)
@@ -174,6 +178,58 @@ def test_gradients_of_everything_that_changes_logits():
         )
 
     compare_gradients(operands, call)
+
+
+def test_tiles_that_are_whole_skip_the_mask_and_no_others():
+    q, k, v = qkv(64, 192, heads=1, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
+    number = lambda n: jnp.full((1, 1, 1), n, jnp.int32)  # noqa: E731
+    ids = jnp.asarray([[[2, 0, 1]]], jnp.int32)
+    per_key = jnp.asarray([[[1, 0, 1]]], jnp.int32)  # tile 1 is the one that is not whole
+    own = jnp.arange(3, dtype=jnp.int32)[None, None]
+    # a mask that hides all it is asked about: tile 1 then counts for nothing
+    nothing = Rule(lambda logits, *_: jnp.full_like(logits, -jnp.inf))
+    masked = (
+        Lists(ids, number(0), number(3), number(2)),
+        Lists(jnp.zeros((1, 1, 3), jnp.int32), own, own + 1, own + per_key),
+        Tiles(64, 64, 0.1, mask=nothing),
+    )
+    without = (
+        Lists(ids, number(0), number(2)),
+        Lists(jnp.zeros((1, 1, 3), jnp.int32), own, own + per_key),
+        Tiles(64, 64, 0.1),
+    )
+
+    def results(by_query, by_key, tiles):
+        with _compat.interpreter():
+            out, lse = jax.block_until_ready(mosaic.forward(q, k, v, by_query, tiles))
+            problem = mosaic_backward.Problem(q, k, v, out, lse * mosaic.LOG2_E, lse)
+            found = mosaic_backward.gradients(problem, by_query, by_key, tiles)
+            return jax.tree.map(np.asarray, jax.block_until_ready((out, lse, found)))
+
+    got, want = results(*masked), results(*without)
+    assert np.isfinite(want[1]).all()
+    assert not np.asarray(want[2].k, np.float32)[:, 64:128].any()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        # other passes for k and v: sums in f32 may round otherwise, and results to 8 bits
+        assert np.linalg.norm(a - b) <= 2**-9 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("together", [2, 1])
+def test_programs_with_the_most_tiles_start_first_and_a_group_stays_side_by_side(together):
+    work = np.random.default_rng(3).integers(0, 4, (2, 3, 5, 1)).repeat(2, axis=3)
+    work[:, :, 3, 1] += 1
+    found = np.asarray(order(jnp.asarray(work, jnp.int32), together))
+    sections = work.reshape(-1, together * 10)
+    want = [
+        section * together * 10 + n
+        for section, counts in enumerate(sections)
+        for n in sorted(range(len(counts)), key=lambda n, counts=counts: (-counts[n], n))
+    ]
+    assert found.tolist() == want
+    at = np.argsort(found).reshape(work.shape)
+    alike = work[..., 0] == work[..., 1]
+    assert (at[..., 1] == at[..., 0] + 1)[alike].all()
 
 
 def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read():

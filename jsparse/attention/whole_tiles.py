@@ -1,0 +1,96 @@
+"""Lists as kernels take them: first the tiles in which the mask hides nothing, which skip it.
+
+Which tiles those are follows from the mask's bounds on whole tiles, in time proportional to the
+listed tiles, and may depend on data under `jit`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jsparse.attention.block_sparse import Lists, Sizes
+from jsparse.attention.logits import LogitRule
+from jsparse.types import Frame, InverseList, Mask, TileGrid
+from pallas_kernels.block_sparse_attention import walk
+
+
+def by_query(lists: Lists, rule: LogitRule, sizes: Sizes) -> walk.Lists:
+    """For each tile of queries the tiles of keys."""
+    batches, heads, blocks, width = lists.kv_indices.shape
+    first = jnp.arange(blocks, dtype=jnp.int32) * width
+    flat = walk.Lists(
+        lists.kv_indices.reshape(batches, heads, blocks * width),
+        jnp.broadcast_to(first, lists.kv_num_blocks.shape),
+        first + lists.kv_num_blocks,
+    )
+    return _whole_first(flat, lists.mask, rule, sizes, own_is_q=True)
+
+
+def by_key(inverse: InverseList, mask: Mask | None, rule: LogitRule, sizes: Sizes) -> walk.Lists:
+    """For each tile of keys the tiles of queries."""
+    offsets = inverse.offsets
+    flat = walk.Lists(inverse.q_indices, offsets[..., :-1], offsets[..., 1:])
+    return _whole_first(flat, mask, rule, sizes, own_is_q=False)
+
+
+def _whole_first(
+    lists: walk.Lists, mask: Mask | None, rule: LogitRule, sizes: Sizes, *, own_is_q: bool
+) -> walk.Lists:
+    if mask is None and not sizes.ragged:
+        return lists
+    list_batches, list_heads, length = lists.ids.shape
+    entries = jnp.arange(length, dtype=jnp.int32)
+    whole_for_list = _classifier(mask, rule, sizes, list_batches, list_heads)
+
+    def one_list(ids, first, last, list_batch, list_head):
+        own = jnp.searchsorted(first, entries, side="right").astype(jnp.int32) - 1
+        counted = entries < last[own]
+        tiles = (own, ids) if own_is_q else (ids, own)
+        whole = counted & whole_for_list(*tiles, list_batch, list_head)
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole, dtype=jnp.int32)])
+        split = first + before[last] - before[first]
+        # how many whole tiles come earlier in the same part of the list
+        earlier = before[:-1] - before[first[own]]
+        target = jnp.where(whole, first[own] + earlier, split[own] + entries - first[own] - earlier)
+        target = jnp.where(counted, target, entries)
+        return jnp.zeros_like(ids).at[target].set(ids, unique_indices=True), split
+
+    over_heads = jax.vmap(one_list, in_axes=(0, 0, 0, None, 0))
+    over_batches = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, None))
+    ids, split = over_batches(*lists[:3], jnp.arange(list_batches), jnp.arange(list_heads))
+    return lists._replace(ids=ids, whole=split)
+
+
+def _classifier(
+    mask: Mask | None, rule: LogitRule, sizes: Sizes, list_batches: int, list_heads: int
+) -> Callable[..., Bool[Array, " entries"]]:
+    """A function of (q_blocks, kv_blocks, list_batch, list_head): which tiles are seen entirely."""
+    grid = TileGrid(rule.q_len, rule.kv_len, sizes.block_q, sizes.block_kv)
+
+    def inside(q_blocks, kv_blocks, list_batch, list_head):
+        # a last tile of keys that is not full has some to hide
+        return kv_blocks < rule.kv_len // sizes.block_kv
+
+    if mask is None:
+        return inside
+    classify = mask.classifier(grid)
+    # how many sequences and heads share a list, and how many of them the mask tells apart
+    per_list = sizes.batches // list_batches, sizes.heads // list_heads
+    told_apart = math.prod(mask.batch_shape), mask.heads
+    batches, heads = (n if m > 1 else 1 for n, m in zip(per_list, told_apart, strict=True))
+
+    def whole(q_blocks, kv_blocks, list_batch, list_head):
+        def for_one(n):
+            batch = list_batch * per_list[0] + n // heads
+            head = list_head * per_list[1] + n % heads
+            frame = Frame(rule.q_len, rule.kv_len, batch, head)
+            every = classify(q_blocks, kv_blocks, frame).every
+            return jnp.broadcast_to(every, q_blocks.shape)
+
+        every = jax.vmap(for_one)(jnp.arange(batches * heads)).all(0)
+        return every & inside(q_blocks, kv_blocks, list_batch, list_head)
+
+    return whole

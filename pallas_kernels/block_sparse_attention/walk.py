@@ -1,0 +1,339 @@
+"""What the kernels over listed tiles share: programs that walk lists.
+
+A program owns a tile of tokens, 64 for each of its consumer warpgroups, and meets the tiles of the
+other side that its list names. A producer warpgroup reads the list and copies those tiles by TMA
+into rings of shared memory. Every consumer waits for a tile to come and says when it is done with
+it; the producer waits for all of them before it overwrites a slot.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import ring
+from pallas_kernels.ring import Ring
+from pallas_kernels.warpgroup import warpgroup
+
+ROWS = 64  # of one warpgroup: the height of a wgmma
+SHARED_MEMORY = 232_448  # bytes a program may have on Hopper
+RESERVED = 4096  # of which barriers and the compiler's scratch for reductions take a part
+CACHED = 32 << 20  # bytes of one side that may count on staying in the 50 MB of Hopper's L2 cache
+
+Carry = TypeVar("Carry")
+
+
+class Lists(NamedTuple):
+    """Which tiles of the other side each tile meets, as parts of one flat list per head.
+
+    Attributes:
+      ids: int32 [batch | 1, heads | kv_heads | 1, entries], tiles of the other side.
+      first: int32 [batch | 1, heads | kv_heads | 1, blocks], where a tile's part begins.
+      last: int32, as `first`: one past the part's end.
+      whole: int32, as `first`: entries before this one are tiles in which the mask hides nothing.
+        None where there is no mask.
+    """
+
+    ids: jax.Array
+    first: jax.Array
+    last: jax.Array
+    whole: jax.Array | None = None
+
+
+class Layout(Protocol):
+    """What a kernel's configuration says of warpgroups and their memory."""
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight."""
+        ...
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers per thread of a consumer."""
+        ...
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers per thread of the producer."""
+        ...
+
+
+class Side(NamedTuple):
+    """Arrays [batch, tokens, heads, width] of one side, q's or k's, and its tokens per tile."""
+
+    arrays: tuple[jax.Array, ...]
+    block: int
+
+    @property
+    def heads(self) -> int:
+        """Its heads."""
+        return self.arrays[0].shape[2]
+
+    @property
+    def blocks(self) -> int:
+        """Its tiles."""
+        return self.arrays[0].shape[1] // self.block
+
+
+class Visit(NamedTuple):
+    """A part of a list, on the way of a program.
+
+    Attributes:
+      batch: The sequence.
+      head: The head of the other side.
+      row: Where in `Lists.ids` the list is.
+      first: Its first entry.
+      whole: The first entry of which the mask hides something; None where there is no mask.
+      last: One past its last entry.
+      before: How many tiles the program met before.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    row: tuple[jax.Array, jax.Array]
+    first: jax.Array
+    whole: jax.Array | None
+    last: jax.Array
+    before: jax.Array
+
+    def step(self, entry: jax.Array) -> jax.Array:
+        """The number of a tile among all that the program meets."""
+        return self.before + entry - self.first
+
+    @property
+    def after(self) -> jax.Array:
+        """How many tiles the program has met when this is done."""
+        return self.before + self.last - self.first
+
+    def tiles(self, tile: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
+        """Runs `tile(entry, carry, masked)` for each entry."""
+        if self.whole is None:
+            return lax.fori_loop(self.first, self.last, lambda n, x: tile(n, x, False), carry)
+        carry = lax.fori_loop(self.first, self.whole, lambda n, x: tile(n, x, False), carry)
+        return lax.fori_loop(self.whole, self.last, lambda n, x: tile(n, x, True), carry)
+
+
+class Program(NamedTuple):
+    """A program as one of its consumer warpgroups sees it.
+
+    Attributes:
+      batch: The sequence.
+      head: The head of the tile it owns.
+      start: The first of its 64 tokens.
+      member: Which of the consumers it is.
+      own: Its tokens' rows of each array of its side, in shared memory.
+      rings: The tiles it meets, of each array of the other side.
+      inputs: References to the further inputs.
+      results: References to the results.
+      scratch: References to the further shared memory.
+      positions: A reference to the numbers from 0 on.
+      visits: How many lists the program walks.
+      visit: Gives each of them from its number and how many tiles were met before.
+      ids: `Lists.ids`.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    start: jax.Array
+    member: jax.Array
+    own: tuple[Any, ...]
+    rings: tuple[Ring, ...]
+    inputs: tuple[Any, ...]
+    results: tuple[Any, ...]
+    scratch: tuple[Any, ...]
+    positions: Any
+    visits: int
+    visit: Callable[[jax.Array, jax.Array], Visit]
+    ids: Any
+
+    def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
+        """Which tile an entry is."""
+        return self.ids[*visit.row, entry]
+
+    def write(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Copies from shared to device memory, and waits for that."""
+        plgpu.commit_smem()
+        for source, target in pairs:
+            plgpu.copy_smem_to_gmem(source, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    @property
+    def tokens(self) -> tuple[Any, ...]:
+        """Where its rows are in arrays [batch, tokens, heads, width]."""
+        return self.batch, pl.ds(self.start, ROWS), self.head
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """Where its rows are in arrays [batch, heads, tokens]."""
+        return self.batch, self.head, pl.ds(self.start, ROWS)
+
+
+def launch(
+    consumer: Callable[[Program], None],
+    own: Side,
+    met: Side,
+    lists: Lists,
+    *,
+    inputs: Sequence[jax.Array],
+    results: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    config: Layout,
+) -> Sequence[jax.Array]:
+    """Runs a program for each tile of `own`, those with the longest way first.
+
+    Args:
+      consumer: What each warpgroup of a program does.
+      own: The side whose tiles are owned. Head by head of a group if it is q's; if it is k's, a
+        program meets the tiles of all heads of its group.
+      met: The other side.
+      lists: Which tiles of it are met.
+      inputs: Further arrays for the consumers.
+      results: Shapes of what is computed.
+      scratch: Further shared memory and barriers.
+      config: How a program is laid out.
+    """
+    batches, kv_heads = own.arrays[0].shape[0], min(own.heads, met.heads)
+    members, visits = (max(a.heads // b.heads, 1) for a, b in ((own, met), (met, own)))
+    consumers, heads = own.block // ROWS, max(own.heads, met.heads)
+    given = [x for x in lists if x is not None]
+    counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
+    ops = warpgroup()
+
+    def kernel(order_ref, positions_ref, *refs):
+        left = iter(refs)
+        taken = [tuple(itertools.islice(left, len(group))) for group in counts]
+        own_refs, met_refs, lists_refs, input_refs, result_refs, own_smem, slots = taken
+        own_full = tuple(itertools.islice(left, len(own_refs)))
+        rings = tuple(Ring(x, *itertools.islice(left, 2)) for x in slots)
+        ids_ref, first_ref, last_ref, *whole_ref = lists_refs
+        program, group_member = divmod_i32(order_ref[lax.axis_index("program")], members)
+        program, block = divmod_i32(program, own.blocks)
+        batch, kv_head = divmod_i32(program, kv_heads)
+        head = kv_head * members + group_member
+        member = lax.axis_index("warpgroup")
+
+        def visit(which, before):
+            met_head = kv_head * visits + which
+            q_head = head if members > 1 else met_head
+            row = (
+                batch if ids_ref.shape[0] > 1 else jnp.int32(0),
+                lax.div(q_head, jnp.int32(heads // ids_ref.shape[1])),
+            )
+            first, last, *whole = (x[*row, block] for x in (first_ref, last_ref, *whole_ref))
+            return Visit(batch, met_head, row, first, whole[0] if whole else None, last, before)
+
+        @pl.when(member == consumers)
+        def producer():
+            plgpu.set_max_registers(config.producer_registers, action="decrease")
+
+            def walk(which, steps):
+                way = visit(which, steps)
+
+                # the step is carried, where it might be derived: registers are few here
+                def copy(entry, step):
+                    start = ids_ref[*way.row, entry] * met.block
+                    source = batch, pl.ds(start, met.block), way.head
+                    for ref, tiles in zip(met_refs, rings, strict=True):
+                        tiles.fill(ref.at[source], step)
+                    return step + 1
+
+                return lax.fori_loop(way.first, way.last, copy, steps)
+
+            steps = lax.fori_loop(0, visits, walk, jnp.int32(0))
+            for tiles in rings:
+                tiles.drain(steps)
+
+        @pl.when(member < consumers)
+        def consume():
+            plgpu.set_max_registers(config.consumer_registers, action="increase")
+            start = block * own.block + member * ROWS
+            for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
+                source = ref.at[batch, pl.ds(start, ROWS), head]
+                plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
+            for full in own_full:
+                plgpu.barrier_wait(full.at[member])
+            consumer(
+                Program(
+                    batch,
+                    head,
+                    start,
+                    member,
+                    own=tuple(x.at[member] for x in own_smem),
+                    rings=rings,
+                    inputs=input_refs,
+                    results=result_refs,
+                    scratch=tuple(left),
+                    positions=positions_ref,
+                    visits=visits,
+                    visit=visit,
+                    ids=ids_ref,
+                )
+            )
+
+    positions = jnp.arange(max(side.arrays[0].shape[1] for side in (own, met)), dtype=jnp.int32)
+    work = _work(lists, batches, heads, kv_heads, members)
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(results),
+        scratch_types=(
+            *(ring.tiles(x.dtype, consumers, ROWS, x.shape[3]) for x in own.arrays),
+            *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
+            *(plgpu.Barrier(num_barriers=consumers) for _ in own.arrays),
+            *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
+            *scratch,
+        ),
+        grid=(work.size,),
+        grid_names=("program",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=ops.compiler_params,
+    )(order(work, _together(work, met)), positions, *own.arrays, *met.arrays, *given, *inputs)
+
+
+def divmod_i32(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of numbers that are not negative."""
+    return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
+
+
+def _work(lists: Lists, batches: int, heads: int, kv_heads: int, members: int) -> jax.Array:
+    """How many tiles each program meets: [batches, kv_heads, blocks, members]."""
+    counts = lists.last - lists.first
+    counts = jnp.repeat(counts, heads // counts.shape[1], axis=1)
+    shape = batches, kv_heads, heads // kv_heads, counts.shape[2]
+    per_head = jnp.broadcast_to(counts.reshape(-1, *shape[1:]), shape)
+    if members > 1:
+        return jnp.swapaxes(per_head, 2, 3)
+    return per_head.sum(2)[..., None]
+
+
+def _together(work: jax.Array, met: Side) -> int:
+    """How many kv heads may take their turn together without crowding each other out of L2."""
+    kv_heads = work.shape[0] * work.shape[1]
+    size = sum(x.size * x.dtype.itemsize for x in met.arrays) // kv_heads
+    fitting = max(1, min(kv_heads, CACHED // size))
+    return next(n for n in range(fitting, 0, -1) if kv_heads % n == 0)
+
+
+def order(work: jax.Array, together: int) -> jax.Array:
+    """The order of programs: as many kv heads as fit in the cache, and of those the longest first.
+
+    Programs start in this order as others end, so that none of the long ones is left for the end.
+    Of equal ones, those that share a kv head and a tile stand side by side.
+
+    Args:
+      work: int32 [batches, kv_heads, blocks, members], the tiles that each program meets.
+      together: How many kv heads fit, a divisor of `batches * kv_heads`.
+
+    Returns:
+      int32 [programs], positions in the flattened `work`.
+    """
+    sections = work.reshape(-1, together * work.shape[2] * work.shape[3])
+    longest_first = jnp.argsort(sections, axis=1, stable=True, descending=True)
+    starts = jnp.arange(sections.shape[0], dtype=jnp.int32)[:, None] * sections.shape[1]
+    return (longest_first.astype(jnp.int32) + starts).reshape(-1)
