@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-")))
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# where a compiler prints a stack, looking up its names takes longer than all else
+os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
 os.environ["JSPARSE_TUNED"] = ""  # the shipped configurations, whatever was tuned here
 
 import jax  # noqa: E402
