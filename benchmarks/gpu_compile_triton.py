@@ -124,11 +124,16 @@ CASES = (
         arrays=((PAIRS, "bfloat16"),),
     ),
 )
+# a kernel of each kind on every chip; the others cost minutes
+USUAL = frozenset(
+    {"dim 64", "dim 128, f32", "causal", "segments", "softcap, score_mod, dim 64", "dense mask"}
+)
 KERNELS = {"forward": 1, "gradients": 3}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="compile every case; takes minutes")
     parser.add_argument("--only", default="", help="compile only cases whose name has this in it")
     parser.add_argument("--chip", default="", help="compile only for this compute capability")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -138,6 +143,7 @@ def main() -> int:
         for chip in CHIPS
         for case in CASES
         if arguments.only in case.name and arguments.chip in ("", chip.capability)
+        if arguments.all or arguments.only or case.name in USUAL
     ]
     if not chosen:
         parser.error("no case has such a name, or there is no such chip")
