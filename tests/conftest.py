@@ -22,9 +22,14 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     has_gpu = jax.default_backend() == "gpu"
+    # jax 0.10 interprets GPU kernels several times slower than later versions
+    old_interpreter = jax.__version_info__ < (0, 11)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; pass --slow"))
+        if "slow_interpreter" in item.keywords and old_interpreter:
+            if not config.getoption("--slow"):
+                item.add_marker(pytest.mark.skip(reason="slow on this jax; pass --slow"))
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
