@@ -66,9 +66,10 @@ def default_config(
     sizes = (_BACKWARD if backward else _FORWARD)[jnp.dtype(dtype).itemsize]
     most = next(config for limit, config in sizes.items() if width <= limit)
     own, other = min(own, most.own), min(other, most.other)
+    small = backward and width <= 64  # a third stage spills there on Blackwell
     # few numbers to keep are few threads' work
     num_warps = 4 if own * width <= 2048 else most.num_warps
-    return Config(own, other, num_warps, num_stages=2 if rule else 3)
+    return Config(own, other, num_warps, num_stages=2 if rule or small else 3)
 
 
 # by bytes of a number and by width: the largest pieces of tiles
