@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jsparse.estimators import mean_pooled, xattention
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.powerattention import powerattention
+from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
 from jsparse.types import Method
 
@@ -28,6 +29,7 @@ class Row(NamedTuple):
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
+      by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
     """
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     control_traced: bool = False
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
+    by_kv_head: bool = False
     needs_state: bool = False
     needs_key: bool = False
 
@@ -88,6 +91,21 @@ METHODS: tuple[Row, ...] = (
         control="window_size",
         settings=(1, 2, 5, 9),
         keeps_all=2**20,
+    ),
+    Row(
+        name="s2_attention",
+        family="masks",
+        factory=s2_attention,
+        summary="a window, old blocks shared among heads",
+        paper="arXiv:2407.17678",
+        year=2024,
+        causal=True,
+        bidirectional=False,
+        training_free=False,
+        control="local_blocks",
+        settings=(1, 4, 16),
+        keeps_all=2**20,
+        by_kv_head=True,
     ),
     Row(
         name="mean_pooled",

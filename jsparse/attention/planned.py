@@ -17,13 +17,14 @@ class Queries(NamedTuple):
 
     q_len: int
     heads: int
+    kv_heads: int
     offset: Any
 
     @classmethod
-    def of(cls, q: Any, positions: Any) -> "Queries":
+    def of(cls, q: Any, k: Any, positions: Any) -> "Queries":
         """From queries and their positions among the keys, None being the last ones."""
         q_len, heads = q.shape[-3:-1]
-        return cls(q_len, heads, None if positions is None else positions[..., 0])
+        return cls(q_len, heads, k.shape[-2], None if positions is None else positions[..., 0])
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
@@ -73,7 +74,7 @@ def planned(
             k,
             v,
             tiles,
-            mask=restrict(mask, Queries.of(q, positions)),
+            mask=restrict(mask, Queries.of(q, k, positions)),
             bias=bias,
             score_mod=score_mod,
             sinks=sinks,
@@ -105,7 +106,7 @@ def masked(
         return mask & own
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        whole = restrict(mask, Queries.of(q, positions))
+        whole = restrict(mask, Queries.of(q, k, positions))
         if whole is None:
             return None, ()
         sizes = {"block_q": block_q, "block_kv": block_kv}

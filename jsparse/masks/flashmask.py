@@ -52,7 +52,7 @@ def flashmask(
     def own_mask(queries: Queries) -> Mask | None:
         if columns is None:
             return causal_mask(offset=queries.offset) if causal else None
-        q_len, heads, _ = queries
+        q_len, heads = queries.q_len, queries.heads
         count = columns.shape[-3]
         checks.multiple(of=count, heads=heads)
         per_head = columns if count == 1 else jnp.repeat(columns, heads // count, axis=-3)
