@@ -89,10 +89,14 @@ def mma(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.mma(acc, a, b)  # pyright: ignore
 
 
-def mma_operand(ref: Any, *, is_left: bool) -> jax.Array:
-    """Reads an operand of `mma` from shared memory, by ldmatrix."""
-    layout = plgpu.Layout.MMA_LHS if is_left else plgpu.Layout.MMA_RHS  # pyright: ignore
-    return plgpu.load(ref, layout=layout(ref.dtype))
+def load_mma_left(ref: Any) -> jax.Array:
+    """Reads a left operand of `mma` from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.MMA_LHS(ref.dtype))  # pyright: ignore
+
+
+def load_mma_right(ref: Any) -> jax.Array:
+    """Reads a right operand of `mma` from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))  # pyright: ignore
 
 
 def mma_left(x: jax.Array) -> jax.Array:

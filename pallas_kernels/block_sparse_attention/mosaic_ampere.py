@@ -1,6 +1,6 @@
-"""Block-sparse attention, forward, for GPUs of compute capability 8: Ampere, and Ada.
+"""Block-sparse attention, forward, for GPUs of compute capability 8: Ampere and Ada.
 
-A program is one warpgroup. It owns a tile of queries, or a part of one, keeps their softmax in
+A program is one warpgroup. It owns a tile of queries or half of one, keeps their softmax in
 registers, and copies the pieces of keys and values that its list names while it multiplies those
 before (see `stream`).
 """
@@ -20,7 +20,13 @@ from pallas_kernels import _compat, configurations, mma, ring, stream
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import Lists, Side, Sides, divmod_i32
+from pallas_kernels.mma import HEIGHT
+from pallas_kernels.ring import LANES
 from pallas_kernels.warpgroup import warpgroup
+
+SHARED_MEMORY = 101_376  # bytes a program may have on the chip with the least, 8.6 or 8.9
+PAIRED = SHARED_MEMORY // 2  # what leaves room for a second program on a multiprocessor
+RESERVED = 2048  # of which the compiler's scratch for reductions takes a part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +35,9 @@ class Config:
 
     Attributes:
       rows: Queries of a program, 64 or 128, at most a tile's.
-      columns: Keys multiplied at once, 16 to 128, a divisor of a tile's.
+      columns: Keys multiplied at once, a power of 2 from 16 to 128, at most a tile's.
       stages: Pieces of keys, and of values, that there is room for, at least 1.
-      hold_queries: Whether queries stay in registers, or are read anew for each piece of keys.
+      hold_queries: Whether queries stay in registers, or are read again for each piece of keys.
     """
 
     rows: int = 64
@@ -40,86 +46,36 @@ class Config:
     hold_queries: bool = True
 
 
-def forward(q, k, v, lists, tiles, *, config):
-    batches, q_len, heads, dim = q.shape
-    v_dim, dtype = v.shape[3], q.dtype
-    block_q, block_kv = tiles.block_q, tiles.block_kv
-    rows, columns = min(config.rows, block_q), min(config.columns, block_kv)
-    shape, parts, shares = (rows, columns), block_kv // columns, block_q // rows
-    sides = Sides(Side((q,), block_q), Side((k, v), block_kv))
-    given = [x for x in lists if x is not None]
-    programs = sides.order(lists)
-    ops = warpgroup()
-    scratch = stream.scratch(1 + 2 * config.stages)
+def shared_memory(dim: int, v_dim: int, config: Config) -> int:
+    """Bytes of shared memory that a program asks for."""
+    return 2 * (config.rows * dim + config.stages * config.columns * (dim + v_dim))
 
-    def kernel(order_ref, positions_ref, q_ref, k_ref, v_ref, *refs):
-        left = iter(refs)
-        bound_lists = Lists(*itertools.islice(left, len(given)))
-        bound = tiles.bind(tuple(itertools.islice(left, len(tiles.values))))
-        out_ref, lse_ref, q_tile, k_slots, v_slots, *copying = left
-        program, share = divmod_i32(lax.axis_index("program"), shares)
-        owner = sides.owner(order_ref[program])
-        visit = sides.visit(bound_lists, owner, jnp.int32(0), jnp.int32(0))
-        start = owner.block * block_q + share * rows
 
-        def met(entry):
-            return bound_lists.ids[*visit.row, entry] * block_kv
+def default_config(
+    block_q: int, block_kv: int, dim: int, v_dim: int, *, rule: bool = False
+) -> Config | None:
+    """The deepest ring with which two programs share a multiprocessor, or one that fits.
 
-        def source(array, step):
-            entry, part = divmod_i32(step, parts)
-            tokens = pl.ds(met(visit.first + entry) + part * columns, columns)
-            ref, width = ((k_ref, dim), (v_ref, v_dim))[array]
-            return ref.at[owner.batch, tokens, pl.ds(visit.head * width, width)]
+    Args:
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      dim: Width of q and k.
+      v_dim: Width of v.
+      rule: Whether more than a mask changes logits.
 
-        pieces = stream.Stream(
-            stream.copies(copying),
-            source,
-            (k_slots, v_slots),
-            (visit.last - visit.first) * parts,
-        )
-        tokens = owner.batch, pl.ds(start, rows)
-        pieces.begin([(q_ref.at[*tokens, pl.ds(owner.head * dim, dim)], q_tile)])
-        held = mma.left(q_tile) if config.hold_queries else None
-
-        def tile(entry, carry, masked):
-            for part in range(parts):
-                step = visit.step(entry) * parts + part
-                carry = piece(step, met(entry) + part * columns, carry, masked)
-            return carry
-
-        def piece(step, kv_start, carry, masked):
-            acc, softmax = carry
-            queries = held or mma.left(q_tile)
-            raw = mma.add_nt(ops.tile(shape, 0.0), queries, pieces.wait(0, step))
-            at = Place(owner.batch, owner.head, start, kv_start, 0, shape, positions_ref)
-            logits = bound.change(raw, at, masked)
-            softmax, probs, decay = softmax.add(logits, tiles.to_base_2)
-            acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
-            return mma.add(acc, probs.astype(dtype), pieces.wait(1, step)), softmax
-
-        nothing = Softmax(ops.rows(rows, -math.inf), ops.rows(rows, 0.0))
-        acc, softmax = visit.tiles(tile, (ops.tile((rows, v_dim), 0.0), nothing))
-        share_of, lse = softmax.end()
-        out = acc * lax.broadcast_in_dim(share_of, acc.shape, (0,))
-        mma.store(out_ref.at[*tokens, pl.ds(owner.head * v_dim, v_dim)], out.astype(dtype))
-        mma.store(lse_ref.at[owner.batch, owner.head, pl.ds(start, rows)], lse)
-
-    positions = jnp.arange(max(q_len, k.shape[1]), dtype=jnp.int32)
-    flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-    out, lse = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((batches, q_len, heads * v_dim), dtype),
-            jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
-        ),
-        scratch_types=(
-            plgpu.SMEM((rows, dim), dtype, transforms=ring.TRANSFORMS),
-            ring.tiles(dtype, config.stages, columns, dim),
-            ring.tiles(dtype, config.stages, columns, v_dim),
-            *scratch,
-        ),
-        grid=(programs.size * shares,),
-        grid_names=("program",),
-        compiler_params=dataclasses.replace(ops.compiler_params, unsafe_no_auto_barriers=True),
-    )(programs, positions, *flat, *given, *tiles.values)
-    return out.reshape(batches, q_len, heads, v_dim), lse
+    Returns:
+      The configuration, or None if none fits.
+    """
+    wide = max(dim, v_dim) > 128
+    base = Config(
+        # what is read of keys and values serves twice the rows, if registers suffice for them
+        rows=128 if block_q == 128 and max(dim, v_dim) <= 64 and not rule else 64,
+        columns=min(block_kv, 32 if dim + v_dim > 320 else 64),
+    )
+    base = dataclasses.replace(base, hold_queries=base.rows == 64 and not wide)
+    for most in (PAIRED, SHARED_MEMORY):
+        for stages in (2, 1):
+            config = dataclasses.replace(base, stages=stages)
+            if shared_memory(dim, v_dim, config) <= most - RESERVED:
+                return config
+    return None
