@@ -189,7 +189,14 @@ def forward(
                 k_ring.release(step)
             kv_start = program.met(visit, entry) * block_kv + part * columns
             at = Place(
-                program.batch, program.head, program.start, kv_start, 0, shape, program.positions
+                program.batch,
+                program.head,
+                program.start,
+                kv_start,
+                0,
+                shape,
+                program.positions,
+                ops,
             )
             logits = bound.change(raw, at, masked)
             softmax, probs, decay = softmax.add(logits, factor)
@@ -229,5 +236,6 @@ def forward(
             plgpu.SMEM((consumers, ROWS), jnp.float32),
         ),
         config=chosen,
+        ops=ops,
     )
     return out, lse

@@ -1,9 +1,10 @@
 """What the kernels over listed tiles share: programs that walk lists.
 
-A program owns a tile of tokens, 64 for each of its consumer warpgroups, and meets the tiles of the
-other side that its list names. A producer warpgroup reads the list and copies those tiles by TMA
-into rings of shared memory. Every consumer waits for a tile to come and says when it is done with
-it; the producer waits for all of them before it overwrites a slot.
+A program owns a tile of tokens, as many for each of its consumer warpgroups as the chip's tensor
+cores have rows, and meets the tiles of the other side that its list names. A producer warpgroup
+reads the list and copies those tiles by TMA into rings of shared memory. Every consumer waits for a
+tile to come and says when it is done with it; the producer waits for all of them before it
+overwrites a slot.
 """
 
 import functools
@@ -19,9 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
 from pallas_kernels.ring import Ring
-from pallas_kernels.warpgroup import warpgroup
+from pallas_kernels.warpgroup import Hopper, Operations
 
-ROWS = 64  # of one warpgroup: the height of a wgmma
+ROWS = Hopper.height  # of one warpgroup
 SHARED_MEMORY = 232_448  # bytes a program may have on Hopper
 RESERVED = 4096  # of which barriers and the compiler's scratch for reductions take a part
 CACHED = 32 << 20  # bytes of one side that may count on staying in the 50 MB of Hopper's L2 cache
@@ -194,7 +195,7 @@ class Program(NamedTuple):
     Attributes:
       batch: The sequence.
       head: The head of the tile it owns.
-      start: The first of its 64 tokens.
+      start: The first of its tokens.
       member: Which of the consumers it is.
       own: Its tokens' rows of each array of its side, in shared memory.
       rings: The tiles it meets, of each array of the other side.
@@ -205,6 +206,7 @@ class Program(NamedTuple):
       visits: How many lists the program walks.
       visit: Gives each of them from its number and how many tiles were met before.
       ids: `Lists.ids`.
+      ops: The functions of the chip on arrays in registers.
     """
 
     batch: jax.Array
@@ -220,6 +222,7 @@ class Program(NamedTuple):
     visits: int
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
+    ops: Operations
 
     def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
         """Which tile an entry is."""
@@ -235,12 +238,12 @@ class Program(NamedTuple):
     @property
     def tokens(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, tokens, heads, width]."""
-        return self.batch, pl.ds(self.start, ROWS), self.head
+        return self.batch, pl.ds(self.start, self.ops.height), self.head
 
     @property
     def numbers(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, heads, tokens]."""
-        return self.batch, self.head, pl.ds(self.start, ROWS)
+        return self.batch, self.head, pl.ds(self.start, self.ops.height)
 
 
 def launch(
@@ -253,6 +256,7 @@ def launch(
     results: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     config: Layout,
+    ops: Operations,
 ) -> Sequence[jax.Array]:
     """Runs a program for each tile of `own`, those with the longest way first.
 
@@ -265,12 +269,12 @@ def launch(
       results: Shapes of what is computed.
       scratch: Further shared memory and barriers.
       config: How a program is laid out.
+      ops: The functions of the chip on arrays in registers.
     """
     sides = Sides(own, met)
-    visits, consumers = sides.visits, own.block // ROWS
+    visits, consumers = sides.visits, own.block // ops.height
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
-    ops = warpgroup()
 
     def kernel(order_ref, positions_ref, *refs):
         left = iter(refs)
@@ -308,9 +312,9 @@ def launch(
         @pl.when(member < consumers)
         def consume():
             plgpu.set_max_registers(config.consumer_registers, action="increase")
-            start = block * own.block + member * ROWS
+            start = block * own.block + member * ops.height
             for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
-                source = ref.at[batch, pl.ds(start, ROWS), head]
+                source = ref.at[batch, pl.ds(start, ops.height), head]
                 plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
             for full in own_full:
                 plgpu.barrier_wait(full.at[member])
@@ -329,6 +333,7 @@ def launch(
                     visits=visits,
                     visit=visit,
                     ids=bound.ids,
+                    ops=ops,
                 )
             )
 
@@ -338,7 +343,7 @@ def launch(
         kernel,
         out_type=tuple(results),
         scratch_types=(
-            *(ring.tiles(x.dtype, consumers, ROWS, x.shape[3]) for x in own.arrays),
+            *(ring.tiles(x.dtype, consumers, ops.height, x.shape[3]) for x in own.arrays),
             *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
             *(plgpu.Barrier(num_barriers=consumers) for _ in own.arrays),
             *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
