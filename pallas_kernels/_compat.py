@@ -115,7 +115,7 @@ def mma_left(x: jax.Array) -> jax.Array:
             _is_signed=array.is_signed,
         )
 
-    return renamed(x)
+    return renamed(x)  # pyright: ignore
 
 
 def start_copy(source: Any, target: Any) -> None:
