@@ -131,4 +131,7 @@ def wait_copies(running: int) -> None:
 
 def store(ref: Any, value: jax.Array) -> None:
     """Writes registers of any layout to device memory."""
-    plgpu.store(ref, value, optimized=False)  # pyright: ignore
+    if hasattr(plgpu, "store"):  # since 0.12
+        plgpu.store(ref, value, optimized=False)  # pyright: ignore
+    else:
+        ref[...] = value

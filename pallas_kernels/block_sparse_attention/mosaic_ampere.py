@@ -52,29 +52,25 @@ def shared_memory(dim: int, v_dim: int, config: Config) -> int:
     return 2 * (config.rows * dim + config.stages * config.columns * (dim + v_dim))
 
 
-def default_config(
-    block_q: int, block_kv: int, dim: int, v_dim: int, *, rule: bool = False
-) -> Config:
-    """The deepest ring with which two programs share a multiprocessor, or the shallowest.
+def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config:
+    """Two programs on a multiprocessor where that can be, and then the deepest ring they leave.
 
     Args:
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k.
-      v_dim: Width of v.
-      rule: Whether more than a mask changes logits, which takes registers.
+      tiles: Tile sizes, and what happens to logits.
+      dim: Width of q and k, a multiple of 64.
+      v_dim: Width of v, a multiple of 64.
     """
     # what is read of keys and values serves twice the rows, where registers suffice for them
-    tall = block_q == 128 and max(dim, v_dim) <= 64 and not rule
+    if tiles.block_q == 128 and max(dim, v_dim) == 64 and not tiles.rule:
+        return Config(rows=128, hold_queries=False)
+    # values per query and per key are in registers too, as what a rule computes from them
+    full = len(tiles.values) > 2 or bool(tiles.rule and tiles.rule.column_values)
     base = Config(
-        rows=128 if tall else 64,
-        columns=32 if dim + v_dim > 320 else 64,
-        hold_queries=not tall and max(dim, v_dim) <= 128,
+        columns=32 if dim + v_dim > 320 or full else 64,
+        hold_queries=max(dim, v_dim) <= 128 and not full,
     )
     deeper = dataclasses.replace(base, stages=2)
-    # two stages of so many rows take more registers than there are
-    fits = not tall and shared_memory(dim, v_dim, deeper) <= PAIRED - RESERVED
-    return deeper if fits else base
+    return deeper if shared_memory(dim, v_dim, deeper) <= PAIRED - RESERVED else base
 
 
 def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -108,7 +104,7 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
 
 def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
     """The configurations worth timing, the default first."""
-    default = default_config(block_q, block_kv, dim, v_dim)
+    default = default_config(Tiles(block_q, block_kv), dim, v_dim)
     others = (
         Config(rows, columns, stages, held)
         for rows in sorted({64, block_q})
@@ -155,7 +151,7 @@ def forward(
         raise NotImplementedError("The Mosaic block-sparse forward for Ampere: " + reason)
     chosen = config or configurations.chosen(
         configurations.key("forward", tiles.changes, dtype, *sizes),
-        default_config(*sizes, rule=tiles.rule is not None),
+        default_config(tiles, dim, v_dim),
         refusal=lambda tuned: layout_refusal(tuned, *sizes),
         trial=lambda tuned: configurations.compiles(
             lambda q, k, v, lists, values: forward(
