@@ -34,35 +34,36 @@ class Copies:
 class InterpretedCopies:
     """The same for JAX's interpreter, which knows no cp.async: each copy arrives at a barrier.
 
-    Which one is waited for follows, as on the chip, from how many were started; those before it
-    must have been waited for already.
+    Which ones are waited for follows, as on the chip, from how many were started.
     """
 
-    def __init__(self, arrived: Ref, started: Ref):
-        self._arrived, self._started = arrived, started
-        started[...] = jnp.zeros(1, jnp.int32)
+    def __init__(self, arrived: Ref, counts: Ref):
+        self._arrived, self._counts = arrived, counts
+        counts[...] = jnp.zeros(2, jnp.int32)  # of copies that were started, and waited for
 
     def _barrier(self, copy: jax.Array) -> Ref:
         return self._arrived.at[lax.rem(copy, jnp.int32(self._arrived.shape[0]))]
 
     def start(self, source: Ref, target: Ref) -> None:
         """Starts to copy a tile, all of it inside its array, from device to shared memory."""
-        count = self._started[0]
+        started = self._counts[0]
         # these write as the copy engine does, and want a fence after ordinary reads
         plgpu.commit_smem()
-        plgpu.copy_gmem_to_smem(source, target, self._barrier(count))
-        self._started[...] = jnp.full(1, count + 1)
+        plgpu.copy_gmem_to_smem(source, target, self._barrier(started))
+        self._counts[0] = started + 1
 
     def wait(self, running: int) -> None:
         """Waits for all but the last `running` copies that were started, and for all threads."""
-        plgpu.barrier_wait(self._barrier(self._started[0] - 1 - running))
+        first, last = self._counts[1], self._counts[0] - running
+        lax.fori_loop(first, last, lambda n, _: plgpu.barrier_wait(self._barrier(n)), None)
+        self._counts[1] = jnp.maximum(first, last)
 
 
 def scratch(most: int) -> tuple[Any, ...]:
     """What copies need beside their targets, if at most so many go on at a time."""
     if not _compat.interpreting():
         return ()
-    return plgpu.Barrier(num_barriers=most), plgpu.SMEM((1,), jnp.int32)
+    return plgpu.Barrier(num_barriers=most), plgpu.SMEM((2,), jnp.int32)
 
 
 def copies(scratch: Sequence[Ref]) -> Copies | InterpretedCopies:
