@@ -11,6 +11,7 @@ stands what the roofline expects at best. `python -m benchmarks.plots` draws wha
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse as js
-from benchmarks import roofline
+from benchmarks import gpu_peers, roofline
 from jsparse.attention.tuning import milliseconds
 from pallas_kernels import configurations
 
@@ -69,10 +70,20 @@ FULL = Run(
         for dim, kv_heads in ((128, 16), (64, 16), (128, 4))
         for density in (1.0, 0.5, 0.25, 0.1, 0.05)
     )
+    + tuple(
+        Sizes(length, 16, 16, 128, density)
+        for length in (16384, 65536)
+        for density in (1.0, 0.25, 0.1)
+    )
     + tuple(Sizes(length, 16, 16, 128, 1.0, causal=True) for length in (8192, 32768)),
     200.0,
 )
-DRY = Run("xla", 256, (Sizes(256, 2, 1, 64, 0.5), Sizes(256, 2, 2, 64, 1.0, causal=True)), 20.0)
+DRY = Run(
+    "xla",
+    256,
+    (Sizes(256, 2, 1, 64, 1.0), Sizes(256, 2, 1, 64, 0.5), Sizes(256, 2, 2, 64, 1.0, causal=True)),
+    20.0,
+)
 
 
 def main() -> int:
@@ -109,8 +120,14 @@ def main() -> int:
         for sizes in run.sizes:
             row = {**sizes._asdict(), **attempt(lambda s=sizes: timings(run, s))}
             record["timings"].append(row)
+            record["crossovers"] = crossovers(record["timings"])
             print(summary(row), flush=True)
             save()
+    for row in record.get("crossovers", []):
+        print(
+            f"T {row['length']} d {row['dim']} kv {row['kv_heads']}: selecting and computing tiles "
+            f"beats cuDNN's {row['dense_ms']:.3f} ms below density {row['density']:.2f}"
+        )
     print(f"{len(record['numerics']) - len(wrong)} of {len(record['numerics'])} cases right")
     print(f"written: {output}")
     return 1 if wrong or any("error" in row for row in record["timings"]) else 0
@@ -120,6 +137,8 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """One failing case must not cost the others their time on the machine."""
     try:
         return measure()
+    except ImportError as error:
+        return {"missing": str(error)}
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -279,7 +298,10 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
         build = jax.jit(lambda: js.block_mask(mask, sizes.length, sizes.length))
         plan = build()
     else:
-        build = None
+        # tiles at random are timed; what it costs to select as many is that of the plain baseline
+        method = js.mean_pooled(density=sizes.density)
+        select = jax.jit(lambda q, k: method.plan((), q, k)[0])
+        build = lambda: select(q, k)  # noqa: E731
         plan = random_plan(sizes.length, sizes.heads, sizes.density)
     tiles = float(np.asarray(plan.kv_num_blocks).sum())
     tiles *= sizes.heads / plan.kv_num_blocks.shape[-2]
@@ -303,24 +325,19 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
     )
     runs = {"jsparse": lambda: ours(q, k, v, plan), BACKWARD: lambda: both(q, k, v, plan)}
     result = np.asarray(ours(q, k, v, plan), np.float32)
-    if build is not None:
-        row["block_mask_ms"] = milliseconds(build, jax.block_until_ready, run.milliseconds)
-    if sizes.density == 1.0:
-        peer = jax.jit(
-            lambda q, k, v: jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=sizes.causal,
-                implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
-            )
-        )
-        runs["jax.nn cudnn"] = lambda: peer(q, k, v)
+    row["plan_ms"] = milliseconds(build, jax.block_until_ready, run.milliseconds)
+    inverse = jax.jit(lambda plan: plan.inverse())
+    row["inverse_ms"] = milliseconds(lambda: inverse(plan), jax.block_until_ready, run.milliseconds)
     times: dict[str, Any] = {}
     for name, call in runs.items():
         times[name] = attempt(
             lambda c=call: {"ms": milliseconds(c, jax.block_until_ready, run.milliseconds)}
         )
+    if sizes.density == 1.0:
+        for name, prepare in gpu_peers.DENSE.items():
+            times[name] = attempt(
+                lambda p=prepare: dense_time(run, p(q, k, v, causal=sizes.causal), result)
+            )
     times |= torch_times(run, sizes, plan, (q, k, v), result)
     row["times"] = times
     best = {name: kernel["expected_ms"] for name, kernel in row["roofline"].items()}
@@ -337,6 +354,60 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
         # by the usual count: five products where the forward pass has two
         row["backward"] = {"ms": alone, "tflops": 2.5 * flops / alone / 1e9 if alone > 0 else None}
     return row
+
+
+def dense_time(run: Run, call: Callable[[], Any], result: np.ndarray) -> dict[str, Any]:
+    """The time of a dense peer whose output is ours."""
+    same_output("the peer", np.asarray(call(), np.float32), result)
+    return {"ms": milliseconds(call, jax.block_until_ready, run.milliseconds)}
+
+
+def same_output(peer: str, theirs: np.ndarray, ours: np.ndarray) -> float:
+    """By how much two bf16 outputs differ; refuses to go on where they are not the same."""
+    error = float(np.linalg.norm(theirs - ours) / np.linalg.norm(theirs))
+    if not error < 2 * TOLERANCE["bfloat16"]:
+        raise ArithmeticError(f"ours and {peer} differ by {error:.2e} of the norm")
+    return error
+
+
+def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Up to which density selecting and computing tiles takes less time than cuDNN's dense.
+
+    Between two measured densities the time is taken to be linear. 0 where even the lowest measured
+    density takes longer, 1 where full density takes less.
+
+    Args:
+      rows: Timings of all densities, some of them failed.
+    """
+    groups: dict[tuple, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        if "times" in row and not row["causal"]:
+            sizes = row["length"], row["dim"], row["heads"], row["kv_heads"]
+            groups.setdefault(sizes, {})[row["density"]] = row
+    found = []
+    for (length, dim, heads, kv_heads), by_density in groups.items():
+        dense = [
+            entry["ms"]
+            for name, entry in by_density.get(1.0, {}).get("times", {}).items()
+            if "cudnn" in name and "ms" in entry
+        ]
+        points = [
+            (density, row["times"]["jsparse"]["ms"] + row["plan_ms"])
+            for density, row in sorted(by_density.items())
+            if "ms" in row["times"]["jsparse"]
+        ]
+        if not dense or len(points) < 2:
+            continue
+        limit = min(dense)
+        density = 1.0 if points[-1][1] <= limit else 0.0
+        for (low, quick), (high, slow) in itertools.pairwise(points):
+            if quick <= limit < slow:
+                density = low + (high - low) * (limit - quick) / (slow - quick)
+        found.append(
+            {"length": length, "dim": dim, "heads": heads, "kv_heads": kv_heads}
+            | {"dense_ms": limit, "density": density}
+        )
+    return found
 
 
 def expected(work: dict[str, roofline.Work]) -> dict[str, dict[str, Any]]:
@@ -391,9 +462,7 @@ def torch_times(run, sizes: Sizes, plan: js.BlockMask, arrays, result) -> dict[s
         grouped = sizes.heads != sizes.kv_heads
         call = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)  # noqa: E731
         theirs = call().transpose(1, 2).float().cpu().numpy()
-        error = float(np.linalg.norm(theirs - result) / np.linalg.norm(theirs))
-        if not error < 2 * TOLERANCE["bfloat16"]:
-            raise ArithmeticError(f"ours and FlexAttention differ by {error:.2e} of the norm")
+        error = same_output("FlexAttention", theirs, result)
         return {"ms": milliseconds(call, wait, run.milliseconds), "difference": error}
 
     def dense() -> dict[str, Any]:
@@ -428,6 +497,7 @@ def summary(row: dict[str, Any]) -> str:
         if "ms" in entry
         else f"{name} failed"
         for name, entry in row["times"].items()
+        if "missing" not in entry
     ]
     kind = "causal" if row["causal"] else f"{row['density']:.0%}"
     return f"T {row['length']} d {row['dim']} kv {row['kv_heads']} {kind}: " + ", ".join(parts)

@@ -10,6 +10,7 @@ from jsparse import registry as registry
 # attention
 from jsparse.attention.attend import attend as attend
 from jsparse.core.merging import merge as merge
+from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import xattention as xattention
@@ -17,6 +18,7 @@ from jsparse.attention.explain import explain as explain
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
+from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.streaming import streaming as streaming
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jsparse.estimators import mean_pooled, xattention
 from jsparse.masks.flashmask import flashmask
+from jsparse.masks.powerattention import powerattention
 from jsparse.masks.streaming import streaming
 from jsparse.types import Method
 
@@ -72,6 +73,20 @@ METHODS: tuple[Row, ...] = (
         training_free=True,
         control="window",
         settings=(256, 512, 1024, 2048),
+        keeps_all=2**20,
+    ),
+    Row(
+        name="powerattention",
+        family="masks",
+        factory=powerattention,
+        summary="blocks at power-of-two distances",
+        paper="arXiv:2503.03588",
+        year=2025,
+        causal=True,
+        bidirectional=False,
+        training_free=False,
+        control="window_size",
+        settings=(1, 2, 5, 9),
         keeps_all=2**20,
     ),
     Row(

@@ -5,9 +5,10 @@ import json
 import sys
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from benchmarks import attention, compile_report, plots
+from benchmarks import attention, compile_report, gpu, plots
 from benchmarks.compile_report import Report
 
 VERSIONS = {"jax": "0.10.2", "ptxas": "13.0.88"}
@@ -235,3 +236,51 @@ def test_results_that_differ_are_not_timed():
     attention.same(q, q, "bfloat16")
     with pytest.raises(ArithmeticError, match="results in bfloat16 differ"):
         attention.same(q, k, "bfloat16")
+
+
+def timing(density, ours, dense=None, **sizes):
+    times = {"jsparse": {"ms": ours}}
+    if dense is not None:
+        times |= {"jax.nn cudnn": {"ms": dense}, "torch cudnn": {"ms": dense + 1}}
+    row = {"length": 8192, "dim": 128, "heads": 16, "kv_heads": 16, "causal": False, **sizes}
+    return {**row, "density": density, "plan_ms": 1.0, "times": times}
+
+
+@pytest.mark.parametrize(
+    ("full", "density"),
+    [
+        (9.0, 1.0),  # 10 ms at density 1 with the plan, as long as cuDNN takes
+        (11.0, 0.9),  # 12 ms at 1 and 2 ms at 0.5: 10 ms at 0.9
+        (17.0, 0.75),
+    ],
+)
+def test_the_crossover_density_counts_the_plan(full, density):
+    rows = [timing(1.0, full, dense=10.0), timing(0.5, 1.0)]
+    (found,) = gpu.crossovers(rows)
+    assert found["density"] == pytest.approx(density)
+    assert found["dense_ms"] == 10.0
+
+
+def test_the_crossover_density_is_zero_where_dense_always_wins():
+    assert gpu.crossovers([timing(1.0, 20.0, dense=5.0), timing(0.5, 10.0)])[0]["density"] == 0.0
+
+
+def test_crossovers_leave_out_what_was_not_measured():
+    failed = {**timing(0.5, 1.0), "times": {"jsparse": {"error": "no"}}}
+    rows = [timing(1.0, 9.0, dense=10.0), failed, {"error": "no"}, timing(0.5, 1.0, dim=64)]
+    assert gpu.crossovers(rows) == []
+
+
+def test_a_peer_whose_output_differs_is_not_timed():
+    run = gpu.DRY._replace(milliseconds=0.0)
+    ours = np.ones((2, 3), np.float32)
+    assert gpu.dense_time(run, lambda: ours, ours)["ms"] > 0
+    with pytest.raises(ArithmeticError, match="differ"):
+        gpu.dense_time(run, lambda: ours + 1, ours)
+
+
+def test_a_peer_that_is_not_installed_is_missing_and_not_an_error():
+    def call():
+        raise ModuleNotFoundError("No module named 'tokamax'")
+
+    assert gpu.attempt(call) == {"missing": "No module named 'tokamax'"}

@@ -1,55 +1,12 @@
-"""Argument checks. Every sentence that an error of jsparse says is written here."""
+"""Checks of what attention is called with: operands, plans, masks, layers."""
 
-import importlib.util
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jsparse import _compat
-
-_NUMBERS = (int, float, np.integer, np.floating)
-
-
-def _is_integer_array(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
-
-
-def positive(**values: int) -> None:
-    """Each value is an int of at least 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive int.")
-
-
-def non_negative(**values: int) -> None:
-    """Each value is an int of at least 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-            raise ValueError(f"{name}={value!r} must be an int of at least 0.")
-
-
-def multiple(*, of: int, **values: int) -> None:
-    """Each value is a multiple of `of`."""
-    for name, value in values.items():
-        if value % of:
-            raise ValueError(f"{name}={value} must be a multiple of {of}.")
-
-
-def one_of(choices: tuple[str, ...], **values: str) -> None:
-    """Each value is one of the choices."""
-    for name, value in values.items():
-        if value not in choices:
-            listed = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name}={value!r} must be one of {listed}.")
-
-
-def integers(**arrays: Any) -> None:
-    """Each array holds integers."""
-    for name, array in arrays.items():
-        if not _is_integer_array(array):
-            dtype = getattr(array, "dtype", type(array).__name__)
-            raise ValueError(f"{name} holds {dtype}; it must hold integers, cast it to int32.")
+from jsparse.checks.values import integers, positive
 
 
 def tile_grid(grid: Any) -> None:
@@ -207,12 +164,6 @@ def mask_heads(count: int, heads: int) -> None:
         raise ValueError(f"The mask has {count} heads; expected 1 or heads={heads}.")
 
 
-def broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
-    """An operand broadcasts to the logits, axis by axis."""
-    if len(shape) != len(to) or any(a not in (1, b) for a, b in zip(shape, to, strict=True)):
-        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {to}.")
-
-
 def bias_array(bias: Any) -> None:
     """A bias is an array of numbers to add, not a mask."""
     dtype = getattr(bias, "dtype", None)
@@ -220,16 +171,6 @@ def bias_array(bias: Any) -> None:
         raise ValueError(
             f"bias holds {dtype or type(bias).__name__}; it must be an array of floats, which are "
             "added to the logits. For bools that say who sees whom use mask=js.masks.dense(array)."
-        )
-
-
-def one_logit(avals: Any) -> None:
-    """A score_mod returns one float."""
-    found = [(aval.shape, str(aval.dtype)) for aval in avals]
-    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        raise ValueError(
-            f"score_mod must map one scalar logit to one scalar logit; it returned {found}. To "
-            "hide pairs use mask=js.masks.predicate(function)."
         )
 
 
@@ -279,13 +220,6 @@ def per_head(heads: int, **values: Any) -> None:
             )
 
 
-def same_number_of_axes(**sizes: Any) -> None:
-    """Several tuples of sizes are of the same space."""
-    if len({len(value) for value in sizes.values()}) != 1:
-        listed = ", ".join(f"{name}={tuple(value)}" for name, value in sizes.items())
-        raise ValueError(f"{listed}: give one size per axis in each.")
-
-
 def order_fits(order: Any, shape: tuple[int, ...]) -> None:
     """An order of tokens fits an array [*batch, length, heads, dim]."""
     integers(order=order)
@@ -311,27 +245,6 @@ def sinks_shape(sinks: Any, heads: int) -> None:
         )
 
 
-def scalar(name: str, value: Any) -> None:
-    """An array with no axes."""
-    if value.shape != ():
-        raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
-
-
-def number(**values: Any) -> None:
-    """Each value is a Python or NumPy number."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-            raise ValueError(f"{name}={value!r} must be a number.")
-
-
-def positive_number(**values: float) -> None:
-    """Each value is a number above 0."""
-    number(**values)
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value!r} must be above 0.")
-
-
 def mask_type(mask: Any) -> None:
     """A mask is a jsparse mask, not an array."""
     if not hasattr(mask, "flatten_batch"):
@@ -354,6 +267,18 @@ def some_plans(plans: Any) -> None:
         raise ValueError("plan is an empty tuple; pass None to attend to everything.")
 
 
+def square_plans(plans: Any) -> None:
+    """At least one plan, each cutting queries and keys into the same blocks."""
+    some_plans(plans)
+    for plan in plans:
+        q_side, kv_side = (plan.q_len, plan.block_q), (plan.kv_len, plan.block_kv)
+        if q_side != kv_side:
+            raise ValueError(
+                f"a plan has (length, block) {q_side} for queries and {kv_side} for keys; the "
+                "receptive field over layers needs both alike."
+            )
+
+
 def cache_room(new: int, max_len: int) -> None:
     """New tokens fit an empty cache."""
     if new > max_len:
@@ -364,13 +289,6 @@ def features(got: int, expected: int) -> None:
     """The last axis has the layer's width."""
     if got != expected:
         raise ValueError(f"x has {got} features; the layer was made for in_features={expected}.")
-
-
-def at_most(limit: int, **values: int) -> None:
-    """Each value is at most `limit`."""
-    for name, value in values.items():
-        if value > limit:
-            raise ValueError(f"{name}={value} must be at most {limit}.")
 
 
 def pairs(array: Any) -> None:
@@ -384,13 +302,6 @@ def pairs(array: Any) -> None:
         raise ValueError(f"pairs has shape {array.shape}; expected [*batch, heads, q_len, kv_len].")
 
 
-def one_bool(avals: Any) -> None:
-    """A predicate returns one bool."""
-    found = [(aval.shape, str(aval.dtype)) for aval in avals]
-    if found != [((), "bool")]:
-        raise ValueError(f"A predicate must return one bool scalar; this one returns {found}.")
-
-
 def interval_bounds(bounds: int, causal: bool) -> None:
     """How many bounds per key there may be."""
     allowed = (1, 2) if causal else (2, 4)
@@ -399,17 +310,6 @@ def interval_bounds(bounds: int, causal: bool) -> None:
             f"startend_row_indices has {bounds} bounds per key; with causal={causal} it must have "
             f"{allowed[0]} or {allowed[1]}."
         )
-
-
-def fractions(**values: Any) -> None:
-    """Each value is a number in (0, 1], or a concrete array of such numbers."""
-    for name, value in values.items():
-        if not hasattr(value, "dtype"):
-            number(**{name: value})
-        if not _compat.is_traced(value):
-            found = np.asarray(value)
-            if not np.all((found > 0) & (found <= 1)):
-                raise ValueError(f"{name}={found} must lie in (0, 1].")
 
 
 def some_layers(found: Any) -> None:
@@ -446,50 +346,6 @@ def mask_array(mask: Any, query: Any, key: Any) -> None:
         )
 
 
-def readable(path: Any, error: Any) -> None:
-    """A tensor file could not be read."""
-    raise ValueError(
-        f"{path} is not a readable safetensors file ({error}); write one with "
-        "jsparse.evaluation.save_captured."
-    )
-
-
-def captured_layer(path: Any, layer: int, names: Any) -> None:
-    """A captured layer has all three tensors."""
-    missing = [n for n in ("q", "k", "v") if f"layers.{layer}.{n}" not in names]
-    if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(f'layers.{layer}.{n}' for n in missing)}; each layer needs "
-            "q [length, heads, dim], k and v [length, kv_heads, dim]."
-        )
-
-
-def some_captured(path: Any, layers: int) -> None:
-    """A file of captured tensors has a layer."""
-    if not layers:
-        raise ValueError(
-            f"{path} holds no tensor named layers.0.q; name tensors layers.<n>.q, .k and .v."
-        )
-
-
-def longer_than_a_tile(length: int, tile: int) -> None:
-    """There is something to leave out."""
-    if length <= tile:
-        raise ValueError(
-            f"The text has {length} tokens, a tile {tile}: nothing could be left out. Use a longer "
-            "text."
-        )
-
-
-def known_methods(names: Any, known: Any) -> None:
-    """Method names stand in the registry."""
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"There is no method {name!r} here; choose from {', '.join(sorted(known))}."
-            )
-
-
 def plan_or_method(plan: Any, method: Any) -> None:
     """Not both."""
     if plan is not None and method is not None:
@@ -502,91 +358,3 @@ def jax_alone(plan: Any, method: Any) -> None:
         raise ValueError(
             "implementation='cudnn' takes neither plan nor method; leave it at None for those."
         )
-
-
-def one_sequence(path: Any, layer: int, tensors: Any) -> None:
-    """Captured tensors are floats of one sequence."""
-    for name, x in tensors.items():
-        tensor = f"{path}: layers.{layer}.{name}"
-        if x.ndim < 3 or any(size != 1 for size in x.shape[:-3]):
-            raise ValueError(
-                f"{tensor} has shape {tuple(x.shape)}; expected [length, heads, dim] of one "
-                "sequence: split a batch into files, add a heads axis of 1 if there is one head."
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{tensor} holds {x.dtype}; it must hold floating-point numbers.")
-
-
-def same_layers(layers: Any) -> None:
-    """Captured layers have the same shapes and dtype."""
-    if not len(layers):
-        raise ValueError("layers is empty; capture at least one.")
-    first = [(x.shape, x.dtype) for x in layers[0]]
-    for index, layer in enumerate(layers):
-        if [(x.shape, x.dtype) for x in layer] != first:
-            raise ValueError(
-                f"Layer {index} has q {layer.q.shape}, k {layer.k.shape}, v {layer.v.shape} in "
-                f"{layer.q.dtype}; layer 0 has q {layers[0].q.shape}, k {layers[0].k.shape}, v "
-                f"{layers[0].v.shape} in {layers[0].q.dtype}. Compare layers of one shape at a "
-                "time."
-            )
-
-
-def applicable_methods(names: Any, known: Any) -> None:
-    """Methods named for a comparison can take part in it."""
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{name!r} does not serve causal attention of a trained model; choose from "
-                f"{', '.join(sorted(known))}."
-            )
-
-
-def writable(path: Any, error: Any) -> None:
-    """A file could not be written."""
-    raise ValueError(f"{path} cannot be written ({error}); choose another place.")
-
-
-def file_place(path: Any) -> None:
-    """A path names a file to write, not a folder that is there."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it, such as {path / 'compare.html'}.")
-
-
-def drawing_library() -> None:
-    """What draws the report's figures is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NotImplementedError(
-            "The report's figures need matplotlib, which is not installed; get it with "
-            "pip install 'jsparse[report]'."
-        )
-
-
-def readable_text(path: Any, error: Any) -> None:
-    """A text could not be read."""
-    raise ValueError(f"{path} cannot be read ({error.strerror}); name a file of text.")
-
-
-def captured_inputs(path: Any, layer: int, tensors: Any) -> None:
-    """The tensors of a captured layer fit each other."""
-    try:
-        attention_inputs(*tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: in layer {layer}, {error}") from None
-
-
-def tunable(what: str, reason: str | None) -> None:
-    """Kernels for something can be timed here, for there is no reason why not."""
-    if reason:
-        raise NotImplementedError(f"{what} cannot be tuned: {reason}")
-
-
-def tuned_file(path: Any, error: Any) -> None:
-    """A file of tuned configurations could not be read."""
-    raise ValueError(f"{path} holds no tuned configurations ({error}); name another file.")
-
-
-def tuned_place(path: Any, variable: str) -> None:
-    """There is a place to keep tuned configurations in."""
-    if path is None:
-        raise ValueError(f"{variable} is empty, which switches tuned files off; pass --output.")

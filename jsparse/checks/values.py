@@ -1,0 +1,120 @@
+"""Checks of numbers and arrays, whatever they are for."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse import _compat
+
+_NUMBERS = (int, float, np.integer, np.floating)
+
+
+def _is_integer_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def positive(**values: int) -> None:
+    """Each value is an int of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive int.")
+
+
+def non_negative(**values: int) -> None:
+    """Each value is an int of at least 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name}={value!r} must be an int of at least 0.")
+
+
+def multiple(*, of: int, **values: int) -> None:
+    """Each value is a multiple of `of`."""
+    for name, value in values.items():
+        if value % of:
+            raise ValueError(f"{name}={value} must be a multiple of {of}.")
+
+
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Each value is one of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name}={value!r} must be one of {listed}.")
+
+
+def integers(**arrays: Any) -> None:
+    """Each array holds integers."""
+    for name, array in arrays.items():
+        if not _is_integer_array(array):
+            dtype = getattr(array, "dtype", type(array).__name__)
+            raise ValueError(f"{name} holds {dtype}; it must hold integers, cast it to int32.")
+
+
+def broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
+    """An operand broadcasts to the logits, axis by axis."""
+    if len(shape) != len(to) or any(a not in (1, b) for a, b in zip(shape, to, strict=True)):
+        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {to}.")
+
+
+def one_logit(avals: Any) -> None:
+    """A score_mod returns one float."""
+    found = [(aval.shape, str(aval.dtype)) for aval in avals]
+    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        raise ValueError(
+            f"score_mod must map one scalar logit to one scalar logit; it returned {found}. To "
+            "hide pairs use mask=js.masks.predicate(function)."
+        )
+
+
+def same_number_of_axes(**sizes: Any) -> None:
+    """Several tuples of sizes are of the same space."""
+    if len({len(value) for value in sizes.values()}) != 1:
+        listed = ", ".join(f"{name}={tuple(value)}" for name, value in sizes.items())
+        raise ValueError(f"{listed}: give one size per axis in each.")
+
+
+def scalar(name: str, value: Any) -> None:
+    """An array with no axes."""
+    if value.shape != ():
+        raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
+
+
+def number(**values: Any) -> None:
+    """Each value is a Python or NumPy number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+            raise ValueError(f"{name}={value!r} must be a number.")
+
+
+def positive_number(**values: float) -> None:
+    """Each value is a number above 0."""
+    number(**values)
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0.")
+
+
+def at_most(limit: int, **values: int) -> None:
+    """Each value is at most `limit`."""
+    for name, value in values.items():
+        if value > limit:
+            raise ValueError(f"{name}={value} must be at most {limit}.")
+
+
+def one_bool(avals: Any) -> None:
+    """A predicate returns one bool."""
+    found = [(aval.shape, str(aval.dtype)) for aval in avals]
+    if found != [((), "bool")]:
+        raise ValueError(f"A predicate must return one bool scalar; this one returns {found}.")
+
+
+def fractions(**values: Any) -> None:
+    """Each value is a number in (0, 1], or a concrete array of such numbers."""
+    for name, value in values.items():
+        if not hasattr(value, "dtype"):
+            number(**{name: value})
+        if not _compat.is_traced(value):
+            found = np.asarray(value)
+            if not np.all((found > 0) & (found <= 1)):
+                raise ValueError(f"{name}={found} must lie in (0, 1].")

@@ -1,0 +1,125 @@
+"""PowerAttention: blocks at distances 1, 2, 4, 8, ... Chen et al. 2025, arXiv:2503.03588."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jsparse import checks
+from jsparse.attention.planned import Queries, masked
+from jsparse.masks.causal import as_int32, causal, key_position
+from jsparse.types import (
+    Frame,
+    Mask,
+    Method,
+    TileBounds,
+    TileGrid,
+    array_field,
+    pytree_dataclass,
+    static_field,
+)
+from jsparse.types.mask import Index, Range
+
+
+@pytree_dataclass
+class PowerBlocks(Mask):
+    """Block `i` sees block `j` if `i - j` is a power of 2 or in the window, and the sink blocks."""
+
+    block_size: int = static_field()
+    window_size: int = static_field()
+    num_sink_blocks: int = static_field()
+    offset: Int[Array, "*batch"] | None = array_field(core_ndim=0, default=None)
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        q_block = (q_index + key_position(self.offset, frame)) // self.block_size
+        kv_block = kv_index // self.block_size
+        distance = q_block - kv_block
+        near = (distance & (distance - 1) == 0) | (distance < self.window_size)
+        return (distance >= 0) & near | (kv_block < self.num_sink_blocks)
+
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        offset = key_position(self.offset, frame)
+        q_first, q_last = ((index + offset) // self.block_size for index in q_range)
+        kv_first, kv_last = (index // self.block_size for index in kv_range)
+        nearest, farthest = q_first - kv_last, q_last - kv_first
+        # every distance between the two occurs
+        power = _greatest_power(farthest)
+        some = (farthest >= 0) & (
+            (nearest < self.window_size) | (power >= jnp.maximum(nearest, 1))
+        ) | (kv_first < self.num_sink_blocks)
+        one = (nearest == farthest) & (nearest == _greatest_power(nearest))
+        every = (nearest >= 0) & ((farthest < self.window_size) | one)
+        return TileBounds(some, every | (kv_last < self.num_sink_blocks))
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        blocks = -(-grid.kv_len // self.block_size)
+        # distances 1, 2, 4, ... below `blocks`, the window, the sinks
+        per_row = blocks.bit_length() + self.window_size + self.num_sink_blocks
+        rows = (grid.block_q - 2) // self.block_size + 2
+        tiles = (self.block_size - 2) // grid.block_kv + 2
+        return min(grid.kv_blocks, per_row * rows * tiles)
+
+
+def _greatest_power(x: Index) -> Int[Array, "..."]:
+    """The greatest power of 2 that is at most `x`; 0 where there is none."""
+    x = jnp.asarray(x, jnp.int32)
+    return jnp.where(x > 0, 1 << (31 - jax.lax.clz(jnp.maximum(x, 1))), 0)
+
+
+def powers_of_two(
+    *,
+    block_size: int,
+    window_size: int,
+    num_sink_blocks: int = 1,
+    offset: Int[Array, "*batch"] | int | None = None,
+) -> Mask:
+    """Lets each block see the first blocks, a window, and the blocks 1, 2, 4, ... before it.
+
+    Section 3.2, algorithm 1, without its causality inside the diagonal blocks.
+
+    Args:
+      block_size: Tokens per block, counted from key 0.
+      window_size: Blocks of the window, the query's own included, at least 1.
+      num_sink_blocks: First blocks that every query sees, at least 0.
+      offset: The key index that query 0 sits at, per sequence; see `js.masks.causal`.
+
+    Raises:
+      ValueError: if a number is out of range, or `offset` is not an integer.
+    """
+    checks.positive(block_size=block_size, window_size=window_size)
+    checks.non_negative(num_sink_blocks=num_sink_blocks)
+    return PowerBlocks(block_size, window_size, num_sink_blocks, as_int32(offset=offset))
+
+
+def powerattention(
+    *, block_size: int = 256, window_size: int = 5, num_sink_blocks: int = 1
+) -> Method:
+    """Keeps blocks at power-of-two distances, a window and the sink; always causal.
+
+    About log2(q_blocks) blocks per row, and a layer stack of depth d passes information over any
+    distance with at most d ones in binary; `js.receptive_field` shows it. The mask depends on
+    positions alone, so a decode step keeps what the same row of a prefill does, and no key can be
+    dropped from the cache. Models have to be trained with it.
+
+    Args:
+      block_size: Tokens per block; 256 in the paper.
+      window_size: Blocks of the window, the query's own included; 5 in the paper.
+      num_sink_blocks: First blocks that every query sees; 1 in the paper.
+
+    Differs from the paper:
+      Nothing; its dense layers (2 of 7) are the model's to choose.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    pattern = {
+        "block_size": block_size,
+        "window_size": window_size,
+        "num_sink_blocks": num_sink_blocks,
+    }
+    powers_of_two(**pattern)  # says what is wrong before there are queries
+
+    def own_mask(queries: Queries) -> Mask:
+        offset = queries.offset
+        return powers_of_two(**pattern, offset=offset) & causal(offset=offset)
+
+    return masked(own_mask)
