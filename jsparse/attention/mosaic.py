@@ -122,17 +122,14 @@ AMPERE = Passes(partial(forward, mosaic_ampere), backward_by_triton, xla.differe
 
 def passes() -> Passes:
     """What computes attention on this machine's default device."""
-    return AMPERE if _is_ampere() else HOPPER
+    return AMPERE if forward_kernel() is mosaic_ampere else HOPPER
 
 
 def forward_kernel() -> Any:
     """The module of the forward kernel for this machine's default device."""
-    return mosaic_ampere if _is_ampere() else mosaic
-
-
-def _is_ampere() -> bool:
     # the interpreter stands for a Hopper GPU, whatever there is
-    return not _compat.interpreting() and (kernels.capability() or "").startswith("8.")
+    found = None if _compat.interpreting() else kernels.capability()
+    return mosaic_ampere if (found or "").startswith("8.") else mosaic
 
 
 def device_refusal() -> str | None:
