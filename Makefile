@@ -9,9 +9,11 @@ PIN := requirements/pinned.txt
 ROOT := $(CURDIR)
 # an environment with CUDA's compiler, apart: its plugin would look for a driver on every import
 CUDA_VENV := build/venv-cuda
-# the newest JAX, on whatever Python 3.12+ there is
+# the newest JAX, on whatever Python 3.12+ there is, and the same with CUDA's compiler
 NEWEST_VENV := build/venv-newest
+CUDA_NEWEST_VENV := build/venv-cuda-newest
 JAX_VERSION := $(shell sed -n 's/^jax==//p' $(PIN))
+JAX_NEWEST := $(shell sed -n 's/^jax==//p' requirements/newest.txt)
 
 # a test module keeps its compiled programs, so it stays with one process
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -29,7 +31,8 @@ help:
 	@echo "make format       rewrite the code in the house format"
 	@echo "make bench        time attention on this CPU against torch, draw the figures"
 	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU, and compare"
-	@echo "                  with benchmarks/results/gpu_compile.json; UPDATE=1 writes that instead"
+	@echo "                  with benchmarks/results/gpu_compile*.json; UPDATE=1 writes those instead"
+	@echo "                  (also needs Python 3.12 or newer, for the chips before Hopper)"
 	@echo "make gpu          numerics and timings on this machine's GPU"
 	@echo "make clean        remove what the others made, .venv included"
 	@echo
@@ -91,9 +94,19 @@ $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 	$(CUDA_VENV)/bin/python -m pip install --quiet --constraint requirements/cuda.txt nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
 
-gpu-compile: $(CUDA_VENV)/.compile
+# kernels for Ampere need what JAX has since 0.11
+$(CUDA_NEWEST_VENV)/.compile: pyproject.toml requirements/newest.txt
+	sh .ci/find-python.sh > /dev/null
+	"$$(sh .ci/find-python.sh)" -m venv $(CUDA_NEWEST_VENV)
+	$(CUDA_NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable .
+	$(CUDA_NEWEST_VENV)/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$(JAX_NEWEST) jax-cuda13-pjrt==$(JAX_NEWEST)
+	$(CUDA_NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/cuda.txt nvidia-cuda-nvcc nvidia-nvvm
+	@touch $@
+
+gpu-compile: $(CUDA_VENV)/.compile $(CUDA_NEWEST_VENV)/.compile
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile $(if $(UPDATE),--update)
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile_triton
+	$(CUDA_NEWEST_VENV)/bin/python -m benchmarks.gpu_compile_ampere $(if $(UPDATE),--update)
 
 gpu:
 	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu

@@ -42,7 +42,7 @@ COLUMNS = (
     Column("spill_bytes", "spills", "bytes, of all kernels"),
     Column("shared_memory", "shared", "bytes, of the kernel with the most"),
     Column("tensor_core", "tensor core", "matrix instructions of each kernel"),
-    Column("bulk_copies", "TMA", "copies by the copy engine of each kernel"),
+    Column("bulk_copies", "copies", "asynchronous, of each kernel: by TMA or cp.async"),
 )
 
 
@@ -199,7 +199,7 @@ def _changes(old: Row, new: Row) -> list[str]:
     for key, what in (
         ("shared_memory", "bytes of shared memory"),
         ("tensor_core", "matrix instructions"),
-        ("bulk_copies", "copies by TMA"),
+        ("bulk_copies", "asynchronous copies"),
     ):
         if new[key] != old[key]:
             changes.append(f"{_shown(new[key])} {what}, before {_shown(old[key])}.")
@@ -218,7 +218,7 @@ def page(report: Report) -> str:
         "# GPU kernels, compiled without a GPU",
         "",
         f"By {_listed(report.versions)}; `make gpu-compile` compiles them again and compares,",
-        "`python -m benchmarks.gpu_compile --update` writes this page. No figure here is a speed.",
+        "`make gpu-compile UPDATE=1` writes this page. No figure here is a speed.",
         "",
         *(f"* {column.header}: {column.meaning}" for column in COLUMNS if column.meaning),
         "",
@@ -231,9 +231,10 @@ def page(report: Report) -> str:
 
 
 def instructions(ptx: str) -> tuple[int, int]:
-    """How many matrix instructions, and how many tensor copies by TMA, a kernel has."""
+    """How many matrix instructions, and how many asynchronous copies, a kernel has."""
     products = r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)"
-    return len(re.findall(products, ptx)), len(re.findall(r"cp\.async\.bulk\.tensor", ptx))
+    copies = r"\bcp\.async\.(?:bulk\.tensor|c[ag])"
+    return len(re.findall(products, ptx)), len(re.findall(copies, ptx))
 
 
 def _title(key: tuple[str, ...]) -> str:

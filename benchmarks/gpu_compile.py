@@ -202,7 +202,7 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
-    attention, gradients, inputs = programs(case, sharding, adapter.PASSES)
+    attention, gradients, inputs = programs(case, sharding, adapter.HOPPER)
     width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
     tile = case.block_q, case.block_kv
     forward = mosaic.default_config(*tile, *width)
@@ -223,10 +223,24 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
 
 
 def measure(
-    case: Case, name: str, function: Callable, inputs: list, layout: dict[str, int]
+    case: Case,
+    name: str,
+    function: Callable,
+    inputs: list,
+    layout: dict[str, int],
+    gates: Callable[[dict[str, Any]], list[tuple[str, bool]]] | None = None,
 ) -> dict[str, Any]:
-    """Compiles a function of a case and reads what the compiler says of its kernels."""
-    before = set(DUMP.iterdir())
+    """Compiles a function of a case and reads what the compiler says of its kernels.
+
+    Args:
+      case: What is compiled.
+      name: The name of the pass.
+      function: Computes it.
+      inputs: What it is lowered with.
+      layout: "stages" and bytes of shared memory, "smem"; read once all is lowered.
+      gates: What may be wrong with a chip's kernels; default Hopper's.
+    """
+    before = _dumped()
     with _without_c_stderr():
         compiled = jax.jit(function).lower(*inputs).compile()
     kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
@@ -247,21 +261,27 @@ def measure(
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }
-    row["failed"] = [sentence for sentence, wrong in _gates(row) if wrong]
+    found = [*(gates or _hopper_gates)(row), *_gates(row)]
+    row["failed"] = [sentence for sentence, wrong in found if wrong]
     return row
 
 
-def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+def _hopper_gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
         ("no wgmma: a kernel's products are not on the tensor cores", min(row["tensor_core"]) == 0),
         ("no TMA: a kernel's loads are not the copy engine's", min(row["bulk_copies"]) == 0),
         (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
-        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         ("wgmma waits for wgmma: the compiler serialized a kernel's", row["serialized"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
             row["shared_memory"] > mosaic.SHARED_MEMORY,
         ),
+    ]
+
+
+def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    return [
+        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         # padded copies, f32 outputs and lists, at most; a [q_len, kv_len] array would be far more
         (
             f"{row['temp_bytes']} bytes of temporaries for {row['input_bytes']} of inputs",
@@ -270,8 +290,13 @@ def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     ]
 
 
-def _new(before: set[Path], suffix: str) -> list[str]:
-    found = [path for path in set(DUMP.iterdir()) - before if path.suffix == suffix]
+def _dumped() -> set[tuple[Path, int]]:
+    """What compilers left, and when: another process gives its files the same names."""
+    return {(path, path.stat().st_mtime_ns) for path in DUMP.iterdir()}
+
+
+def _new(before: set[tuple[Path, int]], suffix: str) -> list[str]:
+    found = [path for path, _ in _dumped() - before if path.suffix == suffix]
     if not found:
         sys.exit(f"The compiler left no {suffix} file in {DUMP}; is ptxas installed?")
     # in the order of compilation: their names end in a number
@@ -307,7 +332,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     out.add_column("kernel", no_wrap=True)
     for name in (
         *("pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
-        *("wgmma", "TMA", "temp MB", ""),
+        *("products", "copies", "temp MB", ""),
     ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:

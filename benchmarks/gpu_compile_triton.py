@@ -4,7 +4,6 @@ Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -15,56 +14,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # first: it says to jax what has to be said before that is loaded
 from benchmarks import gpu_compile as common  # isort: skip
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jsparse as js
+from benchmarks.chips import CHIPS, Chip
 from benchmarks.gpu_compile import Case
 from jsparse.attention.triton import PASSES
-
-
-class Chip(NamedTuple):
-    """What a compiler wants to know of a GPU, and what products on its tensor cores are called."""
-
-    name: str
-    capability: str
-    cores: int
-    shared_memory: int
-    product: str
-
-    def description(self) -> str:
-        """The H200's, changed where it matters to a compiler."""
-        major, minor = self.capability.split(".")
-        known = {
-            "core_count": self.cores,
-            "shared_memory_per_block_optin": self.shared_memory,
-            "shared_memory_per_core": self.shared_memory + 1024,
-            "major": major,
-            "minor": minor,
-        }
-        text = common.H200.replace("NVIDIA H200", self.name)
-        for key, value in known.items():
-            text = re.sub(rf"\b{key}: \d+", f"{key}: {value}", text)
-        return text
-
-
-CHIPS = (
-    Chip("NVIDIA A100", "8.0", 108, 166_912, r"\bmma\.sync"),
-    # as little shared memory as any chip has that is not too old
-    Chip("NVIDIA L4", "8.9", 58, 101_376, r"\bmma\.sync"),
-    Chip("NVIDIA H200", "9.0", 132, 232_448, r"wgmma\.mma_async|\bmma\.sync"),
-    Chip("NVIDIA B200", "10.0", 148, 232_448, r"tcgen05\.mma|\bmma\.sync"),
-)
 
 
 def every_operation(table, logit, batch, head, q, kv):
@@ -163,14 +128,7 @@ def main() -> int:
 
 def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
-    device = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=chip.name,
-        target_config=chip.description(),
-        topology="1x1x1",
-    ).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    attention, gradients, inputs = common.programs(case, sharding, PASSES)
+    attention, gradients, inputs = common.programs(case, chip.sharding(), PASSES)
     for name, function in (("forward", attention), ("gradients", gradients)):
         rows = list(measure(function, inputs, chip))
         for row in rows:
@@ -186,7 +144,7 @@ def measure(function: Callable, inputs: list, chip: Chip) -> Iterator[dict[str, 
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
         # the second, or versions from 0.11 on leave no .ptx
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
-        with _lowering_for(chip):
+        with chip.lowering():
             compiled = jax.jit(function).lower(*inputs).compile(compiler_options=options)
         memory = compiled.memory_analysis()
         (thunks,) = (path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
@@ -235,16 +193,6 @@ def _gates(row: dict[str, Any], chip: Chip) -> list[tuple[str, bool]]:
             row["temp_bytes"] > 4 * row["input_bytes"],
         ),
     ]
-
-
-def _lowering_for(chip: Chip) -> contextlib.AbstractContextManager:
-    """From 0.11 on Triton kernels are lowered for a device that has a name."""
-    if jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(
-        device_kind=chip.name, num_cores=chip.cores, platform="gpu"
-    )
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def _ptxas() -> str:

@@ -18,39 +18,55 @@ from pallas_kernels import _compat
 Ref = Any
 
 
-class Hopper:
-    """wgmma, and registers in the layout of its accumulator."""
+class Registers:
+    """Arrays in registers, laid out as tensor cores leave an accumulator."""
+
+    layout: plgpu.Layout
+    height: int  # rows of an accumulator that a warpgroup holds
 
     # lane semantics take explicit layouts and exist in every supported version
     compiler_params = plgpu.CompilerParams(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     )
 
-    @staticmethod
-    def rows(size: int, value: float) -> jax.Array:
+    @classmethod
+    def rows(cls, size: int, value: float) -> jax.Array:
         """A number per row of an accumulator."""
         fill = jnp.full((size,), value, jnp.float32)
-        return plgpu.layout_cast(fill, plgpu.Layout.WGMMA.reduce(1))
+        return plgpu.layout_cast(fill, cls.layout.reduce(1))
 
-    @staticmethod
-    def tile(shape: tuple[int, int], value: float) -> jax.Array:
+    @classmethod
+    def tile(cls, shape: tuple[int, int], value: float) -> jax.Array:
         """An accumulator."""
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), cls.layout)
 
-    @staticmethod
-    def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    @classmethod
+    def iota(cls, shape: tuple[int, int], axis: int) -> jax.Array:
         """The position along an axis, int32."""
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=cls.layout)
 
-    @staticmethod
-    def load_rows(ref: Ref) -> jax.Array:
+    @classmethod
+    def load_rows(cls, ref: Ref) -> jax.Array:
         """A vector with an element per row of an accumulator."""
-        return _compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
+        return _compat.load(ref, cls.layout.reduce(1))
 
-    @staticmethod
-    def load_columns(ref: Ref) -> jax.Array:
+    @classmethod
+    def load_columns(cls, ref: Ref) -> jax.Array:
         """A vector with an element per column of an accumulator."""
-        return _compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
+        return _compat.load(ref, cls.layout.reduce(0))
+
+    @classmethod
+    def along(cls, vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+        """An accumulator that repeats a vector with an element per place on an axis."""
+        # a row of an accumulator looks the same in registers on Hopper and on Blackwell
+        return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), cls.layout)
+
+
+class Hopper(Registers):
+    """wgmma, and registers in the layout of its accumulator."""
+
+    layout = plgpu.Layout.WGMMA
+    height = 64
 
     @staticmethod
     def together(
@@ -103,6 +119,7 @@ class Interpreted:
     """The same values on the CPU."""
 
     compiler_params = plgpu.CompilerParams()
+    height = Hopper.height
 
     @staticmethod
     def rows(size: int, value: float) -> jax.Array:
@@ -128,6 +145,11 @@ class Interpreted:
     def load_columns(ref: Ref) -> jax.Array:
         """A vector with an element per column of an accumulator."""
         return ref[...]
+
+    @staticmethod
+    def along(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+        """An accumulator that repeats a vector with an element per place on an axis."""
+        return lax.broadcast_in_dim(vector, shape, (axis,))
 
     @staticmethod
     def together(
@@ -157,7 +179,7 @@ class InterpretedProducts:
         self._add(a, b, 1)
 
     def _add(self, a: Ref | jax.Array, b: Ref, axis: int) -> None:
-        self._value = self._value + _dot(a[...], b[...], axis)
+        self._value = self._value + dot(a[...], b[...], axis)
         # wgmma reads as the copy engine writes; ordinary reads like these want a fence between
         plgpu.commit_smem()
         self._started.append((self, b))
@@ -174,13 +196,17 @@ class InterpretedProducts:
         return self._value
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Sums over the columns of `a` and an axis of `b`, in f32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions)
 
 
+Operations = type[Registers] | type[Interpreted]
+
+
 def warpgroup() -> type[Hopper] | type[Interpreted]:
-    """The functions for a kernel that is traced now."""
+    """The functions for a Hopper kernel that is traced now."""
     return Interpreted if _compat.interpreting() else Hopper
 
 

@@ -40,7 +40,7 @@ def test_equal_reports_have_no_differences():
         ({"spill_bytes": 4}, "4 bytes spilled, before 0."),
         ({"shared_memory": 1}, "1 bytes of shared memory, before 204800."),
         ({"tensor_core": [40, 24]}, "40 24 matrix instructions, before 40 48."),
-        ({"bulk_copies": [9]}, "9 copies by TMA, before 9 16."),
+        ({"bulk_copies": [9]}, "9 asynchronous copies, before 9 16."),
         ({"registers": [168, 249]}, "168 249 registers, before 168 240."),
     ],
 )

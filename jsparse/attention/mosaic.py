@@ -1,17 +1,22 @@
-"""Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
+"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
 
+Hopper has kernels for both directions. For Ampere and Ada there is one for the forward pass; their
+gradients are the Triton kernels'.
+"""
+
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse.attention import kernels, whole_tiles, xla
+from jsparse.attention import kernels, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_ampere, mosaic_backward
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
@@ -21,7 +26,7 @@ def refusal(
 ) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
     q, _, v = operands[:3]
-    reason = device_refusal() or mosaic.refusal(
+    reason = device_refusal() or forward_kernel().refusal(
         q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     )
     if reason:
@@ -32,14 +37,17 @@ def refusal(
 
 
 def forward(
-    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+    kernel: Any, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
+    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles.
+
+    `kernel` is the module of the chip's forward kernel.
+    """
     q, k, v = operands[:3]
     parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
-    out, lse = mosaic.forward(
+    out, lse = kernel.forward(
         _pad_width(q),
         _pad_width(k),
         _pad_width(v),
@@ -91,15 +99,46 @@ def backward(
     return kernels.gradients(operands, split, compute)
 
 
-PASSES = Passes(forward, backward, xla.differentiable_forward)
+def backward_by_triton(
+    operands: Operands,
+    lists: Lists,
+    inverse: InverseList,
+    out: Float[Array, "batch q_len heads v_dim"],
+    lse: Float[Array, "batch heads q_len"],
+    d_out: Float[Array, "batch q_len heads v_dim"],
+    d_lse: Float[Array, "batch heads q_len"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> Operands:
+    """Computes the gradient by every operand by the Triton kernels, or else by XLA's loops."""
+    refused = triton.problem_refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
+    passes = xla.PASSES if refused else triton.PASSES
+    return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+
+
+HOPPER = Passes(partial(forward, mosaic), backward, xla.differentiable_forward)
+AMPERE = Passes(partial(forward, mosaic_ampere), backward_by_triton, xla.differentiable_forward)
+
+
+def passes() -> Passes:
+    """What computes attention on this machine's default device."""
+    return AMPERE if forward_kernel() is mosaic_ampere else HOPPER
+
+
+def forward_kernel() -> Any:
+    """The module of the forward kernel for this machine's default device."""
+    # the interpreter stands for a Hopper GPU, whatever there is
+    found = None if _compat.interpreting() else kernels.capability()
+    return mosaic_ampere if (found or "").startswith("8.") else mosaic
 
 
 def device_refusal() -> str | None:
     """Why kernels cannot run on this machine's default device, or None if they can."""
     if _compat.interpreting():
         return None
-    wanted = "a Hopper GPU (compute capability 9.0)"
-    return kernels.device_refusal(wanted, lambda capability: capability.startswith("9."))
+    wanted = "a Hopper GPU (compute capability 9.0) or, with jax 0.11 or newer, one of 8.0 to 8.9"
+    majors = ("8.", "9.") if _compat.HAS_MMA else ("9.",)
+    return kernels.device_refusal(wanted, lambda found: found.startswith(majors))
 
 
 class _Parts(NamedTuple):

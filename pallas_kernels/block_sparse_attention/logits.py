@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.warpgroup import warpgroup
+from pallas_kernels.warpgroup import Operations
 
 LOG2_E = math.log2(math.e)
 
@@ -51,7 +51,8 @@ class Rule(NamedTuple):
 class Place(NamedTuple):
     """Where a piece of logits lies, and which of its axes are the queries.
 
-    `positions` is a reference to the numbers from 0 on, at least as many as there are tokens.
+    `positions` is a reference to the numbers from 0 on, at least as many as there are tokens; `ops`
+    are the functions of the chip on arrays in registers.
     """
 
     batch: jax.Array
@@ -61,6 +62,7 @@ class Place(NamedTuple):
     q_axis: int
     shape: tuple[int, int]
     positions: Any
+    ops: Operations
 
     def _arguments(self, rule: Rule) -> tuple[Any, ...]:
         q_axis, kv_axis = self.q_axis, 1 - self.q_axis
@@ -72,18 +74,18 @@ class Place(NamedTuple):
         )
 
     def _index(self, start: jax.Array, axis: int) -> jax.Array:
-        ops = warpgroup()
+        ops = self.ops
         if axis == 0:
             return ops.iota(self.shape, 0) + start
         # the compiler would keep what it adds to each start in sixteen registers, for all tiles
         numbers = ops.load_columns(self.positions.at[pl.ds(start, self.shape[1])])
-        return lax.broadcast_in_dim(numbers, self.shape, (1,))
+        return ops.along(numbers, self.shape, 1)
 
     def _readers(
         self, refs: Sequence[Any], start: jax.Array, axis: int
     ) -> tuple[Callable[[], jax.Array], ...]:
         """Functions that read the values of this piece, along one of its axes."""
-        ops = warpgroup()
+        ops = self.ops
         load = (ops.load_rows, ops.load_columns)[axis]
         where = self.batch, self.head
 
@@ -93,7 +95,7 @@ class Place(NamedTuple):
                 # one number: a register, where a vector of it would take sixteen
                 return lambda: lax.broadcast_in_dim(ref[*at, 0], self.shape, ())
             tokens = pl.ds(start, self.shape[axis])
-            return lambda: lax.broadcast_in_dim(load(ref.at[*at, tokens]), self.shape, (axis,))
+            return lambda: ops.along(load(ref.at[*at, tokens]), self.shape, axis)
 
         return tuple(map(reader, refs))
 

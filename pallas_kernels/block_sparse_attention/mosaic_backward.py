@@ -222,7 +222,14 @@ def d_queries(
             k_piece, v_piece = (x.piece(step, part, columns) for x in (k_ring, v_ring))
             kv_start = program.met(visit, entry) * block_kv + part * columns
             at = Place(
-                program.batch, program.head, program.start, kv_start, 0, shape, program.positions
+                program.batch,
+                program.head,
+                program.start,
+                kv_start,
+                0,
+                shape,
+                program.positions,
+                ops,
             )
 
             def products(raw, d_probs, *rest):
@@ -260,6 +267,7 @@ def d_queries(
         results=out_types,
         scratch=[plgpu.SMEM((tiles.block_q // ROWS, max(sums, 1), ROWS), jnp.float32)],
         config=chosen,
+        ops=ops,
     )
     d_q = results[0] if with_q else None
     return d_q, _place(results[with_q:], wanted, len(row_values))
@@ -341,7 +349,14 @@ def d_keys(
                 q_piece, d_out_piece = (x.piece(step, part, columns) for x in (q_ring, d_out_ring))
                 q_start = program.met(visit, entry) * block_q + part * columns
                 at = Place(
-                    program.batch, visit.head, q_start, program.start, 1, shape, program.positions
+                    program.batch,
+                    visit.head,
+                    q_start,
+                    program.start,
+                    1,
+                    shape,
+                    program.positions,
+                    ops,
                 )
                 numbers = program.batch, visit.head, pl.ds(q_start, columns)
 
@@ -403,6 +418,7 @@ def d_keys(
         results=out_types,
         scratch=[plgpu.SMEM((tiles.block_kv // ROWS, max(sums, 1), ROWS), jnp.float32)],
         config=chosen,
+        ops=ops,
     )
     results, d_values = list(results[: len(kept)]), results[len(kept) :]
     d_k = results.pop(0) if with_k else None

@@ -1,11 +1,13 @@
 """What the kernels over listed tiles share: programs that walk lists.
 
-A program owns a tile of tokens, 64 for each of its consumer warpgroups, and meets the tiles of the
-other side that its list names. A producer warpgroup reads the list and copies those tiles by TMA
-into rings of shared memory. Every consumer waits for a tile to come and says when it is done with
-it; the producer waits for all of them before it overwrites a slot.
+A program owns a tile of tokens, as many for each of its consumer warpgroups as the chip's tensor
+cores have rows, and meets the tiles of the other side that its list names. A producer warpgroup
+reads the list and copies those tiles by TMA into rings of shared memory. Every consumer waits for a
+tile to come and says when it is done with it; the producer waits for all of them before it
+overwrites a slot.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,9 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
 from pallas_kernels.ring import Ring
-from pallas_kernels.warpgroup import warpgroup
+from pallas_kernels.warpgroup import Hopper, Operations
 
-ROWS = 64  # of one warpgroup: the height of a wgmma
+ROWS = Hopper.height  # of one warpgroup
 SHARED_MEMORY = 232_448  # bytes a program may have on Hopper
 RESERVED = 4096  # of which barriers and the compiler's scratch for reductions take a part
 CACHED = 32 << 20  # bytes of one side that may count on staying in the 50 MB of Hopper's L2 cache
@@ -81,6 +83,74 @@ class Side(NamedTuple):
         return self.arrays[0].shape[1] // self.block
 
 
+class Sides(NamedTuple):
+    """Who owns tiles, who is met: which programs there are, and which lists each walks.
+
+    Head by head of a group if q's tiles are owned; if k's are, a program meets the tiles of all
+    heads of its group.
+    """
+
+    own: Side
+    met: Side
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of k and v."""
+        return min(self.own.heads, self.met.heads)
+
+    @property
+    def members(self) -> int:
+        """Heads of a group that own tiles."""
+        return max(self.own.heads // self.met.heads, 1)
+
+    @property
+    def visits(self) -> int:
+        """Lists that a program walks."""
+        return max(self.met.heads // self.own.heads, 1)
+
+    def order(self, lists: "Lists") -> jax.Array:
+        """The number of each program, int32, in the order in which they start."""
+        batches, heads = self.own.arrays[0].shape[0], max(self.own.heads, self.met.heads)
+        work = _work(lists, batches, heads, self.kv_heads, self.members)
+        return order(work, _together(work, self.met))
+
+    def owner(self, program: jax.Array) -> "Owner":
+        """What a program owns, from its number."""
+        rest, member = divmod_i32(program, self.members)
+        rest, block = divmod_i32(rest, self.own.blocks)
+        batch, kv_head = divmod_i32(rest, self.kv_heads)
+        return Owner(batch, kv_head, kv_head * self.members + member, block)
+
+    def visit(self, lists: "Lists", owner: "Owner", which: jax.Array, before: jax.Array) -> "Visit":
+        """A list that a program walks.
+
+        Args:
+          lists: References to all lists.
+          owner: What the program owns.
+          which: The number of the list, below `visits`.
+          before: How many tiles were met before.
+        """
+        met_head = owner.kv_head * self.visits + which
+        q_head = owner.head if self.members > 1 else met_head
+        heads = max(self.own.heads, self.met.heads)
+        row = (
+            owner.batch if lists.ids.shape[0] > 1 else jnp.int32(0),
+            lax.div(q_head, jnp.int32(heads // lists.ids.shape[1])),
+        )
+        first, last = (x[*row, owner.block] for x in (lists.first, lists.last))
+        whole = None if lists.whole is None else lists.whole[*row, owner.block]
+        return Visit(owner.batch, met_head, row, first, whole, last, before)
+
+
+class Owner(NamedTuple):
+    """What a program owns: a tile of a head."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    head: jax.Array
+    block: jax.Array
+
+
 class Visit(NamedTuple):
     """A part of a list, on the way of a program.
 
@@ -125,7 +195,7 @@ class Program(NamedTuple):
     Attributes:
       batch: The sequence.
       head: The head of the tile it owns.
-      start: The first of its 64 tokens.
+      start: The first of its tokens.
       member: Which of the consumers it is.
       own: Its tokens' rows of each array of its side, in shared memory.
       rings: The tiles it meets, of each array of the other side.
@@ -136,6 +206,7 @@ class Program(NamedTuple):
       visits: How many lists the program walks.
       visit: Gives each of them from its number and how many tiles were met before.
       ids: `Lists.ids`.
+      ops: The functions of the chip on arrays in registers.
     """
 
     batch: jax.Array
@@ -151,6 +222,7 @@ class Program(NamedTuple):
     visits: int
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
+    ops: Operations
 
     def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
         """Which tile an entry is."""
@@ -166,12 +238,33 @@ class Program(NamedTuple):
     @property
     def tokens(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, tokens, heads, width]."""
-        return self.batch, pl.ds(self.start, ROWS), self.head
+        return self.batch, pl.ds(self.start, self.ops.height), self.head
 
     @property
     def numbers(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, heads, tokens]."""
-        return self.batch, self.head, pl.ds(self.start, ROWS)
+        return self.batch, self.head, pl.ds(self.start, self.ops.height)
+
+
+def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why kernels over listed tiles cannot take a problem, or None if they can.
+
+    Args:
+      dtype: Of q, k and v.
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      dim: Width of q and k, padded to a multiple of 64.
+      v_dim: Width of v, padded to a multiple of 64.
+    """
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
+    if block_q not in (64, 128):
+        return f"it takes tiles of 64 or 128 queries, not {block_q}."
+    if block_kv not in (64, 128):
+        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
+    if max(dim, v_dim) > 256:
+        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
+    return None
 
 
 def launch(
@@ -184,26 +277,25 @@ def launch(
     results: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     config: Layout,
+    ops: Operations,
 ) -> Sequence[jax.Array]:
     """Runs a program for each tile of `own`, those with the longest way first.
 
     Args:
       consumer: What each warpgroup of a program does.
-      own: The side whose tiles are owned. Head by head of a group if it is q's; if it is k's, a
-        program meets the tiles of all heads of its group.
+      own: The side whose tiles are owned.
       met: The other side.
       lists: Which tiles of it are met.
       inputs: Further arrays for the consumers.
       results: Shapes of what is computed.
       scratch: Further shared memory and barriers.
       config: How a program is laid out.
+      ops: The functions of the chip on arrays in registers.
     """
-    batches, kv_heads = own.arrays[0].shape[0], min(own.heads, met.heads)
-    members, visits = (max(a.heads // b.heads, 1) for a, b in ((own, met), (met, own)))
-    consumers, heads = own.block // ROWS, max(own.heads, met.heads)
+    sides = Sides(own, met)
+    visits, consumers = sides.visits, own.block // ops.height
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
-    ops = warpgroup()
 
     def kernel(order_ref, positions_ref, *refs):
         left = iter(refs)
@@ -211,22 +303,11 @@ def launch(
         own_refs, met_refs, lists_refs, input_refs, result_refs, own_smem, slots = taken
         own_full = tuple(itertools.islice(left, len(own_refs)))
         rings = tuple(Ring(x, *itertools.islice(left, 2)) for x in slots)
-        ids_ref, first_ref, last_ref, *whole_ref = lists_refs
-        program, group_member = divmod_i32(order_ref[lax.axis_index("program")], members)
-        program, block = divmod_i32(program, own.blocks)
-        batch, kv_head = divmod_i32(program, kv_heads)
-        head = kv_head * members + group_member
+        bound = Lists(*lists_refs)
+        owner = sides.owner(order_ref[lax.axis_index("program")])
+        batch, _, head, block = owner
         member = lax.axis_index("warpgroup")
-
-        def visit(which, before):
-            met_head = kv_head * visits + which
-            q_head = head if members > 1 else met_head
-            row = (
-                batch if ids_ref.shape[0] > 1 else jnp.int32(0),
-                lax.div(q_head, jnp.int32(heads // ids_ref.shape[1])),
-            )
-            first, last, *whole = (x[*row, block] for x in (first_ref, last_ref, *whole_ref))
-            return Visit(batch, met_head, row, first, whole[0] if whole else None, last, before)
+        visit = functools.partial(sides.visit, bound, owner)
 
         @pl.when(member == consumers)
         def producer():
@@ -237,7 +318,7 @@ def launch(
 
                 # the step is carried, where it might be derived: registers are few here
                 def copy(entry, step):
-                    start = ids_ref[*way.row, entry] * met.block
+                    start = bound.ids[*way.row, entry] * met.block
                     source = batch, pl.ds(start, met.block), way.head
                     for ref, tiles in zip(met_refs, rings, strict=True):
                         tiles.fill(ref.at[source], step)
@@ -252,9 +333,9 @@ def launch(
         @pl.when(member < consumers)
         def consume():
             plgpu.set_max_registers(config.consumer_registers, action="increase")
-            start = block * own.block + member * ROWS
+            start = block * own.block + member * ops.height
             for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
-                source = ref.at[batch, pl.ds(start, ROWS), head]
+                source = ref.at[batch, pl.ds(start, ops.height), head]
                 plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
             for full in own_full:
                 plgpu.barrier_wait(full.at[member])
@@ -272,28 +353,29 @@ def launch(
                     positions=positions_ref,
                     visits=visits,
                     visit=visit,
-                    ids=ids_ref,
+                    ids=bound.ids,
+                    ops=ops,
                 )
             )
 
     positions = jnp.arange(max(side.arrays[0].shape[1] for side in (own, met)), dtype=jnp.int32)
-    work = _work(lists, batches, heads, kv_heads, members)
+    programs = sides.order(lists)
     return plgpu.kernel(
         kernel,
         out_type=tuple(results),
         scratch_types=(
-            *(ring.tiles(x.dtype, consumers, ROWS, x.shape[3]) for x in own.arrays),
+            *(ring.tiles(x.dtype, consumers, ops.height, x.shape[3]) for x in own.arrays),
             *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
             *(plgpu.Barrier(num_barriers=consumers) for _ in own.arrays),
             *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
             *scratch,
         ),
-        grid=(work.size,),
+        grid=programs.shape,
         grid_names=("program",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
-    )(order(work, _together(work, met)), positions, *own.arrays, *met.arrays, *given, *inputs)
+    )(programs, positions, *own.arrays, *met.arrays, *given, *inputs)
 
 
 def divmod_i32(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

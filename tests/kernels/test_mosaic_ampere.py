@@ -1,0 +1,166 @@
+"""The Mosaic kernel for compute capability 8 in JAX's interpreter, which also looks for data races.
+
+What the interpreter lacks, mma.sync and cp.async, has forms of its own there; see `mma`, `stream`.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.attention import kernels, mosaic, triton
+from pallas_kernels import _compat, stream
+from pallas_kernels.block_sparse_attention import mosaic as mosaic_hopper
+from pallas_kernels.block_sparse_attention import mosaic_ampere
+from pallas_kernels.block_sparse_attention.logits import Tiles
+from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
+from tests.inputs import qkv
+from tests.kernels.test_mosaic_block_sparse import compare, lists
+
+needs_mma = pytest.mark.skipif(
+    not _compat.HAS_MMA, reason=f"mma.sync needs jax 0.11 or newer; this is {jax.__version__}"
+)
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    """Calls by name go to the kernel for such a GPU."""
+    monkeypatch.setattr(mosaic, "forward_kernel", lambda: mosaic_ampere)
+
+
+@needs_mma
+@pytest.mark.usefixtures("ampere")
+class TestForward:
+    def test_lists_per_head_grouped_heads_and_an_empty_row(self):
+        q, k, v = qkv(128, 192, heads=4, kv_heads=2, dim=64, v_dim=128, dtype=jnp.bfloat16)
+        compare(q, k, v, lists(128, 192, block_q=64, block_kv=64, heads=4))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            Config(rows=64, columns=64, stages=1, hold_queries=True),
+            Config(rows=128, columns=64, stages=2, hold_queries=False),
+            Config(rows=128, columns=128, stages=3, hold_queries=True),
+        ],
+        ids=str,
+    )
+    def test_pieces_stream_through_rings_of_any_depth(self, config, monkeypatch):
+        monkeypatch.setattr(mosaic_ampere, "default_config", lambda *_: config)
+        q, k, v = qkv(128, 256, heads=1, kv_heads=1, dim=128, v_dim=64, dtype=jnp.float16)
+        plan = lists(128, 256, block_q=128, block_kv=128, density=1.0)
+        compare(q, k, v, plan, mask=js.masks.causal())
+
+    def test_masks_from_lookups_ragged_lengths_and_odd_widths(self):
+        q, k, v = qkv(
+            100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16
+        )
+        rng = np.random.default_rng(1)
+        ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
+        # the first queries see nothing at all, the last nothing in their first tile
+        q_ids = ids[:, 50:].at[:, :5].set(-1)
+        window = js.masks.sliding_window(left=19)
+        mask = js.masks.causal() & window & js.masks.segments(q_ids, ids)
+        compare(q, k, v, lists(100, 150, block_q=128, block_kv=128, density=1.0), mask=mask)
+
+    def test_everything_that_changes_logits(self):
+        q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
+        slopes = jnp.asarray([0.3, -0.2])
+        compare(
+            q,
+            k,
+            v,
+            lists(64, 70, block_q=64, block_kv=64),
+            mask=js.masks.causal() | js.masks.sinks(3),
+            bias=jax.random.normal(jax.random.key(2), (2, 1, 70), jnp.bfloat16),
+            score_mod=lambda logit, batch, head, q, kv: logit - slopes[head] * 0.05 * (q - kv),
+            softcap=20.0,
+            scale=jnp.asarray(0.2),
+        )
+
+    def test_the_interpreter_notices_tiles_that_nobody_waits_for(self, monkeypatch):
+        monkeypatch.setattr(stream.InterpretedCopies, "wait", lambda self, running: None)
+        q, k, v = qkv(64, 128, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+        plan = lists(64, 128, block_q=64, block_kv=64, density=1.0)
+        with pytest.raises(RuntimeError, match="data race|RACE DETECTED"):
+            compare(q, k, v, plan)
+
+    @pytest.mark.parametrize("refused", [None, "it cannot."], ids=["triton", "xla"])
+    def test_gradients_are_the_triton_kernels_or_those_of_xla(self, refused, monkeypatch):
+        problem_refusal = triton.problem_refusal
+        monkeypatch.setattr(triton, "problem_refusal", lambda *x: refused or problem_refusal(*x))
+        q, k, v = qkv(64, 128, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+        plan, mask = lists(64, 128, block_q=64, block_kv=64, heads=2), js.masks.causal()
+        d_out = jax.random.normal(jax.random.key(3), q.shape, jnp.float32)
+
+        def attend(q, k, v, implementation):
+            out = js.attend(q, k, v, plan, mask=mask, implementation=implementation)
+            return out.astype(jnp.float32)
+
+        with _compat.interpreter():
+            out, pullback = jax.vjp(lambda *x: attend(*x, "mosaic"), q, k, v)
+            jax.block_until_ready(out)
+        with contextlib.nullcontext() if refused else _compat.triton_interpreter():
+            got = pullback(d_out)
+        exact = (x.astype(jnp.float32) for x in (q, k, v))
+        want = jax.vjp(lambda *x: attend(*x, "reference"), *exact)[1](d_out)
+        for x, y in zip(got, want, strict=True):
+            # inputs of the products are rounded to 8 bits, at random, and so is the result
+            assert jnp.linalg.norm(x.astype(jnp.float32) - y) <= 2**-7 * jnp.linalg.norm(y)
+
+
+class TestChoice:
+    @pytest.fixture(params=["8.0", "8.6", "8.9", "9.0"])
+    def found(self, request, monkeypatch):
+        monkeypatch.setattr(kernels, "capability", lambda: request.param)
+        return request.param
+
+    def test_each_device_has_its_kernel(self, found, monkeypatch):
+        monkeypatch.setattr(_compat, "HAS_MMA", True)
+        hopper = found == "9.0"
+        assert mosaic.device_refusal() is None
+        assert mosaic.forward_kernel() is (mosaic_hopper if hopper else mosaic_ampere)
+        assert mosaic.passes() is (mosaic.HOPPER if hopper else mosaic.AMPERE)
+
+    def test_older_jax_has_none_before_hopper(self, found, monkeypatch):
+        monkeypatch.setattr(_compat, "HAS_MMA", False)
+        reason = mosaic.device_refusal()
+        assert (reason is None) == (found == "9.0")
+        assert reason is None or (found in reason and "jax 0.11" in reason)
+        assert "jax 0.11" in mosaic_ampere.refusal(jnp.bfloat16, 64, 64, 64, 64)
+
+    def test_others_are_refused(self, monkeypatch):
+        for capability in ("7.5", "unknown", None):
+            monkeypatch.setattr(kernels, "capability", lambda found=capability: found)
+            assert "it needs a Hopper" in mosaic.device_refusal()
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("block_kv", [64, 128])
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(64, 64), (64, 128), (128, 128), (192, 128), (256, 256)]
+)
+def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim, v_dim):
+    sizes = block_q, block_kv, dim, v_dim
+    default = mosaic_ampere.default_config(Tiles(block_q, block_kv), dim, v_dim)
+    found = mosaic_ampere.candidates(*sizes)
+    assert found[0] == default
+    assert len(set(found)) == len(found)
+    assert all(mosaic_ampere.layout_refusal(config, *sizes) is None for config in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 96}, "rows must be 64 or 128"),
+        ({"rows": 128}, "at most a tile's 64"),
+        ({"columns": 48}, "columns must be"),
+        ({"columns": 128}, "at most 64"),
+        ({"stages": 0}, "at least 1"),
+        ({"stages": 4}, "bytes of shared memory"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused_in_a_sentence(change, reason):
+    assert reason in mosaic_ampere.layout_refusal(Config(**change), 64, 64, 128, 128)
