@@ -228,6 +228,8 @@ def measure(
     with _without_c_stderr():
         compiled = jax.jit(function).lower(*inputs).compile()
     kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
+    for path in DUMP.glob("*.mlir-passes.log"):
+        path.unlink()  # a hundred megabytes of each kernel
     memory = compiled.memory_analysis()
     made_of = [compile_report.instructions(ptx) for ptx in kernels]
     row: dict[str, Any] = {

@@ -1,7 +1,11 @@
 """Block-sparse attention, forward, for Hopper.
 
 A program owns a tile of queries and meets its tiles of keys and values (see `walk`). Each consumer
-warpgroup keeps the softmax of its 64 queries in registers.
+warpgroup keeps the softmax of its 64 queries in registers. The schedule is that of Shah et al.
+2024, FlashAttention-3, arXiv:2407.08608: a warpgroup starts the product of its queries with the
+next keys and that of its last probabilities with their values, and computes the next softmax while
+the second goes on; two warpgroups take turns, so that one multiplies while the other is at its
+softmax.
 """
 
 import dataclasses
@@ -11,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
@@ -36,28 +41,36 @@ class Config:
       columns: Keys multiplied at once, 64 or 128, at most a tile's.
       consumer_registers: Registers per thread of a consumer, a multiple of 8.
       producer_registers: Registers per thread of the producer, a multiple of 8.
+      overlap: Whether a consumer computes a softmax while the probabilities before it are
+        multiplied by their values, and two consumers take turns at starting products. It holds
+        two tiles at once, so `stages` is at least 2.
     """
 
     stages: int = 2
     columns: int = 128
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    overlap: bool = True
 
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
+    out = 0 if v_dim == dim else v_dim  # or it takes the place of the queries
     in_flight = config.stages * block_kv * (dim + v_dim)
-    return 2 * (block_q * (dim + v_dim) + in_flight) + 4 * block_q
+    return 2 * (block_q * (dim + out) + in_flight) + 4 * block_q
 
 
 def default_config(
     block_q: int, block_kv: int, dim: int, v_dim: int, column_values: int = 0
 ) -> Config | None:
-    """The deepest ring that fits, or None where not even one kv tile does."""
+    """The deepest ring that fits, or None where not even one kv tile does.
+
+    A ring of one tile has no room for the overlap: with tiles of 128 x 128, dim 192 and v_dim 128.
+    """
     # vectors with a value per key are held for all keys at once, in every thread
     columns = 64 if column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
-        config = Config(stages=stages, columns=columns)
+        config = Config(stages=stages, columns=columns, overlap=stages > 1)
         if shared_memory(block_q, block_kv, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
             return config
     return None
@@ -65,6 +78,8 @@ def default_config(
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
+    if config.overlap and config.stages < 2:
+        return f"overlap holds two tiles at once; take stages of at least 2, not {config.stages}."
     return configurations.layout_refusal(
         config,
         consumers=block_q // ROWS,
@@ -80,10 +95,11 @@ def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Confi
     if default is None:
         return ()
     others = (
-        Config(stages, columns, consumer, producer)
+        Config(stages, columns, consumer, producer, overlap)
+        for overlap in (True, False)
         for stages in (4, 3, 2, 1)
         for columns in sorted({64, block_kv}, reverse=True)
-        for consumer, producer in ((232, 40), (240, 24), (216, 56))
+        for consumer, producer in ((240, 24), (232, 40))
     )
     legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
     return (default, *(config for config in legal if config != default))
@@ -140,6 +156,7 @@ def forward(
 
     Raises:
       NotImplementedError: if the kernel cannot take this problem.
+      ValueError: if it cannot be laid out by `config`.
     """
     batches, q_len, heads, dim = q.shape
     v_dim, dtype = v.shape[3], q.dtype
@@ -164,60 +181,160 @@ def forward(
             *(q, k, v, lists, tiles.values),
         ),
     )
+    reason = layout_refusal(chosen, *sizes)
+    if reason:
+        raise ValueError(f"config={chosen} is not legal here: {reason}")
     columns = min(chosen.columns, block_kv)
     shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
+    in_place = v_dim == dim  # the output takes the place of the queries
     ops = warpgroup()
 
     def consumer(program: Program):
         (q_tile,), (k_ring, v_ring) = program.own, program.rings
         bound, factor = tiles.bind(program.inputs), tiles.to_base_2
         visit = program.visit(jnp.int32(0), jnp.int32(0))
+        nothing_met = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
 
-        def tile(entry, carry, masked):
-            step = visit.step(entry)
-            k_ring.wait(step)
-            for part in range(parts):
-                carry = piece(entry, step, part, carry, masked)
-            v_ring.release(step)
-            return carry
-
-        def piece(entry, step, part, carry, masked):
-            acc, peak, total = carry
-            raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
-            if part + 1 == parts:
-                k_ring.release(step)
+        def softmax(raw, entry, part, masked, peak, total):
+            """The peak and sum after a piece, what decays sums before it, and its numerators."""
             kv_start = program.met(visit, entry) * block_kv + part * columns
-            at = Place(
-                program.batch, program.head, program.start, kv_start, 0, shape, program.positions
-            )
-            logits = bound.change(raw, at, masked)
+            where = program.batch, program.head, program.start, kv_start
+            logits = bound.change(raw, Place(*where, 0, shape, program.positions), masked)
             new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
             # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
             shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
             probs = jnp.exp2(logits * factor - lax.broadcast_in_dim(shift, shape, (0,)))
             decay = jnp.exp2(peak - shift)
-            total = total * decay + probs.sum(axis=1)
-            acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
-            if part == 0:
-                v_ring.wait(step)
-            ((acc,), ()) = ops.together(
-                lambda acc: acc.add(probs.astype(dtype), v_ring.piece(step, part, columns)) or (),
-                (acc,),
-                (),
-            )
-            return acc, new_peak, total
+            return new_peak, total * decay + probs.sum(axis=1), decay, probs
 
-        start = ops.tile((ROWS, v_dim), 0.0), ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
-        acc, peak, total = visit.tiles(tile, start)
-        seen = total != 0.0
-        safe = jnp.where(seen, total, 1.0)
-        out_tile, lse_rows = (x.at[program.member] for x in program.scratch)
-        out_tile[...] = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, (0,))).astype(dtype)
-        lse_rows[...] = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -math.inf)
-        out_ref, lse_ref = program.results
-        program.write(
-            [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
-        )
+        def scores(step, part):
+            """The products of a piece, waited for."""
+            raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
+            if part + 1 == parts:
+                k_ring.release(step)
+            return raw
+
+        def settled(acc, peak, total, decay, probs):
+            """The state between pieces; `acc` lacks the values of the last one."""
+            acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
+            return acc, peak, total, probs.astype(dtype)
+
+        def one_by_one(entry, state, masked):
+            """A product, its softmax, a product: other warpgroups may fill the gaps."""
+            step = visit.step(entry)
+            k_ring.wait(step)
+            for part in range(parts):
+                acc, *row_state = state
+                found = softmax(scores(step, part), entry, part, masked, *row_state)
+                acc, *row_state, probs = settled(acc, *found)
+                if part == 0:
+                    v_ring.wait(step)
+                v_piece = v_ring.piece(step, part, columns)
+                ((acc,), ()) = ops.together(lambda x: x.add(probs, v_piece) or (), (acc,), ())
+                state = acc, *row_state
+            v_ring.release(step)
+            return state
+
+        # of two consumers one starts its products while the other is at its softmax
+        turns = program.scratch[-1] if consumers == 2 and chosen.overlap else None
+
+        def take_turn():
+            if turns is not None:
+                plgpu.barrier_wait(turns.at[program.member])
+
+        def give_turn():
+            if turns is not None:
+                plgpu.barrier_arrive(turns.at[1 - program.member])
+
+        def first(entry, masked):
+            """The first piece of all: no product with values goes on during its softmax."""
+            step = visit.step(entry)
+            k_ring.wait(step)
+            take_turn()
+            raw = scores(step, 0)
+            give_turn()
+            found = softmax(raw, entry, 0, masked, *nothing_met)
+            v_ring.wait(step)
+            take_turn()
+            return settled(ops.tile((ROWS, v_dim), 0.0), *found)
+
+        def overlapped(entry, state, masked, parts_left=range(parts)):
+            """For each piece its scores, then its softmax while those before meet their values."""
+            step = visit.step(entry)
+            for part in parts_left:
+                state = piece(step, entry, part, state, masked)
+            return state
+
+        def piece(step, entry, part, state, masked):
+            acc, *row_state, probs = state
+            last_part, last_step = (part - 1, step) if part else (parts - 1, step - 1)
+            if part == 0:
+                k_ring.wait(step)
+
+            def products(raw, acc, *row_state):
+                raw.add_nt(q_tile, k_ring.piece(step, part, columns))
+                acc.add(probs, v_ring.piece(last_step, last_part, columns))
+                give_turn()
+                raw = raw.read(running=1)
+                if part + 1 == parts:
+                    k_ring.release(step)
+                found = softmax(raw, entry, part, masked, *row_state[:2])
+                # the compiler would move all of it to where it is used, but not past a loop
+                found = lax.optimization_barrier(found)
+                if part == 0:
+                    v_ring.wait(step)
+                take_turn()
+                return found
+
+            zero, unknown = ops.tile(shape, 0.0), (ops.rows(ROWS, 0.0), ops.tile(shape, 0.0))
+            (_, acc), found = ops.together(products, (zero, acc), (*row_state, *unknown))
+            if last_part + 1 == parts:
+                v_ring.release(last_step)
+            # only now: what is multiplied must not change while it is
+            return settled(acc, *found)
+
+        def finish(acc, peak, total):
+            seen = total != 0.0
+            safe = jnp.where(seen, total, 1.0)
+            lse_rows, *out_tile = (x.at[program.member] for x in program.scratch[: 2 - in_place])
+            out_tile = q_tile if in_place else out_tile[0]
+            out_tile[...] = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, (0,))).astype(dtype)
+            lse_rows[...] = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -math.inf)
+            out_ref, lse_ref = program.results
+            program.write(
+                [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
+            )
+
+        start = ops.tile((ROWS, v_dim), 0.0), *nothing_met
+        if not chosen.overlap:
+            finish(*visit.tiles(one_by_one, start))
+            return
+
+        @pl.when(visit.last > visit.first)
+        def some_tiles():
+            if turns is not None:
+                pl.when(program.member == 1)(give_turn)
+            masked = visit.masked(visit.first)
+            state = first(visit.first, masked)
+            state = overlapped(visit.first, state, masked, range(1, parts))
+            acc, *row_state, probs = visit.without_first().tiles(overlapped, state)
+            v_piece = v_ring.piece(visit.after - 1, parts - 1, columns)
+
+            def last_product(acc):
+                acc.add(probs, v_piece)
+                give_turn()
+                return ()
+
+            ((acc,), ()) = ops.together(last_product, (acc,), ())
+            v_ring.release(visit.after - 1)
+            if turns is not None:
+                # so that no program ends with unseen arrivals
+                pl.when(program.member == 0)(take_turn)
+            finish(acc, *row_state)
+
+        @pl.when(visit.last == visit.first)
+        def no_tiles():
+            finish(*start)
 
     out, lse = launch(
         consumer,
@@ -230,9 +347,11 @@ def forward(
             jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
         ),
         scratch=(
-            ring.tiles(dtype, consumers, ROWS, v_dim),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
+            *[ring.tiles(dtype, consumers, ROWS, v_dim)] * (not in_place),
+            *[plgpu.Barrier(num_barriers=2)] * (consumers == 2 and chosen.overlap),
         ),
         config=chosen,
     )
     return out, lse
+

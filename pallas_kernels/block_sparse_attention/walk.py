@@ -111,6 +111,16 @@ class Visit(NamedTuple):
         """How many tiles the program has met when this is done."""
         return self.before + self.last - self.first
 
+    def masked(self, entry: jax.Array) -> bool | jax.Array:
+        """Whether the mask hides something in a tile."""
+        return False if self.whole is None else entry >= self.whole
+
+    def without_first(self) -> "Visit":
+        """The rest of the part, when its first entry has been met."""
+        first = self.first + 1
+        whole = None if self.whole is None else jnp.maximum(self.whole, first)
+        return self._replace(first=first, whole=whole, before=self.before + 1)
+
     def tiles(self, tile: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
         """Runs `tile(entry, carry, masked)` for each entry."""
         if self.whole is None:

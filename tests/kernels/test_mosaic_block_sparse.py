@@ -67,7 +67,7 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
-    monkeypatch.setattr(mosaic, "default_config", lambda *sizes: mosaic.Config(stages, columns=64))
+    monkeypatch.setattr(mosaic, "default_config", lambda *sizes: mosaic.Config(stages, columns=64, overlap=stages > 1))
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
     compare(
         q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0), mask=js.masks.causal()
