@@ -55,7 +55,7 @@ class Config:
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
-    out = 0 if v_dim == dim else v_dim  # or it takes the place of the queries
+    out = 0 if v_dim <= dim else v_dim  # or it takes the place of the queries
     in_flight = config.stages * block_kv * (dim + v_dim)
     return 2 * (block_q * (dim + out) + in_flight) + 4 * block_q
 
@@ -78,15 +78,16 @@ def default_config(
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
-    if config.overlap and config.stages < 2:
-        return f"overlap holds two tiles at once; take stages of at least 2, not {config.stages}."
-    return configurations.layout_refusal(
+    reason = configurations.layout_refusal(
         config,
         consumers=block_q // ROWS,
         rows=block_kv,
         needed=shared_memory(block_q, block_kv, dim, v_dim, config),
         limit=SHARED_MEMORY - RESERVED,
     )
+    if reason is None and config.overlap and config.stages < 2:
+        return "overlap=True holds two tiles at once, so stages must be at least 2, not 1."
+    return reason
 
 
 def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
@@ -186,11 +187,11 @@ def forward(
         raise ValueError(f"config={chosen} is not legal here: {reason}")
     columns = min(chosen.columns, block_kv)
     shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
-    in_place = v_dim == dim  # the output takes the place of the queries
+    in_place = v_dim <= dim  # the output takes the place of the queries
     ops = warpgroup()
 
     def consumer(program: Program):
-        (q_tile,), (k_ring, v_ring) = program.own, program.rings
+        k_ring, v_ring = program.rings
         bound, factor = tiles.bind(program.inputs), tiles.to_base_2
         visit = program.visit(jnp.int32(0), jnp.int32(0))
         nothing_met = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
@@ -209,7 +210,9 @@ def forward(
 
         def scores(step, part):
             """The products of a piece, waited for."""
-            raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
+            raw = product_nt(
+                ops.tile(shape, 0.0), program.own(0), k_ring.piece(step, part, columns)
+            )
             if part + 1 == parts:
                 k_ring.release(step)
             return raw
@@ -272,7 +275,7 @@ def forward(
                 k_ring.wait(step)
 
             def products(raw, acc, *row_state):
-                raw.add_nt(q_tile, k_ring.piece(step, part, columns))
+                raw.add_nt(program.own(0), k_ring.piece(step, part, columns))
                 acc.add(probs, v_ring.piece(last_step, last_part, columns))
                 give_turn()
                 raw = raw.read(running=1)
@@ -296,14 +299,21 @@ def forward(
         def finish(acc, peak, total):
             seen = total != 0.0
             safe = jnp.where(seen, total, 1.0)
-            lse_rows, *out_tile = (x.at[program.member] for x in program.scratch[: 2 - in_place])
-            out_tile = q_tile if in_place else out_tile[0]
-            out_tile[...] = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, (0,))).astype(dtype)
+            lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
+            out_tile = program.own(0) if in_place else apart[0]
+            out_tile[:, :v_dim] = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, (0,))).astype(
+                dtype
+            )
             lse_rows[...] = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -math.inf)
             out_ref, lse_ref = program.results
-            program.write(
-                [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
-            )
+            # a part of the columns lies in one piece for eight rows
+            rows = ROWS if out_tile.shape[1] == v_dim else 8
+            pairs = [(lse_rows, lse_ref.at[program.numbers])]
+            for row in range(0, ROWS, rows):
+                tokens = pl.ds(program.start + row, rows)
+                target = out_ref.at[program.batch, tokens, program.head]
+                pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
+            program.write(pairs)
 
         start = ops.tile((ROWS, v_dim), 0.0), *nothing_met
         if not chosen.overlap:
@@ -354,4 +364,3 @@ def forward(
         config=chosen,
     )
     return out, lse
-

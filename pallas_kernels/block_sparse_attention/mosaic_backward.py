@@ -199,7 +199,7 @@ def d_queries(
     ops = warpgroup()
 
     def consumer(program: Program):
-        (q_tile, d_out_tile), (k_ring, v_ring) = program.own, program.rings
+        k_ring, v_ring = program.rings
         lse_ref, delta_ref, *values = program.inputs
         bound, visit = tiles.bind(values), program.visit(jnp.int32(0), jnp.int32(0))
         lse2, delta = (
@@ -226,8 +226,8 @@ def d_queries(
             )
 
             def products(raw, d_probs, *rest):
-                raw.add_nt(q_tile, k_piece)
-                d_probs.add_nt(d_out_tile, v_piece)
+                raw.add_nt(program.own(0), k_piece)
+                d_probs.add_nt(program.own(1), v_piece)
                 found = raw.read(running=1)
                 probs = jnp.exp2(bound.change(found, at, masked) * tiles.to_base_2 - lse2)
                 d_logits = probs * (d_probs.read() - delta)
@@ -244,6 +244,7 @@ def d_queries(
         d_q, d_values = visit.tiles(tile, start)
         pairs = []
         if with_q:
+            q_tile = program.own(0)
             q_tile[...] = (d_q[0] * tiles.to_raw).astype(dtype)
             pairs.append((q_tile, program.results[0].at[program.tokens]))
         pairs += _sums_to_write(program, d_values, program.head)
@@ -318,7 +319,7 @@ def d_keys(
     ops = warpgroup()
 
     def consumer(program: Program):
-        (k_tile, v_tile), (q_ring, d_out_ring) = program.own, program.rings
+        q_ring, d_out_ring = program.rings
         lse_ref, delta_ref, *values = program.inputs
         bound = tiles.bind(values)
 
@@ -351,7 +352,7 @@ def d_keys(
                 # products start from -lse and -delta, so that no register holds those beside them
                 nothing = ops.tile(shape, 0.0)
                 raw = per_query(lse_ref) * (-1 / tiles.to_base_2) if lse_inside else nothing
-                raw = product_nt(raw, k_tile, q_piece)
+                raw = product_nt(raw, program.own(0), q_piece)
                 logits = bound.change(raw, at, masked) * tiles.to_base_2
                 probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
 
@@ -361,7 +362,7 @@ def d_keys(
                         product.add(probs.astype(dtype), d_out_piece)
                     if not d_probs:
                         return sums_before
-                    d_probs[0].add_nt(v_tile, d_out_piece)
+                    d_probs[0].add_nt(program.own(1), d_out_piece)
                     d_raw, *d_new = bound.pull_back(raw, at, probs * d_probs[0].read())
                     for product in d_k:
                         product.add(d_raw.astype(dtype), q_piece)
@@ -384,7 +385,7 @@ def d_keys(
         )
         d_k, d_v, _ = lax.fori_loop(0, program.visits, one_head, start)
         d_k = [x * tiles.to_raw for x in d_k]
-        own = [k_tile] * with_k + [v_tile] * with_v
+        own = [program.own(0)] * with_k + [program.own(1)] * with_v
         pairs = []
         for value, tile, result in zip((*d_k, *d_v), own, program.results, strict=False):
             tile[...] = value.astype(dtype)

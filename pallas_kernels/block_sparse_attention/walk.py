@@ -137,7 +137,7 @@ class Program(NamedTuple):
       head: The head of the tile it owns.
       start: The first of its 64 tokens.
       member: Which of the consumers it is.
-      own: Its tokens' rows of each array of its side, in shared memory.
+      tiles: The tiles of each array of its side in shared memory, one for each consumer.
       rings: The tiles it meets, of each array of the other side.
       inputs: References to the further inputs.
       results: References to the results.
@@ -152,7 +152,7 @@ class Program(NamedTuple):
     head: jax.Array
     start: jax.Array
     member: jax.Array
-    own: tuple[Any, ...]
+    tiles: tuple[Any, ...]
     rings: tuple[Ring, ...]
     inputs: tuple[Any, ...]
     results: tuple[Any, ...]
@@ -161,6 +161,10 @@ class Program(NamedTuple):
     visits: int
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
+
+    def own(self, which: int) -> Any:
+        """Its tokens' rows of an array of its side, in shared memory."""
+        return self.tiles[which].at[ring.anew(self.member)]
 
     def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
         """Which tile an entry is."""
@@ -274,7 +278,7 @@ def launch(
                     head,
                     start,
                     member,
-                    own=tuple(x.at[member] for x in own_smem),
+                    tiles=own_smem,
                     rings=rings,
                     inputs=input_refs,
                     results=result_refs,
