@@ -340,6 +340,7 @@ _KERNELS = (
     _Kernel("d_q", False, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_q", True, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_k_d_v", False, True, _own_keys, _d_keys()),
+    _Kernel("d_k_d_v", True, True, _own_keys, _d_keys()),
     _Kernel("d_k", True, True, _own_keys, _d_keys(with_v=False)),
     _Kernel("d_v", True, True, _own_keys, _d_keys(with_k=False)),
 )

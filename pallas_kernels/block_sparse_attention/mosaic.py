@@ -97,10 +97,10 @@ def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Confi
         return ()
     others = (
         Config(stages, columns, consumer, producer, overlap)
-        for overlap in (True, False)
         for stages in (4, 3, 2, 1)
         for columns in sorted({64, block_kv}, reverse=True)
         for consumer, producer in ((240, 24), (232, 40))
+        for overlap in (True, False)
     )
     legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
     return (default, *(config for config in legal if config != default))
@@ -196,6 +196,17 @@ def forward(
         visit = program.visit(jnp.int32(0), jnp.int32(0))
         nothing_met = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
 
+        # of two consumers one starts its products while the other is at its softmax
+        turns = program.scratch[-1] if consumers == 2 and chosen.overlap else None
+
+        def take_turn():
+            if turns is not None:
+                plgpu.barrier_wait(turns.at[program.member])
+
+        def give_turn():
+            if turns is not None:
+                plgpu.barrier_arrive(turns.at[1 - program.member])
+
         def softmax(raw, entry, part, masked, peak, total):
             """The peak and sum after a piece, what decays sums before it, and its numerators."""
             kv_start = program.met(visit, entry) * block_kv + part * columns
@@ -222,6 +233,17 @@ def forward(
             acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
             return acc, peak, total, probs.astype(dtype)
 
+        def with_values(acc, probs, step, part):
+            """The output with the values of a piece, waited for."""
+
+            def product(acc):
+                acc.add(probs, v_ring.piece(step, part, columns))
+                give_turn()
+                return ()
+
+            ((acc,), ()) = ops.together(product, (acc,), ())
+            return acc
+
         def one_by_one(entry, state, masked):
             """A product, its softmax, a product: other warpgroups may fill the gaps."""
             step = visit.step(entry)
@@ -232,22 +254,9 @@ def forward(
                 acc, *row_state, probs = settled(acc, *found)
                 if part == 0:
                     v_ring.wait(step)
-                v_piece = v_ring.piece(step, part, columns)
-                ((acc,), ()) = ops.together(lambda x: x.add(probs, v_piece) or (), (acc,), ())
-                state = acc, *row_state
+                state = with_values(acc, probs, step, part), *row_state
             v_ring.release(step)
             return state
-
-        # of two consumers one starts its products while the other is at its softmax
-        turns = program.scratch[-1] if consumers == 2 and chosen.overlap else None
-
-        def take_turn():
-            if turns is not None:
-                plgpu.barrier_wait(turns.at[program.member])
-
-        def give_turn():
-            if turns is not None:
-                plgpu.barrier_arrive(turns.at[1 - program.member])
 
         def first(entry, masked):
             """The first piece of all: no product with values goes on during its softmax."""
@@ -328,14 +337,7 @@ def forward(
             state = first(visit.first, masked)
             state = overlapped(visit.first, state, masked, range(1, parts))
             acc, *row_state, probs = visit.without_first().tiles(overlapped, state)
-            v_piece = v_ring.piece(visit.after - 1, parts - 1, columns)
-
-            def last_product(acc):
-                acc.add(probs, v_piece)
-                give_turn()
-                return ()
-
-            ((acc,), ()) = ops.together(last_product, (acc,), ())
+            acc = with_values(acc, probs, visit.after - 1, parts - 1)
             v_ring.release(visit.after - 1)
             if turns is not None:
                 # so that no program ends with unseen arrivals

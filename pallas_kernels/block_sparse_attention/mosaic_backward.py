@@ -134,7 +134,7 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
     """
     rule = tiles.rule
     d_q, _ = d_queries(problem, lists, tiles, with_values=False)
-    if rule is None and tiles.mask is None:
+    if _one_pass(tiles, problem.q.shape[3] + problem.v.shape[3]):
         d_k, d_v, _ = d_keys(problem, inverse, tiles)
         return Gradients(d_q, d_k, d_v, (), ())
     # these want registers of their own: one accumulator at a time, logits computed anew
@@ -149,6 +149,18 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
     if _floats(rule.column_values):
         _, _, d_columns = d_keys(problem, inverse, tiles, with_k=False, with_v=False)
     return Gradients(d_q, d_k, d_v, d_rows, d_columns)
+
+
+def _one_pass(tiles: Tiles, width: int) -> bool:
+    """Whether registers hold the sums of d_k and d_v, `width` wide, beside what changes logits.
+
+    Found by compiling: a mask that reads values per token beside accumulators of 256 columns
+    spills, and so does any mask in a program with one consumer.
+    """
+    mask = tiles.mask
+    if tiles.rule is not None:
+        return False
+    return mask is None or width <= 128 or (tiles.block_kv > ROWS and not mask.values)
 
 
 def d_queries(
@@ -330,7 +342,6 @@ def d_keys(
             def tile(entry, carry, masked):
                 step = visit.step(entry)
                 q_ring.wait(step)
-                d_out_ring.wait(step)
                 for part in range(parts):
                     carry = piece(entry, step, part, carry, masked)
                 q_ring.release(step)
@@ -354,21 +365,30 @@ def d_keys(
                 raw = per_query(lse_ref) * (-1 / tiles.to_base_2) if lse_inside else nothing
                 raw = product_nt(raw, program.own(0), q_piece)
                 logits = bound.change(raw, at, masked) * tiles.to_base_2
-                probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
+                # what a mask reads takes registers that the next products want
+                logits = lax.optimization_barrier(logits)
+                if part == 0:
+                    d_out_ring.wait(step)
 
                 def products(*rest):
                     d_probs, d_k, d_v, sums_before = _grouped(rest, with_d_probs, with_k, with_v)
-                    for product in d_v:
-                        product.add(probs.astype(dtype), d_out_piece)
-                    if not d_probs:
-                        return sums_before
-                    d_probs[0].add_nt(program.own(1), d_out_piece)
-                    d_raw, *d_new = bound.pull_back(raw, at, probs * d_probs[0].read())
-                    for product in d_k:
-                        product.add(d_raw.astype(dtype), q_piece)
+                    for product in d_probs:
+                        product.add_nt(program.own(1), d_out_piece)
+                    probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
+                    d_raw, d_new = [], []
+                    for product in d_probs:
+                        back, *d_new = bound.pull_back(raw, at, probs * product.read())
+                        d_raw.append(back)
+                    # all of them before the first is multiplied, or products wait for each other
+                    factors = [x.astype(dtype) for x in (*d_raw[:with_k], *[probs] * with_v)]
+                    factors = lax.optimization_barrier(factors)
+                    for product, factor, piece in zip(
+                        (*d_k, *d_v), factors, (q_piece, d_out_piece)[not with_k :], strict=False
+                    ):
+                        product.add(factor, piece)
                     return _add_sums(sums_before, d_new[len(d_new) - sums :])
 
-                d_probs = [-per_query(delta_ref)] if with_d_probs else []
+                d_probs = [-per_query(delta_ref)] * with_d_probs
                 found, d_values = ops.together(products, (*d_probs, *d_k, *d_v), d_values)
                 d_k, d_v = _grouped(found[with_d_probs:], with_k)
                 return d_k, d_v, d_values

@@ -232,7 +232,7 @@ def launch(
         head = kv_head * members + group_member
         member = lax.axis_index("warpgroup")
 
-        def visit(which, before):
+        def visit(which, before, block=block):
             met_head = kv_head * visits + which
             q_head = head if members > 1 else met_head
             row = (
@@ -272,6 +272,11 @@ def launch(
                 plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
             for full in own_full:
                 plgpu.barrier_wait(full.at[member])
+
+            def visit_anew(which, before):
+                # registers are few: what gives the start is not kept beside it
+                return visit(which, before, lax.div(ring.anew(start), jnp.int32(own.block)))
+
             consumer(
                 Program(
                     batch,
@@ -285,7 +290,7 @@ def launch(
                     scratch=tuple(left),
                     positions=positions_ref,
                     visits=visits,
-                    visit=visit,
+                    visit=visit_anew,
                     ids=ids_ref,
                 )
             )
