@@ -333,7 +333,7 @@ def _own_keys(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Any, .
     return mosaic_backward.candidates(block_kv, block_q, dim, v_dim)
 
 
-# what attention and its gradient call: with a rule, one gradient per pass over the keys
+# what attention and its gradient call: with some rules, one gradient per pass over the keys
 _KERNELS = (
     _Kernel("forward", False, False, mosaic.candidates, _forward),
     _Kernel("forward", True, False, mosaic.candidates, _forward),
