@@ -81,9 +81,13 @@ CASES = (
     Case("dim 128, float16", dtype="float16"),
     Case("dim 128, tiles 64 x 128", block_q=64),
     Case("dim 192, v_dim 128", 192, 128),
+    Case("dim 256", 256, 256),
     Case("dim 256, tiles 128 x 64", 256, 256, 128, 64),
     Case("dim 80, odd length", 80, 80, q_len=8000),
     Case("causal", options=lambda: {"mask": js.masks.causal()}),
+    Case("causal, dim 64", 64, 64, options=lambda: {"mask": js.masks.causal()}),
+    Case("causal, dim 192, v_dim 128", 192, 128, options=lambda: {"mask": js.masks.causal()}),
+    Case("causal, dim 256", 256, 256, options=lambda: {"mask": js.masks.causal()}),
     Case(
         "causal window, sinks",
         options=lambda: {
@@ -244,6 +248,8 @@ def measure(
     with _without_c_stderr():
         compiled = jax.jit(function).lower(*inputs).compile()
     kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
+    for path in DUMP.glob("*.mlir-passes.log"):
+        path.unlink()  # a hundred megabytes of each kernel
     memory = compiled.memory_analysis()
     made_of = [compile_report.instructions(ptx) for ptx in kernels]
     row: dict[str, Any] = {

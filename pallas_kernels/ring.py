@@ -24,6 +24,15 @@ def barriers(stages: int, readers: int) -> tuple[Any, Any]:
     return full, plgpu.Barrier(num_barriers=stages, num_arrivals=readers)
 
 
+def anew(index: jax.Array) -> jax.Array:
+    """The same index; addresses derived from it are computed where they are used.
+
+    Or the compiler would derive those of all products before a loop and keep them in registers, or
+    have no room for them.
+    """
+    return lax.optimization_barrier(index)
+
+
 class Ring(NamedTuple):
     """References to the slots and barriers of a ring; tile number `step` is in slot step % stages.
 
@@ -38,7 +47,7 @@ class Ring(NamedTuple):
     free: Any
 
     def _slot(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.slots.shape[0]))
+        return anew(lax.rem(step, jnp.int32(self.slots.shape[0])))
 
     def fill(self, source: Any, step: jax.Array) -> None:
         """Copies a tile into its slot, as soon as the last readers of that are done."""

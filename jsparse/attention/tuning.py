@@ -343,12 +343,13 @@ def _forwards(module: Any) -> tuple[_Kernel, ...]:
     )
 
 
-# what attention and its gradient call on Hopper: with a rule, one gradient per pass over the keys
+# what attention and its gradient call on Hopper: with some rules, one gradient per pass over keys
 _KERNELS = (
     *_forwards(mosaic),
     _Kernel("d_q", False, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_q", True, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_k_d_v", False, True, _own_keys, _d_keys()),
+    _Kernel("d_k_d_v", True, True, _own_keys, _d_keys()),
     _Kernel("d_k", True, True, _own_keys, _d_keys(with_v=False)),
     _Kernel("d_v", True, True, _own_keys, _d_keys(with_k=False)),
 )

@@ -158,10 +158,15 @@ class Tiles(NamedTuple):
     def _scaled(self, x: jax.Array) -> jax.Array:
         return x if self.scale is None else x * self.scale
 
-    def change(self, raw: jax.Array, at: Place, masked: bool) -> jax.Array:
+    def change(self, raw: jax.Array, at: Place, masked: bool | jax.Array) -> jax.Array:
         """The logits of a piece, `to_base_2` apart, from its products of q and k."""
         logits = at.apply(self.rule, self._scaled(raw)) if self.rule else raw
-        return at.apply(self.mask, logits) if masked and self.mask else logits
+        mask = self.mask
+        if mask is None or masked is False:
+            return logits
+        if masked is True:
+            return at.apply(mask, logits)
+        return lax.cond(masked, lambda: at.apply(mask, logits), lambda: logits)
 
     def pull_back(self, raw: jax.Array, at: Place, d_logits: jax.Array) -> Sequence[jax.Array]:
         """What flows back to the products, `to_raw` apart, and to the rule's f32 values."""

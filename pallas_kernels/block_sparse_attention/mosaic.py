@@ -1,7 +1,11 @@
 """Block-sparse attention, forward, for Hopper.
 
 A program owns a tile of queries and meets its tiles of keys and values (see `walk`). Each consumer
-warpgroup keeps the softmax of its 64 queries in registers.
+warpgroup keeps the softmax of its 64 queries in registers. The schedule is that of Shah et al.
+2024, FlashAttention-3, arXiv:2407.08608: a warpgroup starts the product of its queries with the
+next keys and that of its last probabilities with their values, and computes the next softmax while
+the second goes on; two warpgroups take turns, so that one multiplies while the other is at its
+softmax.
 """
 
 import dataclasses
@@ -11,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
-from pallas_kernels.block_sparse_attention import walk
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import (
@@ -38,28 +42,36 @@ class Config:
       columns: Keys multiplied at once, 64 or 128, at most a tile's.
       consumer_registers: Registers per thread of a consumer, a multiple of 8.
       producer_registers: Registers per thread of the producer, a multiple of 8.
+      overlap: Whether a consumer computes a softmax while the probabilities before it are
+        multiplied by their values, and two consumers take turns at starting products. It holds
+        two tiles at once, so `stages` is at least 2.
     """
 
     stages: int = 2
     columns: int = 128
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    overlap: bool = True
 
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
+    out = 0 if v_dim <= dim else v_dim  # or it takes the place of the queries
     in_flight = config.stages * block_kv * (dim + v_dim)
-    return 2 * (block_q * (dim + v_dim) + in_flight) + 4 * block_q
+    return 2 * (block_q * (dim + out) + in_flight) + 4 * block_q
 
 
 def default_config(
     block_q: int, block_kv: int, dim: int, v_dim: int, column_values: int = 0
 ) -> Config | None:
-    """The deepest ring that fits, or None where not even one kv tile does."""
+    """The deepest ring that fits, or None where not even one kv tile does.
+
+    A ring of one tile has no room for the overlap: with tiles of 128 x 128, dim 192 and v_dim 128.
+    """
     # vectors with a value per key are held for all keys at once, in every thread
     columns = 64 if column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
-        config = Config(stages=stages, columns=columns)
+        config = Config(stages=stages, columns=columns, overlap=stages > 1)
         if shared_memory(block_q, block_kv, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
             return config
     return None
@@ -67,13 +79,16 @@ def default_config(
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
-    return configurations.layout_refusal(
+    reason = configurations.layout_refusal(
         config,
         consumers=block_q // ROWS,
         rows=block_kv,
         needed=shared_memory(block_q, block_kv, dim, v_dim, config),
         limit=SHARED_MEMORY - RESERVED,
     )
+    if reason is None and config.overlap and config.stages < 2:
+        return "overlap=True holds two tiles at once, so stages must be at least 2, not 1."
+    return reason
 
 
 def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
@@ -82,10 +97,11 @@ def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Confi
     if default is None:
         return ()
     others = (
-        Config(stages, columns, consumer, producer)
+        Config(stages, columns, consumer, producer, overlap)
         for stages in (4, 3, 2, 1)
         for columns in sorted({64, block_kv}, reverse=True)
-        for consumer, producer in ((232, 40), (240, 24), (216, 56))
+        for consumer, producer in ((240, 24), (232, 40))
+        for overlap in (True, False)
     )
     legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
     return (default, *(config for config in legal if config != default))
@@ -101,9 +117,14 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
       dim: Width of q and k, padded to a multiple of 64.
       v_dim: Width of v, padded to a multiple of 64.
     """
-    reason = walk.refusal(dtype, block_q, block_kv, dim, v_dim)
-    if reason:
-        return reason
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
+    if block_q not in (64, 128):
+        return f"it takes tiles of 64 or 128 queries, not {block_q}."
+    if block_kv not in (64, 128):
+        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
+    if max(dim, v_dim) > 256:
+        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
     if default_config(block_q, block_kv, dim, v_dim) is None:
         return (
             f"tiles of {block_q} x {block_kv} with dim {dim} and v_dim {v_dim} do not fit in "
@@ -137,6 +158,7 @@ def forward(
 
     Raises:
       NotImplementedError: if the kernel cannot take this problem.
+      ValueError: if it cannot be laid out by `config`.
     """
     batches, q_len, heads, dim = q.shape
     v_dim, dtype = v.shape[3], q.dtype
@@ -161,61 +183,166 @@ def forward(
             *(q, k, v, lists, tiles.values),
         ),
     )
+    reason = layout_refusal(chosen, *sizes)
+    if reason:
+        raise ValueError(f"config={chosen} is not legal here: {reason}")
     columns = min(chosen.columns, block_kv)
     shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
+    in_place = v_dim <= dim  # the output takes the place of the queries
     ops = warpgroup()
 
     def consumer(program: Program):
-        (q_tile,), (k_ring, v_ring) = program.own, program.rings
+        k_ring, v_ring = program.rings
         bound, factor = tiles.bind(program.inputs), tiles.to_base_2
         visit = program.visit(jnp.int32(0), jnp.int32(0))
+        nothing_met = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
 
-        def tile(entry, carry, masked):
+        # of two consumers one starts its products while the other is at its softmax
+        turns = program.scratch[-1] if consumers == 2 and chosen.overlap else None
+
+        def take_turn():
+            if turns is not None:
+                plgpu.barrier_wait(turns.at[program.member])
+
+        def give_turn():
+            if turns is not None:
+                plgpu.barrier_arrive(turns.at[1 - program.member])
+
+        def softmax(raw, entry, part, masked, peak, total):
+            """The peak and sum after a piece, what decays sums before it, and its numerators."""
+            kv_start = program.met(visit, entry) * block_kv + part * columns
+            where = program.batch, program.head, program.start, kv_start
+            at = Place(*where, 0, shape, program.positions, ops)
+            known = Softmax(peak, total)
+            known, probs, decay = known.add(bound.change(raw, at, masked), factor)
+            return *known, decay, probs
+
+        def scores(step, part):
+            """The products of a piece, waited for."""
+            raw = product_nt(
+                ops.tile(shape, 0.0), program.own(0), k_ring.piece(step, part, columns)
+            )
+            if part + 1 == parts:
+                k_ring.release(step)
+            return raw
+
+        def settled(acc, peak, total, decay, probs):
+            """The state between pieces; `acc` lacks the values of the last one."""
+            acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
+            return acc, peak, total, probs.astype(dtype)
+
+        def with_values(acc, probs, step, part):
+            """The output with the values of a piece, waited for."""
+
+            def product(acc):
+                acc.add(probs, v_ring.piece(step, part, columns))
+                give_turn()
+                return ()
+
+            ((acc,), ()) = ops.together(product, (acc,), ())
+            return acc
+
+        def one_by_one(entry, state, masked):
+            """A product, its softmax, a product: other warpgroups may fill the gaps."""
             step = visit.step(entry)
             k_ring.wait(step)
             for part in range(parts):
-                carry = piece(entry, step, part, carry, masked)
+                acc, *row_state = state
+                found = softmax(scores(step, part), entry, part, masked, *row_state)
+                acc, *row_state, probs = settled(acc, *found)
+                if part == 0:
+                    v_ring.wait(step)
+                state = with_values(acc, probs, step, part), *row_state
             v_ring.release(step)
-            return carry
+            return state
 
-        def piece(entry, step, part, carry, masked):
-            acc, softmax = carry
-            raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
-            if part + 1 == parts:
-                k_ring.release(step)
-            kv_start = program.met(visit, entry) * block_kv + part * columns
-            at = Place(
-                program.batch,
-                program.head,
-                program.start,
-                kv_start,
-                0,
-                shape,
-                program.positions,
-                ops,
-            )
-            logits = bound.change(raw, at, masked)
-            softmax, probs, decay = softmax.add(logits, factor)
-            acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
+        def first(entry, masked):
+            """The first piece of all: no product with values goes on during its softmax."""
+            step = visit.step(entry)
+            k_ring.wait(step)
+            take_turn()
+            raw = scores(step, 0)
+            give_turn()
+            found = softmax(raw, entry, 0, masked, *nothing_met)
+            v_ring.wait(step)
+            take_turn()
+            return settled(ops.tile((ROWS, v_dim), 0.0), *found)
+
+        def overlapped(entry, state, masked, parts_left=range(parts)):
+            """For each piece its scores, then its softmax while those before meet their values."""
+            step = visit.step(entry)
+            for part in parts_left:
+                state = piece(step, entry, part, state, masked)
+            return state
+
+        def piece(step, entry, part, state, masked):
+            acc, *row_state, probs = state
+            last_part, last_step = (part - 1, step) if part else (parts - 1, step - 1)
             if part == 0:
-                v_ring.wait(step)
-            ((acc,), ()) = ops.together(
-                lambda acc: acc.add(probs.astype(dtype), v_ring.piece(step, part, columns)) or (),
-                (acc,),
-                (),
-            )
-            return acc, softmax
+                k_ring.wait(step)
 
-        nothing = Softmax(ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0))
-        acc, softmax = visit.tiles(tile, (ops.tile((ROWS, v_dim), 0.0), nothing))
-        share, lse_tile = softmax.end()
-        out_tile, lse_rows = (x.at[program.member] for x in program.scratch)
-        out_tile[...] = (acc * lax.broadcast_in_dim(share, acc.shape, (0,))).astype(dtype)
-        lse_rows[...] = lse_tile
-        out_ref, lse_ref = program.results
-        program.write(
-            [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
-        )
+            def products(raw, acc, *row_state):
+                raw.add_nt(program.own(0), k_ring.piece(step, part, columns))
+                acc.add(probs, v_ring.piece(last_step, last_part, columns))
+                give_turn()
+                raw = raw.read(running=1)
+                if part + 1 == parts:
+                    k_ring.release(step)
+                found = softmax(raw, entry, part, masked, *row_state[:2])
+                # the compiler would move all of it to where it is used, but not past a loop
+                found = lax.optimization_barrier(found)
+                if part == 0:
+                    v_ring.wait(step)
+                take_turn()
+                return found
+
+            zero, unknown = ops.tile(shape, 0.0), (ops.rows(ROWS, 0.0), ops.tile(shape, 0.0))
+            (_, acc), found = ops.together(products, (zero, acc), (*row_state, *unknown))
+            if last_part + 1 == parts:
+                v_ring.release(last_step)
+            # only now: what is multiplied must not change while it is
+            return settled(acc, *found)
+
+        def finish(acc, peak, total):
+            share, lse_tile = Softmax(peak, total).end()
+            lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
+            out_tile = program.own(0) if in_place else apart[0]
+            out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+            out_tile[:, :v_dim] = out.astype(dtype)
+            lse_rows[...] = lse_tile
+            out_ref, lse_ref = program.results
+            # a part of the columns lies in one piece for eight rows
+            rows = ROWS if out_tile.shape[1] == v_dim else 8
+            pairs = [(lse_rows, lse_ref.at[program.numbers])]
+            for row in range(0, ROWS, rows):
+                tokens = pl.ds(program.start + row, rows)
+                target = out_ref.at[program.batch, tokens, program.head]
+                pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
+            program.write(pairs)
+
+        start = ops.tile((ROWS, v_dim), 0.0), *nothing_met
+        if not chosen.overlap:
+            finish(*visit.tiles(one_by_one, start))
+            return
+
+        @pl.when(visit.last > visit.first)
+        def some_tiles():
+            if turns is not None:
+                pl.when(program.member == 1)(give_turn)
+            masked = visit.masked(visit.first)
+            state = first(visit.first, masked)
+            state = overlapped(visit.first, state, masked, range(1, parts))
+            acc, *row_state, probs = visit.without_first().tiles(overlapped, state)
+            acc = with_values(acc, probs, visit.after - 1, parts - 1)
+            v_ring.release(visit.after - 1)
+            if turns is not None:
+                # so that no program ends with unseen arrivals
+                pl.when(program.member == 0)(take_turn)
+            finish(acc, *row_state)
+
+        @pl.when(visit.last == visit.first)
+        def no_tiles():
+            finish(*start)
 
     out, lse = launch(
         consumer,
@@ -228,8 +355,9 @@ def forward(
             jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
         ),
         scratch=(
-            ring.tiles(dtype, consumers, ROWS, v_dim),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
+            *[ring.tiles(dtype, consumers, ROWS, v_dim)] * (not in_place),
+            *[plgpu.Barrier(num_barriers=2)] * (consumers == 2 and chosen.overlap),
         ),
         config=chosen,
         ops=ops,

@@ -134,7 +134,7 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
     """
     rule = tiles.rule
     d_q, _ = d_queries(problem, lists, tiles, with_values=False)
-    if rule is None and tiles.mask is None:
+    if _one_pass(tiles, problem.q.shape[3] + problem.v.shape[3]):
         d_k, d_v, _ = d_keys(problem, inverse, tiles)
         return Gradients(d_q, d_k, d_v, (), ())
     # these want registers of their own: one accumulator at a time, logits computed anew
@@ -149,6 +149,18 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
     if _floats(rule.column_values):
         _, _, d_columns = d_keys(problem, inverse, tiles, with_k=False, with_v=False)
     return Gradients(d_q, d_k, d_v, d_rows, d_columns)
+
+
+def _one_pass(tiles: Tiles, width: int) -> bool:
+    """Whether registers hold the sums of d_k and d_v, `width` wide, beside what changes logits.
+
+    Found by compiling: a mask that reads values per token beside accumulators of 256 columns
+    spills, and so does any mask in a program with one consumer.
+    """
+    mask = tiles.mask
+    if tiles.rule is not None:
+        return False
+    return mask is None or width <= 128 or (tiles.block_kv > ROWS and not mask.values)
 
 
 def d_queries(
@@ -199,7 +211,7 @@ def d_queries(
     ops = warpgroup()
 
     def consumer(program: Program):
-        (q_tile, d_out_tile), (k_ring, v_ring) = program.own, program.rings
+        k_ring, v_ring = program.rings
         lse_ref, delta_ref, *values = program.inputs
         bound, visit = tiles.bind(values), program.visit(jnp.int32(0), jnp.int32(0))
         lse2, delta = (
@@ -233,8 +245,8 @@ def d_queries(
             )
 
             def products(raw, d_probs, *rest):
-                raw.add_nt(q_tile, k_piece)
-                d_probs.add_nt(d_out_tile, v_piece)
+                raw.add_nt(program.own(0), k_piece)
+                d_probs.add_nt(program.own(1), v_piece)
                 found = raw.read(running=1)
                 probs = jnp.exp2(bound.change(found, at, masked) * tiles.to_base_2 - lse2)
                 d_logits = probs * (d_probs.read() - delta)
@@ -251,6 +263,7 @@ def d_queries(
         d_q, d_values = visit.tiles(tile, start)
         pairs = []
         if with_q:
+            q_tile = program.own(0)
             q_tile[...] = (d_q[0] * tiles.to_raw).astype(dtype)
             pairs.append((q_tile, program.results[0].at[program.tokens]))
         pairs += _sums_to_write(program, d_values, program.head)
@@ -326,7 +339,7 @@ def d_keys(
     ops = warpgroup()
 
     def consumer(program: Program):
-        (k_tile, v_tile), (q_ring, d_out_ring) = program.own, program.rings
+        q_ring, d_out_ring = program.rings
         lse_ref, delta_ref, *values = program.inputs
         bound = tiles.bind(values)
 
@@ -337,7 +350,6 @@ def d_keys(
             def tile(entry, carry, masked):
                 step = visit.step(entry)
                 q_ring.wait(step)
-                d_out_ring.wait(step)
                 for part in range(parts):
                     carry = piece(entry, step, part, carry, masked)
                 q_ring.release(step)
@@ -366,23 +378,32 @@ def d_keys(
                 # products start from -lse and -delta, so that no register holds those beside them
                 nothing = ops.tile(shape, 0.0)
                 raw = per_query(lse_ref) * (-1 / tiles.to_base_2) if lse_inside else nothing
-                raw = product_nt(raw, k_tile, q_piece)
+                raw = product_nt(raw, program.own(0), q_piece)
                 logits = bound.change(raw, at, masked) * tiles.to_base_2
-                probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
+                # what a mask reads takes registers that the next products want
+                logits = lax.optimization_barrier(logits)
+                if part == 0:
+                    d_out_ring.wait(step)
 
                 def products(*rest):
                     d_probs, d_k, d_v, sums_before = _grouped(rest, with_d_probs, with_k, with_v)
-                    for product in d_v:
-                        product.add(probs.astype(dtype), d_out_piece)
-                    if not d_probs:
-                        return sums_before
-                    d_probs[0].add_nt(v_tile, d_out_piece)
-                    d_raw, *d_new = bound.pull_back(raw, at, probs * d_probs[0].read())
-                    for product in d_k:
-                        product.add(d_raw.astype(dtype), q_piece)
+                    for product in d_probs:
+                        product.add_nt(program.own(1), d_out_piece)
+                    probs = jnp.exp2(logits if lse_inside else logits - per_query(lse_ref))
+                    d_raw, d_new = [], []
+                    for product in d_probs:
+                        back, *d_new = bound.pull_back(raw, at, probs * product.read())
+                        d_raw.append(back)
+                    # all of them before the first is multiplied, or products wait for each other
+                    factors = [x.astype(dtype) for x in (*d_raw[:with_k], *[probs] * with_v)]
+                    factors = lax.optimization_barrier(factors)
+                    for product, factor, piece in zip(
+                        (*d_k, *d_v), factors, (q_piece, d_out_piece)[not with_k :], strict=False
+                    ):
+                        product.add(factor, piece)
                     return _add_sums(sums_before, d_new[len(d_new) - sums :])
 
-                d_probs = [-per_query(delta_ref)] if with_d_probs else []
+                d_probs = [-per_query(delta_ref)] * with_d_probs
                 found, d_values = ops.together(products, (*d_probs, *d_k, *d_v), d_values)
                 d_k, d_v = _grouped(found[with_d_probs:], with_k)
                 return d_k, d_v, d_values
@@ -399,7 +420,7 @@ def d_keys(
         )
         d_k, d_v, _ = lax.fori_loop(0, program.visits, one_head, start)
         d_k = [x * tiles.to_raw for x in d_k]
-        own = [k_tile] * with_k + [v_tile] * with_v
+        own = [program.own(0)] * with_k + [program.own(1)] * with_v
         pairs = []
         for value, tile, result in zip((*d_k, *d_v), own, program.results, strict=False):
             tile[...] = value.astype(dtype)

@@ -181,6 +181,16 @@ class Visit(NamedTuple):
         """How many tiles the program has met when this is done."""
         return self.before + self.last - self.first
 
+    def masked(self, entry: jax.Array) -> bool | jax.Array:
+        """Whether the mask hides something in a tile."""
+        return False if self.whole is None else entry >= self.whole
+
+    def without_first(self) -> "Visit":
+        """The rest of the part, when its first entry has been met."""
+        first = self.first + 1
+        whole = None if self.whole is None else jnp.maximum(self.whole, first)
+        return self._replace(first=first, whole=whole, before=self.before + 1)
+
     def tiles(self, tile: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
         """Runs `tile(entry, carry, masked)` for each entry."""
         if self.whole is None:
@@ -197,7 +207,7 @@ class Program(NamedTuple):
       head: The head of the tile it owns.
       start: The first of its tokens.
       member: Which of the consumers it is.
-      own: Its tokens' rows of each array of its side, in shared memory.
+      tiles: The tiles of each array of its side in shared memory, one for each consumer.
       rings: The tiles it meets, of each array of the other side.
       inputs: References to the further inputs.
       results: References to the results.
@@ -213,7 +223,7 @@ class Program(NamedTuple):
     head: jax.Array
     start: jax.Array
     member: jax.Array
-    own: tuple[Any, ...]
+    tiles: tuple[Any, ...]
     rings: tuple[Ring, ...]
     inputs: tuple[Any, ...]
     results: tuple[Any, ...]
@@ -223,6 +233,10 @@ class Program(NamedTuple):
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
     ops: Operations
+
+    def own(self, which: int) -> Any:
+        """Its tokens' rows of an array of its side, in shared memory."""
+        return self.tiles[which].at[ring.anew(self.member)]
 
     def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
         """Which tile an entry is."""
@@ -339,20 +353,26 @@ def launch(
                 plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
             for full in own_full:
                 plgpu.barrier_wait(full.at[member])
+
+            def visit_anew(which, before):
+                # registers are few: what gives the start is not kept beside it
+                block = lax.div(ring.anew(start), jnp.int32(own.block))
+                return sides.visit(bound, owner._replace(block=block), which, before)
+
             consumer(
                 Program(
                     batch,
                     head,
                     start,
                     member,
-                    own=tuple(x.at[member] for x in own_smem),
+                    tiles=own_smem,
                     rings=rings,
                     inputs=input_refs,
                     results=result_refs,
                     scratch=tuple(left),
                     positions=positions_ref,
                     visits=visits,
-                    visit=visit,
+                    visit=visit_anew,
                     ids=bound.ids,
                     ops=ops,
                 )

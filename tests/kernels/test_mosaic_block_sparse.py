@@ -67,8 +67,12 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
-    monkeypatch.setattr(mosaic, "default_config", lambda *sizes: mosaic.Config(stages, columns=64))
-    q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
+    monkeypatch.setattr(
+        mosaic,
+        "default_config",
+        lambda *sizes: mosaic.Config(stages, columns=64, overlap=stages > 1),
+    )
+    q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=128, v_dim=64, dtype=jnp.float16)
     compare(
         q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0), mask=js.masks.causal()
     )
@@ -276,12 +280,13 @@ def test_the_choice_falls_on_the_kernel_and_can_be_asked_for():
         ({"dim": 320}, "up to 256, not 320"),
         ({"mask": js.masks.dense(jnp.ones((1, 256, 256), bool))}, "with a query and a key"),
         ({"bias": jnp.ones((256, 256))}, "with a query and a key"),
-        ({"block_kv": 128, "dim": 256}, "do not fit in shared memory"),
+        ({"block_kv": 128, "dim": 192, "v_dim": 256}, "do not fit in shared memory"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_a_sentence(change, reason):
     sizes = {"dtype": jnp.bfloat16, "block_q": 128, "block_kv": 64, "dim": 64, **change}
-    q, k, v = qkv(256, heads=1, kv_heads=1, dim=sizes["dim"], dtype=sizes["dtype"])
+    widths = {"dim": sizes["dim"], "v_dim": sizes.get("v_dim")}
+    q, k, v = qkv(256, heads=1, kv_heads=1, **widths, dtype=sizes["dtype"])
     plan = lists(256, 256, block_q=sizes["block_q"], block_kv=sizes["block_kv"])
     options = {name: change[name] for name in ("mask", "bias") if name in change}
     with (
