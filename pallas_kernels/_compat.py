@@ -4,18 +4,23 @@ Nothing else in this package imports from `jax._src` or looks at a version.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import config
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import (
     InterpretGPUParams,
     force_gpu_interpret_mode,
 )
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 # what every kernel is interpreted by, and part of what compiled functions are kept by
 _MODE = config.pallas_tpu_interpret_mode_context_manager
@@ -77,3 +82,27 @@ def load(ref: Any, layout: Any) -> jax.Array:
     # before 0.11 the index was an argument
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)  # pyright: ignore
+
+
+def any_in_warp(rows: jax.Array, layout: Any) -> jax.Array:
+    """Whether one of the numbers that a warp holds is true, where `layout` is of accumulators."""
+    flag = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(layout.reduce(1),), return_type=flag)
+    def vote(_, rows):
+        mine = functools.reduce(arith.ori, rows.registers.flat)
+        everybody = arith.constant(ir.IntegerType.get_signless(32), -1)
+        said = nvvm.vote_sync(everybody, vector.extract(mine, [], [0]), nvvm.VoteSyncKind.any)
+        return mgpu.FragmentedArray.splat(said, (), is_signed=False)
+
+    return vote(rows)
+
+
+def wait_load_in_warp() -> None:
+    """Waits for what a warp loads from tensor memory, and not for the other warps."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
+
+    wait()
