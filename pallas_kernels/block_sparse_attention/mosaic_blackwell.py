@@ -1,14 +1,17 @@
 """Block-sparse attention, forward, for Blackwell.
 
-A program owns a tile of queries and meets its tiles of keys and values (see `walk`). Its consumer
-starts the products itself. They lie in tensor memory: the logits of the next piece are computed
-while it is at the softmax of this one, and this one's values are added while it is at the next. The
-sums over values stay in tensor memory from the first piece to the last, in units of two to a power
-that is near each row's maximum; they are brought to another only where a maximum has grown so much
-that the units would overflow.
+A program owns a tile of queries and meets its tiles of keys and values (see `walk`). Each of its
+consumers meets 64 keys of every tile and has a softmax of its own over them; two of them merge at
+the end. A consumer starts its products itself, and they lie in tensor memory: the logits of the
+next tile are computed while it is at the softmax of this one, and this one's values are added while
+it is at the next. The sums over values stay there from the first tile to the last, in units of a
+power of two near each row's maximum, and are brought to another unit only where the maximum has
+grown so much that probabilities would leave their range.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,24 +34,26 @@ from pallas_kernels.block_sparse_attention.walk import (
 from pallas_kernels.warpgroup import Blackwell
 
 ROWS = Blackwell.height
-TENSOR_MEMORY = 512  # columns of 32 bits, of as many rows as an accumulator has
-SLACK = 8.0  # powers of two that probabilities may be above 1: exact in 16 bits as in 32
-CHUNK = 64  # columns of sums that are in registers at once
+COLUMNS = 64  # keys of a tile that a consumer meets, and widths in registers at once
+TENSOR_MEMORY = 512  # columns of 32 bits, as high as an accumulator
+SLACK = 8.0  # powers of two that probabilities may be above 1, with the same relative rounding
 
 
-def tensor_memory(v_dim: int, columns: int) -> int:
+def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
+    """Bytes of shared memory that a program asks for, barriers apart."""
+    softmax = 2 * 4 * ROWS * (block_kv // COLUMNS)
+    return mosaic.shared_memory(block_q, block_kv, dim, v_dim, config) + softmax
+
+
+def tensor_memory(block_kv: int, v_dim: int) -> int:
     """Columns of tensor memory that a program asks for: logits, probabilities and sums."""
-    return columns + columns // 2 + v_dim
+    return block_kv // COLUMNS * (COLUMNS + COLUMNS // 2 + v_dim)
 
 
-def default_config(
-    block_q: int, block_kv: int, dim: int, v_dim: int, column_values: int = 0
-) -> Config | None:
+def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does."""
-    # vectors with a value per key are held for all keys at once, in every thread
-    columns = 64 if column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
-        config = Config(stages=stages, columns=columns)
+        config = Config(stages=stages, columns=COLUMNS)
         if layout_refusal(config, block_q, block_kv, dim, v_dim) is None:
             return config
     return None
@@ -56,14 +61,13 @@ def default_config(
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
-    asked = tensor_memory(v_dim, min(config.columns, block_kv))
-    if asked > TENSOR_MEMORY:
-        return f"it asks for {asked} columns of tensor memory, of {TENSOR_MEMORY} that there are."
+    if config.columns != COLUMNS:
+        return f"columns must be {COLUMNS} on Blackwell, not {config.columns}."
     return configurations.layout_refusal(
         config,
-        consumers=block_q // ROWS,
+        consumers=block_kv // COLUMNS,
         rows=block_kv,
-        needed=mosaic.shared_memory(block_q, block_kv, dim, v_dim, config),
+        needed=shared_memory(block_q, block_kv, dim, v_dim, config),
         limit=SHARED_MEMORY - RESERVED,
     )
 
@@ -78,9 +82,25 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
       dim: Width of q and k, padded to a multiple of 64.
       v_dim: Width of v, padded to a multiple of 64.
     """
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
     if block_q != ROWS:
         return f"on Blackwell it takes tiles of {ROWS} queries, not {block_q}."
-    return mosaic.refusal(dtype, block_q, block_kv, dim, v_dim)
+    if block_kv not in (64, 128):
+        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
+    if max(dim, v_dim) > 256:
+        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
+    if tensor_memory(block_kv, v_dim) > TENSOR_MEMORY:
+        return (
+            f"tiles of {block_kv} keys with v_dim {v_dim} do not fit in tensor memory; take tiles "
+            "of 64 keys."
+        )
+    if default_config(block_q, block_kv, dim, v_dim) is None:
+        return (
+            f"tiles of {block_q} x {block_kv} with dim {dim} and v_dim {v_dim} do not fit in "
+            "shared memory; take smaller tiles."
+        )
+    return None
 
 
 def forward(
@@ -115,103 +135,121 @@ def forward(
     reason = refusal(dtype, block_q, block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    column_values = sum(len(rule.column_values) for rule in (tiles.rule, tiles.mask) if rule)
-    chosen = config or default_config(block_q, block_kv, dim, v_dim, column_values)
-    assert chosen is not None
-    columns = min(chosen.columns, block_kv)
-    shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
-    ops = Blackwell
+    sizes = block_q, block_kv, dim, v_dim
+    default = default_config(*sizes)
+    assert default is not None
+    chosen = config or configurations.chosen(
+        configurations.key("forward", tiles.changes, dtype, *sizes),
+        default,
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            lambda q, k, v, lists, values: forward(
+                q, k, v, lists, tiles.bind(values), config=tuned
+            ),
+            *(q, k, v, lists, tiles.values),
+        ),
+    )
+    shape, consumers, ops = (ROWS, COLUMNS), block_kv // COLUMNS, Blackwell
+    widths = range(0, v_dim, COLUMNS)
 
     def consumer(program: Program):
-        (q_tile,), (k_ring, v_ring) = program.own, program.rings
-        out_tiles, lse_tiles, logits_tmem, probs_tmem, sums_tmem, *barriers = program.scratch
-        logits_done, sums_done = (barrier.at[program.member] for barrier in barriers)
+        (q_tile,), (k_ring, v_ring), me = program.own, program.rings, program.member
+        out_tiles, lse_rows, units, totals, *rest = program.scratch
+        logits_memory, probs_memory, sums_memory, logits_done, sums_done, all_done = rest
+        my_logits, my_probs = (x.at[:, part(me)] for x in (logits_memory, probs_memory))
+        my_sums = sums_memory.at[:, pl.ds(me * v_dim, v_dim)]
         bound, factor = tiles.bind(program.inputs), tiles.to_base_2
         visit = program.visit(jnp.int32(0), jnp.int32(0))
 
-        def start_logits(step, part):
-            if part == 0:
-                k_ring.wait(step)
-            keys = _compat.transpose(k_ring.piece(step, part, columns))
-            plgpu.tcgen05_mma(logits_tmem, q_tile, keys, logits_done, accumulate=False)
+        def start_logits(step):
+            k_ring.wait(step)
+            keys = _compat.transpose(k_ring.piece(step, me, COLUMNS))
+            done = logits_done.at[me]
+            plgpu.tcgen05_mma(my_logits, q_tile, keys, done, accumulate=False)
 
-        def start_sums(step, part):
-            if part == 0:
-                v_ring.wait(step)
-            values = v_ring.piece(step, part, columns)
-            more = step > 0 if part == 0 else True
-            plgpu.tcgen05_mma(sums_tmem, probs_tmem, values, sums_done, accumulate=more)
+        def start_sums(step):
+            v_ring.wait(step)
+            values = v_ring.piece(step, me, COLUMNS)
+            plgpu.tcgen05_mma(my_sums, my_probs, values, sums_done.at[me], accumulate=step > 0)
 
-        def end_sums(step, part):
-            plgpu.barrier_wait(sums_done)
-            if part + 1 == parts:
-                v_ring.release(step)
+        def end_sums(step):
+            plgpu.barrier_wait(sums_done.at[me])
+            v_ring.release(step)
 
         def rescale(decay):
-            for at in range(0, v_dim, CHUNK):
-                some = sums_tmem.at[:, pl.ds(at, CHUNK)]
+            for at in widths:
+                some = my_sums.at[:, pl.ds(at, COLUMNS)]
                 sums = plgpu.async_load_tmem(some, layout=ops.layout)
                 ops.wait_load()
-                plgpu.async_store_tmem(some, sums * ops.along(decay, (ROWS, CHUNK), 0))
+                plgpu.async_store_tmem(some, sums * ops.along(decay, shape, 0))
 
         def tile(entry, carry, masked):
-            step = visit.step(entry)
-            for part in range(parts):
-                carry = piece(entry, step, part, carry, masked)
-            return carry
-
-        def piece(entry, step, part, carry, masked):
             unit, total = carry
-            plgpu.barrier_wait(logits_done)
-            raw = plgpu.async_load_tmem(logits_tmem, layout=ops.layout)
+            step = visit.step(entry)
+            plgpu.barrier_wait(logits_done.at[me])
+            raw = plgpu.async_load_tmem(my_logits, layout=ops.layout)
             plgpu.wait_load_tmem()
-            if part + 1 < parts:
-                start_logits(step, part + 1)
-            else:
-                k_ring.release(step)
-                pl.when(entry + 1 < visit.last)(lambda: start_logits(step + 1, 0))
-            kv_start = program.met(visit, entry) * block_kv + part * columns
+            k_ring.release(step)
+            pl.when(entry + 1 < visit.last)(lambda: start_logits(step + 1))
+            kv_start = program.met(visit, entry) * block_kv + me * COLUMNS
             where = program.batch, program.head, program.start, kv_start
             logits = bound.change(raw, Place(*where, 0, shape, program.positions, ops), masked)
             peak = logits.max(axis=1) * factor
             grown = peak > unit + SLACK
             new_unit = jnp.where(grown, peak, unit)
-            # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
-            finite = jnp.where(new_unit == -jnp.inf, 0.0, new_unit)
-            decay = jnp.where(grown, jnp.exp2(unit - finite), 1.0)
-            probs = jnp.exp2(logits * factor - ops.along(finite, shape, 0))
+            shift = finite(new_unit)
+            probs = jnp.exp2(logits * factor - ops.along(shift, shape, 0))
+            decay = jnp.where(grown, jnp.exp2(unit - shift), 1.0)
             total = total * decay + probs.sum(axis=1)
 
+            @pl.when(step > 0)
             def before():
-                end_sums(*((step, part - 1) if part else (step - 1, parts - 1)))
+                end_sums(step - 1)
                 pl.when(ops.any_row(grown))(lambda: rescale(decay))
 
-            before() if part else pl.when(step > 0)(before)
-            plgpu.async_store_tmem(probs_tmem, probs.astype(dtype))
+            plgpu.async_store_tmem(my_probs, probs.astype(dtype))
             plgpu.commit_tmem()
-            start_sums(step, part)
+            start_sums(step)
             return new_unit, total
 
-        some = visit.first < visit.last
-        pl.when(some)(lambda: start_logits(jnp.int32(0), 0))
-        unit, total = visit.tiles(tile, (ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)))
-        pl.when(some)(lambda: end_sums(visit.after - 1, parts - 1))
+        some_tiles = visit.first < visit.last
+        pl.when(some_tiles)(lambda: start_logits(jnp.int32(0)))
+        start = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
+        units[me, :], totals[me, :] = visit.tiles(tile, start)
+        pl.when(some_tiles)(lambda: end_sums(visit.after - 1))
+        plgpu.barrier_arrive(all_done)
+        plgpu.barrier_wait(all_done)
+
+        unit, total, shares = merged(
+            [ops.load_rows(units.at[n]) for n in range(consumers)],
+            [ops.load_rows(totals.at[n]) for n in range(consumers)],
+        )
         seen = total != 0.0
         safe = jnp.where(seen, total, 1.0)
-        out_tile, lse_rows = (x.at[program.member] for x in (out_tiles, lse_tiles))
-        for at in range(0, v_dim, CHUNK):
-            here = (ROWS, CHUNK)
-            sums = plgpu.async_load_tmem(sums_tmem.at[:, pl.ds(at, CHUNK)], layout=ops.layout)
-            # what no product was written to may hold anything
-            sums = jnp.where(ops.along(seen, here, 0), sums, 0.0)
-            out_tile[:, pl.ds(at, CHUNK)] = (sums * ops.along(1.0 / safe, here, 0)).astype(dtype)
-        lse_rows[...] = jnp.where(seen, unit / LOG2_E + jnp.log(safe), -math.inf)
         out_ref, lse_ref = program.results
-        program.write(
-            [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
-        )
 
-    done = plgpu.Barrier(num_barriers=consumers, orders_tensor_core=True)
+        def write_part(at):
+            def sums(n):
+                found = plgpu.async_load_tmem(
+                    sums_memory.at[:, pl.ds(n * v_dim + at, COLUMNS)], layout=ops.layout
+                )
+                return found * ops.along(shares[n] / safe, shape, 0)
+
+            out_tile = out_tiles.at[at // COLUMNS]
+            # what no product was written to may hold anything
+            out = jnp.where(ops.along(seen, shape, 0), sum(map(sums, range(consumers))), 0.0)
+            out_tile[...] = out.astype(dtype)
+            program.write([(out_tile, out_ref.at[*program.tokens, pl.ds(at, COLUMNS)])])
+
+        for n, at in enumerate(widths):
+            pl.when(me == n % consumers)(lambda at=at: write_part(at))
+
+        @pl.when(me == consumers - 1)
+        def write_lse():
+            lse_rows[...] = jnp.where(seen, unit / LOG2_E + jnp.log(safe), -math.inf)
+            program.write([(lse_rows, lse_ref.at[program.numbers])])
+
+    barriers = plgpu.Barrier(num_barriers=consumers, orders_tensor_core=True)
     out, lse = launch(
         consumer,
         Side((q,), block_q),
@@ -223,14 +261,36 @@ def forward(
             jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
         ),
         scratch=(
-            ring.tiles(dtype, consumers, ROWS, v_dim),
-            plgpu.SMEM((consumers, ROWS), jnp.float32),
-            plgpu.TMEM(shape, jnp.float32),
-            plgpu.TMEM(shape, dtype, packed=True),
-            plgpu.TMEM((ROWS, v_dim), jnp.float32),
-            *(done, done),
+            ring.tiles(dtype, v_dim // COLUMNS, ROWS, COLUMNS),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            *[plgpu.SMEM((consumers, ROWS), jnp.float32)] * 2,
+            plgpu.TMEM((ROWS, block_kv), jnp.float32),
+            plgpu.TMEM((ROWS, block_kv), dtype, packed=True),
+            plgpu.TMEM((ROWS, consumers * v_dim), jnp.float32),
+            *(barriers, barriers),
+            plgpu.Barrier(num_arrivals=consumers, orders_tensor_core=True),
         ),
         config=chosen,
         ops=ops,
+        sharing=consumers,
     )
     return out, lse
+
+
+def part(n: Any) -> Any:
+    """Where a consumer's keys are among those of a tile."""
+    return pl.ds(n * COLUMNS, COLUMNS)
+
+
+def finite(unit: jax.Array) -> jax.Array:
+    """The unit, but 1 where nothing was seen: 2 ** (-inf + inf) would be nan."""
+    return jnp.where(unit == -jnp.inf, 0.0, unit)
+
+
+def merged(
+    units: Sequence[jax.Array], totals: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """The unit and sum of softmaxes over different keys, and what each one's sums count for."""
+    unit = functools.reduce(jnp.maximum, units)
+    shares = [jnp.exp2(x - finite(unit)) for x in units]
+    return unit, sum(x * share for x, share in zip(totals, shares, strict=True)), shares

@@ -127,7 +127,7 @@ class Program(NamedTuple):
       batch: The sequence.
       head: The head of the tile it owns.
       start: The first of its tokens.
-      member: Which of the consumers it is.
+      member: Which of the consumers it is; those that own the same tokens are neighbours.
       own: Its tokens' rows of each array of its side, in shared memory.
       rings: The tiles it meets, of each array of the other side.
       inputs: References to the further inputs.
@@ -188,6 +188,7 @@ def launch(
     scratch: Sequence[Any],
     config: Layout,
     ops: Operations,
+    sharing: int = 1,
 ) -> Sequence[jax.Array]:
     """Runs a program for each tile of `own`, those with the longest way first.
 
@@ -202,10 +203,12 @@ def launch(
       scratch: Further shared memory and barriers.
       config: How a program is laid out.
       ops: The functions of the chip on arrays in registers.
+      sharing: How many consumers own the same tokens.
     """
     batches, kv_heads = own.arrays[0].shape[0], min(own.heads, met.heads)
     members, visits = (max(a.heads // b.heads, 1) for a, b in ((own, met), (met, own)))
-    consumers, heads = own.block // ops.height, max(own.heads, met.heads)
+    stripes, heads = own.block // ops.height, max(own.heads, met.heads)
+    consumers = stripes * sharing
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
 
@@ -256,19 +259,24 @@ def launch(
         @pl.when(member < consumers)
         def consume():
             plgpu.set_max_registers(config.consumer_registers, action="increase")
-            start = block * own.block + member * ops.height
-            for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
-                source = ref.at[batch, pl.ds(start, ops.height), head]
-                plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
+            stripe, other = divmod_i32(member, sharing)
+            start = block * own.block + stripe * ops.height
+
+            @pl.when(other == 0)
+            def load():
+                for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
+                    source = ref.at[batch, pl.ds(start, ops.height), head]
+                    plgpu.copy_gmem_to_smem(source, smem.at[stripe], full.at[stripe])
+
             for full in own_full:
-                plgpu.barrier_wait(full.at[member])
+                plgpu.barrier_wait(full.at[stripe])
             consumer(
                 Program(
                     batch,
                     head,
                     start,
                     member,
-                    own=tuple(x.at[member] for x in own_smem),
+                    own=tuple(x.at[stripe] for x in own_smem),
                     rings=rings,
                     inputs=input_refs,
                     results=result_refs,
@@ -287,9 +295,9 @@ def launch(
         kernel,
         out_type=tuple(results),
         scratch_types=(
-            *(ring.tiles(x.dtype, consumers, ops.height, x.shape[3]) for x in own.arrays),
+            *(ring.tiles(x.dtype, stripes, ops.height, x.shape[3]) for x in own.arrays),
             *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
-            *(plgpu.Barrier(num_barriers=consumers) for _ in own.arrays),
+            *(plgpu.Barrier(num_barriers=stripes) for _ in own.arrays),
             *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
             *scratch,
         ),
