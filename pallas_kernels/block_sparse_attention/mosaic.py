@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
-from pallas_kernels.block_sparse_attention.logits import LOG2_E, Place, Tiles
+from pallas_kernels.block_sparse_attention.logits import Place, Tiles
+from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import (
     RESERVED,
     ROWS,
@@ -182,7 +183,7 @@ def forward(
             return carry
 
         def piece(entry, step, part, carry, masked):
-            acc, peak, total = carry
+            acc, softmax = carry
             raw = product_nt(ops.tile(shape, 0.0), q_tile, k_ring.piece(step, part, columns))
             if part + 1 == parts:
                 k_ring.release(step)
@@ -198,12 +199,7 @@ def forward(
                 ops,
             )
             logits = bound.change(raw, at, masked)
-            new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
-            # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
-            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-            probs = jnp.exp2(logits * factor - lax.broadcast_in_dim(shift, shape, (0,)))
-            decay = jnp.exp2(peak - shift)
-            total = total * decay + probs.sum(axis=1)
+            softmax, probs, decay = softmax.add(logits, factor)
             acc = acc * lax.broadcast_in_dim(decay, acc.shape, (0,))
             if part == 0:
                 v_ring.wait(step)
@@ -212,15 +208,14 @@ def forward(
                 (acc,),
                 (),
             )
-            return acc, new_peak, total
+            return acc, softmax
 
-        start = ops.tile((ROWS, v_dim), 0.0), ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
-        acc, peak, total = visit.tiles(tile, start)
-        seen = total != 0.0
-        safe = jnp.where(seen, total, 1.0)
+        nothing = Softmax(ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0))
+        acc, softmax = visit.tiles(tile, (ops.tile((ROWS, v_dim), 0.0), nothing))
+        share, lse_tile = softmax.end()
         out_tile, lse_rows = (x.at[program.member] for x in program.scratch)
-        out_tile[...] = (acc * lax.broadcast_in_dim(1.0 / safe, acc.shape, (0,))).astype(dtype)
-        lse_rows[...] = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -math.inf)
+        out_tile[...] = (acc * lax.broadcast_in_dim(share, acc.shape, (0,))).astype(dtype)
+        lse_rows[...] = lse_tile
         out_ref, lse_ref = program.results
         program.write(
             [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]

@@ -7,6 +7,7 @@ tile to come and says when it is done with it; the producer waits for all of the
 overwrites a slot.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -80,6 +81,74 @@ class Side(NamedTuple):
     def blocks(self) -> int:
         """Its tiles."""
         return self.arrays[0].shape[1] // self.block
+
+
+class Sides(NamedTuple):
+    """Who owns tiles, who is met: which programs there are, and which lists each walks.
+
+    Head by head of a group if q's tiles are owned; if k's are, a program meets the tiles of all
+    heads of its group.
+    """
+
+    own: Side
+    met: Side
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of k and v."""
+        return min(self.own.heads, self.met.heads)
+
+    @property
+    def members(self) -> int:
+        """Heads of a group that own tiles."""
+        return max(self.own.heads // self.met.heads, 1)
+
+    @property
+    def visits(self) -> int:
+        """Lists that a program walks."""
+        return max(self.met.heads // self.own.heads, 1)
+
+    def order(self, lists: "Lists") -> jax.Array:
+        """The number of each program, int32, in the order in which they start."""
+        batches, heads = self.own.arrays[0].shape[0], max(self.own.heads, self.met.heads)
+        work = _work(lists, batches, heads, self.kv_heads, self.members)
+        return order(work, _together(work, self.met))
+
+    def owner(self, program: jax.Array) -> "Owner":
+        """What a program owns, from its number."""
+        rest, member = divmod_i32(program, self.members)
+        rest, block = divmod_i32(rest, self.own.blocks)
+        batch, kv_head = divmod_i32(rest, self.kv_heads)
+        return Owner(batch, kv_head, kv_head * self.members + member, block)
+
+    def visit(self, lists: "Lists", owner: "Owner", which: jax.Array, before: jax.Array) -> "Visit":
+        """A list that a program walks.
+
+        Args:
+          lists: References to all lists.
+          owner: What the program owns.
+          which: The number of the list, below `visits`.
+          before: How many tiles were met before.
+        """
+        met_head = owner.kv_head * self.visits + which
+        q_head = owner.head if self.members > 1 else met_head
+        heads = max(self.own.heads, self.met.heads)
+        row = (
+            owner.batch if lists.ids.shape[0] > 1 else jnp.int32(0),
+            lax.div(q_head, jnp.int32(heads // lists.ids.shape[1])),
+        )
+        first, last = (x[*row, owner.block] for x in (lists.first, lists.last))
+        whole = None if lists.whole is None else lists.whole[*row, owner.block]
+        return Visit(owner.batch, met_head, row, first, whole, last, before)
+
+
+class Owner(NamedTuple):
+    """What a program owns: a tile of a head."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    head: jax.Array
+    block: jax.Array
 
 
 class Visit(NamedTuple):
@@ -194,8 +263,7 @@ def launch(
 
     Args:
       consumer: What each warpgroup of a program does.
-      own: The side whose tiles are owned. Head by head of a group if it is q's; if it is k's, a
-        program meets the tiles of all heads of its group.
+      own: The side whose tiles are owned.
       met: The other side.
       lists: Which tiles of it are met.
       inputs: Further arrays for the consumers.
@@ -205,9 +273,8 @@ def launch(
       ops: The functions of the chip on arrays in registers.
       sharing: How many consumers own the same tokens.
     """
-    batches, kv_heads = own.arrays[0].shape[0], min(own.heads, met.heads)
-    members, visits = (max(a.heads // b.heads, 1) for a, b in ((own, met), (met, own)))
-    stripes, heads = own.block // ops.height, max(own.heads, met.heads)
+    sides = Sides(own, met)
+    visits, stripes = sides.visits, own.block // ops.height
     consumers = stripes * sharing
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
@@ -218,22 +285,11 @@ def launch(
         own_refs, met_refs, lists_refs, input_refs, result_refs, own_smem, slots = taken
         own_full = tuple(itertools.islice(left, len(own_refs)))
         rings = tuple(Ring(x, *itertools.islice(left, 2)) for x in slots)
-        ids_ref, first_ref, last_ref, *whole_ref = lists_refs
-        program, group_member = divmod_i32(order_ref[lax.axis_index("program")], members)
-        program, block = divmod_i32(program, own.blocks)
-        batch, kv_head = divmod_i32(program, kv_heads)
-        head = kv_head * members + group_member
+        bound = Lists(*lists_refs)
+        owner = sides.owner(order_ref[lax.axis_index("program")])
+        batch, _, head, block = owner
         member = lax.axis_index("warpgroup")
-
-        def visit(which, before):
-            met_head = kv_head * visits + which
-            q_head = head if members > 1 else met_head
-            row = (
-                batch if ids_ref.shape[0] > 1 else jnp.int32(0),
-                lax.div(q_head, jnp.int32(heads // ids_ref.shape[1])),
-            )
-            first, last, *whole = (x[*row, block] for x in (first_ref, last_ref, *whole_ref))
-            return Visit(batch, met_head, row, first, whole[0] if whole else None, last, before)
+        visit = functools.partial(sides.visit, bound, owner)
 
         @pl.when(member == consumers)
         def producer():
@@ -244,7 +300,7 @@ def launch(
 
                 # the step is carried, where it might be derived: registers are few here
                 def copy(entry, step):
-                    start = ids_ref[*way.row, entry] * met.block
+                    start = bound.ids[*way.row, entry] * met.block
                     source = batch, pl.ds(start, met.block), way.head
                     for ref, tiles in zip(met_refs, rings, strict=True):
                         tiles.fill(ref.at[source], step)
@@ -284,13 +340,13 @@ def launch(
                     positions=positions_ref,
                     visits=visits,
                     visit=visit,
-                    ids=ids_ref,
+                    ids=bound.ids,
                     ops=ops,
                 )
             )
 
     positions = jnp.arange(max(side.arrays[0].shape[1] for side in (own, met)), dtype=jnp.int32)
-    work = _work(lists, batches, heads, kv_heads, members)
+    programs = sides.order(lists)
     return plgpu.kernel(
         kernel,
         out_type=tuple(results),
@@ -301,12 +357,12 @@ def launch(
             *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
             *scratch,
         ),
-        grid=(work.size,),
+        grid=programs.shape,
         grid_names=("program",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
-    )(order(work, _together(work, met)), positions, *own.arrays, *met.arrays, *given, *inputs)
+    )(programs, positions, *own.arrays, *met.arrays, *given, *inputs)
 
 
 def divmod_i32(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

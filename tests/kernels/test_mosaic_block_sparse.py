@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jsparse as js
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
-from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.walk import Lists, order
 from tests.inputs import qkv
 
@@ -205,7 +205,7 @@ def test_tiles_that_are_whole_skip_the_mask_and_no_others():
     def results(by_query, by_key, tiles):
         with _compat.interpreter():
             out, lse = jax.block_until_ready(mosaic.forward(q, k, v, by_query, tiles))
-            problem = mosaic_backward.Problem(q, k, v, out, lse * mosaic.LOG2_E, lse)
+            problem = mosaic_backward.Problem(q, k, v, out, lse * LOG2_E, lse)
             found = mosaic_backward.gradients(problem, by_query, by_key, tiles)
             return jax.tree.map(np.asarray, jax.block_until_ready((out, lse, found)))
 
