@@ -11,18 +11,19 @@ grown so much that probabilities would leave their range.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, configurations, ring
 from pallas_kernels.block_sparse_attention import mosaic
-from pallas_kernels.block_sparse_attention.logits import LOG2_E, Place, Tiles
+from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.mosaic import Config
+from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
 from pallas_kernels.block_sparse_attention.walk import (
     RESERVED,
     SHARED_MEMORY,
@@ -154,23 +155,24 @@ def forward(
 
     def consumer(program: Program):
         (q_tile,), (k_ring, v_ring), me = program.own, program.rings, program.member
-        out_tiles, lse_rows, units, totals, *rest = program.scratch
+        out_tiles, lse_rows, peaks, totals, *rest = program.scratch
         logits_memory, probs_memory, sums_memory, logits_done, sums_done, all_done = rest
-        my_logits, my_probs = (x.at[:, part(me)] for x in (logits_memory, probs_memory))
-        my_sums = sums_memory.at[:, pl.ds(me * v_dim, v_dim)]
+        keys, sums = pl.ds(me * COLUMNS, COLUMNS), pl.ds(me * v_dim, v_dim)
+        my_logits, my_probs = logits_memory.at[:, keys], probs_memory.at[:, keys]
+        my_sums = sums_memory.at[:, sums]
         bound, factor = tiles.bind(program.inputs), tiles.to_base_2
         visit = program.visit(jnp.int32(0), jnp.int32(0))
 
         def start_logits(step):
             k_ring.wait(step)
-            keys = _compat.transpose(k_ring.piece(step, me, COLUMNS))
+            k_piece = _compat.transpose(k_ring.piece(step, me, COLUMNS))
             done = logits_done.at[me]
-            plgpu.tcgen05_mma(my_logits, q_tile, keys, done, accumulate=False)
+            plgpu.tcgen05_mma(my_logits, q_tile, k_piece, done, accumulate=False)
 
         def start_sums(step):
             v_ring.wait(step)
-            values = v_ring.piece(step, me, COLUMNS)
-            plgpu.tcgen05_mma(my_sums, my_probs, values, sums_done.at[me], accumulate=step > 0)
+            v_piece = v_ring.piece(step, me, COLUMNS)
+            plgpu.tcgen05_mma(my_sums, my_probs, v_piece, sums_done.at[me], accumulate=step > 0)
 
         def end_sums(step):
             plgpu.barrier_wait(sums_done.at[me])
@@ -179,12 +181,11 @@ def forward(
         def rescale(decay):
             for at in widths:
                 some = my_sums.at[:, pl.ds(at, COLUMNS)]
-                sums = plgpu.async_load_tmem(some, layout=ops.layout)
+                found = plgpu.async_load_tmem(some, layout=ops.layout)
                 ops.wait_load()
-                plgpu.async_store_tmem(some, sums * ops.along(decay, shape, 0))
+                plgpu.async_store_tmem(some, found * lax.broadcast_in_dim(decay, shape, (0,)))
 
-        def tile(entry, carry, masked):
-            unit, total = carry
+        def tile(entry, softmax, masked):
             step = visit.step(entry)
             plgpu.barrier_wait(logits_done.at[me])
             raw = plgpu.async_load_tmem(my_logits, layout=ops.layout)
@@ -194,59 +195,55 @@ def forward(
             kv_start = program.met(visit, entry) * block_kv + me * COLUMNS
             where = program.batch, program.head, program.start, kv_start
             logits = bound.change(raw, Place(*where, 0, shape, program.positions, ops), masked)
-            peak = logits.max(axis=1) * factor
-            grown = peak > unit + SLACK
-            new_unit = jnp.where(grown, peak, unit)
-            shift = finite(new_unit)
-            probs = jnp.exp2(logits * factor - ops.along(shift, shape, 0))
-            decay = jnp.where(grown, jnp.exp2(unit - shift), 1.0)
-            total = total * decay + probs.sum(axis=1)
+            after, probs, decay = softmax.add(logits, factor, SLACK)
 
             @pl.when(step > 0)
             def before():
                 end_sums(step - 1)
-                pl.when(ops.any_row(grown))(lambda: rescale(decay))
+                # sums of rows that saw nothing are 0 in any unit
+                shrunk = (decay < 1.0) & (softmax.total > 0.0)
+                pl.when(ops.any_row(shrunk))(lambda: rescale(decay))
 
             plgpu.async_store_tmem(my_probs, probs.astype(dtype))
             plgpu.commit_tmem()
             start_sums(step)
-            return new_unit, total
+            return after
 
         some_tiles = visit.first < visit.last
         pl.when(some_tiles)(lambda: start_logits(jnp.int32(0)))
-        start = ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0)
-        units[me, :], totals[me, :] = visit.tiles(tile, start)
+        nothing = Softmax(ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0))
+        peaks[me, :], totals[me, :] = visit.tiles(tile, nothing)
         pl.when(some_tiles)(lambda: end_sums(visit.after - 1))
         plgpu.barrier_arrive(all_done)
         plgpu.barrier_wait(all_done)
 
-        unit, total, shares = merged(
-            [ops.load_rows(units.at[n]) for n in range(consumers)],
-            [ops.load_rows(totals.at[n]) for n in range(consumers)],
-        )
-        seen = total != 0.0
-        safe = jnp.where(seen, total, 1.0)
+        parts = [
+            Softmax(ops.load_rows(peaks.at[n]), ops.load_rows(totals.at[n]))
+            for n in range(consumers)
+        ]
+        softmax, shares = merge(parts)
+        norm, lse_tile = softmax.end()
         out_ref, lse_ref = program.results
 
-        def write_part(at):
-            def sums(n):
-                found = plgpu.async_load_tmem(
-                    sums_memory.at[:, pl.ds(n * v_dim + at, COLUMNS)], layout=ops.layout
-                )
-                return found * ops.along(shares[n] / safe, shape, 0)
+        def write_width(at):
+            def scaled(n):
+                some = sums_memory.at[:, pl.ds(n * v_dim + at, COLUMNS)]
+                found = plgpu.async_load_tmem(some, layout=ops.layout)
+                return found * lax.broadcast_in_dim(shares[n] * norm, shape, (0,))
 
-            out_tile = out_tiles.at[at // COLUMNS]
+            out = functools.reduce(jnp.add, map(scaled, range(consumers)))
             # what no product was written to may hold anything
-            out = jnp.where(ops.along(seen, shape, 0), sum(map(sums, range(consumers))), 0.0)
-            out_tile[...] = out.astype(dtype)
+            seen = lax.broadcast_in_dim(softmax.total != 0.0, shape, (0,))
+            out_tile = out_tiles.at[at // COLUMNS]
+            out_tile[...] = jnp.where(seen, out, 0.0).astype(dtype)
             program.write([(out_tile, out_ref.at[*program.tokens, pl.ds(at, COLUMNS)])])
 
         for n, at in enumerate(widths):
-            pl.when(me == n % consumers)(lambda at=at: write_part(at))
+            pl.when(me == n % consumers)(lambda at=at: write_width(at))
 
         @pl.when(me == consumers - 1)
         def write_lse():
-            lse_rows[...] = jnp.where(seen, unit / LOG2_E + jnp.log(safe), -math.inf)
+            lse_rows[...] = lse_tile
             program.write([(lse_rows, lse_ref.at[program.numbers])])
 
     barriers = plgpu.Barrier(num_barriers=consumers, orders_tensor_core=True)
@@ -275,22 +272,3 @@ def forward(
         sharing=consumers,
     )
     return out, lse
-
-
-def part(n: Any) -> Any:
-    """Where a consumer's keys are among those of a tile."""
-    return pl.ds(n * COLUMNS, COLUMNS)
-
-
-def finite(unit: jax.Array) -> jax.Array:
-    """The unit, but 1 where nothing was seen: 2 ** (-inf + inf) would be nan."""
-    return jnp.where(unit == -jnp.inf, 0.0, unit)
-
-
-def merged(
-    units: Sequence[jax.Array], totals: Sequence[jax.Array]
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """The unit and sum of softmaxes over different keys, and what each one's sums count for."""
-    unit = functools.reduce(jnp.maximum, units)
-    shares = [jnp.exp2(x - finite(unit)) for x in units]
-    return unit, sum(x * share for x, share in zip(totals, shares, strict=True)), shares
