@@ -200,7 +200,7 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
-    attention, gradients, inputs = programs(case, sharding, adapter.PASSES)
+    attention, gradients, inputs = programs(case, sharding, adapter.HOPPER)
     width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
     tile = case.block_q, case.block_kv
     forward = mosaic.default_config(*tile, *width)

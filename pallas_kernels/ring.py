@@ -9,12 +9,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANES = 64  # 16-bit elements that one swizzled row of shared memory holds
+_TRANSFORMS = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
 
 
 def tiles(dtype: Any, count: int, tokens: int, width: int) -> Any:
     """Shared memory for `count` tiles [tokens, width] in the layout that wgmma reads."""
-    transforms = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, tokens, width), dtype, transforms=transforms)
+    return plgpu.SMEM((count, tokens, width), dtype, transforms=_TRANSFORMS)
+
+
+def tile(dtype: Any, tokens: int, width: int) -> Any:
+    """Shared memory for one such tile, without an axis for the count."""
+    return plgpu.SMEM((tokens, width), dtype, transforms=_TRANSFORMS)
 
 
 def barriers(stages: int, readers: int) -> tuple[Any, Any]:
@@ -61,7 +66,7 @@ class Ring(NamedTuple):
         """Waits for a tile to come."""
         plgpu.barrier_wait(self.full.at[self._slot(step)])
 
-    def piece(self, step: jax.Array, part: int, size: int) -> Any:
+    def piece(self, step: jax.Array, part: int | jax.Array, size: int) -> Any:
         """A reference to tokens [part * size, (part + 1) * size) of a tile."""
         return self.slots.at[self._slot(step), pl.ds(part * size, size)]
 

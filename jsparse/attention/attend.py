@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jsparse import checks
 from jsparse.attention import mosaic, reference, triton, xla
-from jsparse.attention.block_sparse import block_sparse_attention
+from jsparse.attention.block_sparse import Passes, block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
@@ -205,9 +205,9 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
 
 
-def _by_kernels(adapter: Any, problem: Problem) -> tuple[Array, Array]:
+def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
     return block_sparse_attention(
-        problem.operands, with_plan(problem), problem.mask, problem.rule, adapter.PASSES
+        problem.operands, with_plan(problem), problem.mask, problem.rule, passes()
     )
 
 
@@ -224,8 +224,8 @@ def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
 _CALLS = {
     "reference": _reference,
     "xla": _xla,
-    "mosaic": partial(_by_kernels, mosaic),
-    "triton": partial(_by_kernels, triton),
+    "mosaic": partial(_by_kernels, mosaic.passes),
+    "triton": partial(_by_kernels, lambda: triton.PASSES),
 }
 _REFUSES: dict[str, Callable[[Problem], str | None]] = {
     "reference": lambda problem: None,

@@ -13,6 +13,13 @@ from jsparse.attention.separation import Separated, separate
 from jsparse.types import Mask
 
 
+def capability() -> str | None:
+    """The compute capability of this machine's default device, None if that is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    return str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+
+
 def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
     """Why a kernel does not run on this machine, or None.
 
@@ -20,11 +27,10 @@ def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
       wanted: What it needs, in words.
       fits: Whether a GPU of a compute capability, such as "9.0", will do.
     """
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return f"it needs {wanted}; the default backend is {platform}."
-    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    return None if fits(capability) else f"it needs {wanted}; this one has {capability}."
+    found = capability()
+    if found is None:
+        return f"it needs {wanted}; the default backend is {jax.default_backend()}."
+    return None if fits(found) else f"it needs {wanted}; this one has {found}."
 
 
 def pad_width(x: Array, width: int) -> Array:

@@ -1,17 +1,19 @@
-"""Block-sparse attention by the Mosaic GPU kernel; what it cannot do, and why."""
+"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why."""
 
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse.attention import kernels, whole_tiles, xla
+from jsparse.attention import kernels, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward, mosaic_blackwell
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
@@ -20,10 +22,11 @@ def refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
+    reason = device_refusal()
+    if reason:
+        return reason
     q, _, v = operands[:3]
-    reason = device_refusal() or mosaic.refusal(
-        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
-    )
+    reason = _kernel().refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
@@ -32,14 +35,14 @@ def refusal(
 
 
 def forward(
-    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+    kernel: ModuleType, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
+    """Computes `(out, lse)` in f32 over the listed tiles by a kernel; lengths are whole tiles."""
     q, k, v = operands[:3]
     parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
-    out, lse = mosaic.forward(
+    out, lse = kernel.forward(
         _pad_width(q),
         _pad_width(k),
         _pad_width(v),
@@ -91,15 +94,53 @@ def backward(
     return kernels.gradients(operands, split, compute)
 
 
-PASSES = Passes(forward, backward, xla.differentiable_forward)
+def other_backward(
+    operands: Operands,
+    lists: Lists,
+    inverse: InverseList,
+    out: Float[Array, "batch q_len heads v_dim"],
+    lse: Float[Array, "batch heads q_len"],
+    d_out: Float[Array, "batch q_len heads v_dim"],
+    d_lse: Float[Array, "batch heads q_len"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> Operands:
+    """Computes the gradient by every operand by the Triton kernels, or else by XLA's loops."""
+    refused = triton.refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
+    computed = xla.backward if refused else triton.backward
+    return computed(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+
+
+HOPPER = Passes(partial(forward, mosaic), backward, xla.differentiable_forward)
+BLACKWELL = Passes(partial(forward, mosaic_blackwell), other_backward, xla.differentiable_forward)
+
+
+def passes() -> Passes:
+    """Those of this machine's default device, which is not refused."""
+    return BLACKWELL if _kernel() is mosaic_blackwell else HOPPER
 
 
 def device_refusal() -> str | None:
     """Why kernels cannot run on this machine's default device, or None if they can."""
     if _compat.interpreting():
         return None
+    wanted = "a Hopper or Blackwell GPU (compute capability 9.0 or 10.0)"
+    return kernels.device_refusal(wanted, lambda found: found.startswith(("9.", "10.")))
+
+
+def tuning_refusal() -> str | None:
+    """Why configurations cannot be timed on this machine's default device, or None if they can."""
+    if _compat.interpreting():
+        return None
     wanted = "a Hopper GPU (compute capability 9.0)"
-    return kernels.device_refusal(wanted, lambda capability: capability.startswith("9."))
+    return kernels.device_refusal(wanted, lambda found: found.startswith("9."))
+
+
+def _kernel() -> ModuleType:
+    capability = (
+        _compat.interpreted_capability() if _compat.interpreting() else kernels.capability()
+    )
+    return mosaic_blackwell if str(capability).startswith("10.") else mosaic
 
 
 class _Parts(NamedTuple):

@@ -127,7 +127,7 @@ def device_check() -> None:
     Raises:
       NotImplementedError: if it is not.
     """
-    reason = adapter.device_refusal()
+    reason = adapter.tuning_refusal()
     checks.tunable("This machine", reason and f"{reason} --dry-run tries the command without one.")
 
 

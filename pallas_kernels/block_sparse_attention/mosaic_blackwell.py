@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, configurations, ring
-from pallas_kernels.block_sparse_attention import mosaic
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.mosaic import Config
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
@@ -42,8 +41,15 @@ SLACK = 8.0  # powers of two that probabilities may be above 1, with the same re
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
-    softmax = 2 * 4 * ROWS * (block_kv // COLUMNS)
-    return mosaic.shared_memory(block_q, block_kv, dim, v_dim, config) + softmax
+    own = dim + (0 if _over_values(block_kv) else v_dim)
+    in_flight = config.stages * block_kv * (dim + v_dim)
+    softmax = 4 * ROWS * (1 + 2 * (block_kv // COLUMNS))
+    return 2 * (block_q * own + in_flight) + softmax
+
+
+def _over_values(block_kv: int) -> bool:
+    """Whether the output has room where values were, which are read by then."""
+    return block_kv == ROWS
 
 
 def tensor_memory(block_kv: int, v_dim: int) -> int:
@@ -53,8 +59,8 @@ def tensor_memory(block_kv: int, v_dim: int) -> int:
 
 def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does."""
-    for stages in (4, 3, 2, 1):
-        config = Config(stages=stages, columns=COLUMNS)
+    for stages in (4, 3, 2):
+        config = Config(stages, COLUMNS, consumer_registers=224, producer_registers=56)
         if layout_refusal(config, block_q, block_kv, dim, v_dim) is None:
             return config
     return None
@@ -64,6 +70,9 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
     """Why a program cannot be laid out by this configuration, or None if it can."""
     if config.columns != COLUMNS:
         return f"columns must be {COLUMNS} on Blackwell, not {config.columns}."
+    if config.stages < 2:
+        # the keys of the next tile are waited for while the values of the last are in their slot
+        return f"stages must be at least 2 on Blackwell, not {config.stages}."
     return configurations.layout_refusal(
         config,
         consumers=block_kv // COLUMNS,
@@ -136,27 +145,16 @@ def forward(
     reason = refusal(dtype, block_q, block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    sizes = block_q, block_kv, dim, v_dim
-    default = default_config(*sizes)
-    assert default is not None
-    chosen = config or configurations.chosen(
-        configurations.key("forward", tiles.changes, dtype, *sizes),
-        default,
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda q, k, v, lists, values: forward(
-                q, k, v, lists, tiles.bind(values), config=tuned
-            ),
-            *(q, k, v, lists, tiles.values),
-        ),
-    )
+    chosen = config or default_config(block_q, block_kv, dim, v_dim)
+    assert chosen is not None
     shape, consumers, ops = (ROWS, COLUMNS), block_kv // COLUMNS, Blackwell
     widths = range(0, v_dim, COLUMNS)
 
     def consumer(program: Program):
         (q_tile,), (k_ring, v_ring), me = program.own, program.rings, program.member
-        out_tiles, lse_rows, peaks, totals, *rest = program.scratch
-        logits_memory, probs_memory, sums_memory, logits_done, sums_done, all_done = rest
+        lse_rows, peaks, totals, *rest = program.scratch
+        logits_memory, probs_memory, sums_memory, logits_done, sums_done, all_done, *rest = rest
+        (out_tile,) = rest or (v_ring.slots.at[0],)
         keys, sums = pl.ds(me * COLUMNS, COLUMNS), pl.ds(me * v_dim, v_dim)
         my_logits, my_probs = logits_memory.at[:, keys], probs_memory.at[:, keys]
         my_sums = sums_memory.at[:, sums]
@@ -177,6 +175,10 @@ def forward(
         def end_sums(step):
             plgpu.barrier_wait(sums_done.at[me])
             v_ring.release(step)
+
+        def wait_for_all():
+            plgpu.barrier_arrive(all_done)
+            plgpu.barrier_wait(all_done)
 
         def rescale(decay):
             for at in widths:
@@ -214,8 +216,7 @@ def forward(
         nothing = Softmax(ops.rows(ROWS, -math.inf), ops.rows(ROWS, 0.0))
         peaks[me, :], totals[me, :] = visit.tiles(tile, nothing)
         pl.when(some_tiles)(lambda: end_sums(visit.after - 1))
-        plgpu.barrier_arrive(all_done)
-        plgpu.barrier_wait(all_done)
+        wait_for_all()
 
         parts = [
             Softmax(ops.load_rows(peaks.at[n]), ops.load_rows(totals.at[n]))
@@ -234,17 +235,19 @@ def forward(
             out = functools.reduce(jnp.add, map(scaled, range(consumers)))
             # what no product was written to may hold anything
             seen = lax.broadcast_in_dim(softmax.total != 0.0, shape, (0,))
-            out_tile = out_tiles.at[at // COLUMNS]
-            out_tile[...] = jnp.where(seen, out, 0.0).astype(dtype)
-            program.write([(out_tile, out_ref.at[*program.tokens, pl.ds(at, COLUMNS)])])
+            out_tile[:, pl.ds(at, COLUMNS)] = jnp.where(seen, out, 0.0).astype(dtype)
 
         for n, at in enumerate(widths):
             pl.when(me == n % consumers)(lambda at=at: write_width(at))
+        plgpu.commit_smem()
+        wait_for_all()
 
-        @pl.when(me == consumers - 1)
-        def write_lse():
+        @pl.when(me == 0)
+        def write():
             lse_rows[...] = lse_tile
-            program.write([(lse_rows, lse_ref.at[program.numbers])])
+            program.write(
+                [(out_tile, out_ref.at[program.tokens]), (lse_rows, lse_ref.at[program.numbers])]
+            )
 
     barriers = plgpu.Barrier(num_barriers=consumers, orders_tensor_core=True)
     out, lse = launch(
@@ -258,7 +261,6 @@ def forward(
             jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
         ),
         scratch=(
-            ring.tiles(dtype, v_dim // COLUMNS, ROWS, COLUMNS),
             plgpu.SMEM((ROWS,), jnp.float32),
             *[plgpu.SMEM((consumers, ROWS), jnp.float32)] * 2,
             plgpu.TMEM((ROWS, block_kv), jnp.float32),
@@ -266,6 +268,7 @@ def forward(
             plgpu.TMEM((ROWS, consumers * v_dim), jnp.float32),
             *(barriers, barriers),
             plgpu.Barrier(num_arrivals=consumers, orders_tensor_core=True),
+            *(() if _over_values(block_kv) else (ring.tile(dtype, ROWS, v_dim),)),
         ),
         config=chosen,
         ops=ops,
