@@ -60,7 +60,7 @@ def tensor_memory(block_kv: int, v_dim: int) -> int:
 def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does."""
     for stages in (4, 3, 2):
-        config = Config(stages, COLUMNS, consumer_registers=224, producer_registers=56)
+        config = Config(stages, COLUMNS)
         if layout_refusal(config, block_q, block_kv, dim, v_dim) is None:
             return config
     return None
@@ -198,6 +198,8 @@ def forward(
             where = program.batch, program.head, program.start, kv_start
             logits = bound.change(raw, Place(*where, 0, shape, program.positions, ops), masked)
             after, probs, decay = softmax.add(logits, factor, SLACK)
+            # half as many registers while sums are rescaled
+            probs, decay = lax.optimization_barrier((probs.astype(dtype), decay))
 
             @pl.when(step > 0)
             def before():
@@ -206,7 +208,7 @@ def forward(
                 shrunk = (decay < 1.0) & (softmax.total > 0.0)
                 pl.when(ops.any_row(shrunk))(lambda: rescale(decay))
 
-            plgpu.async_store_tmem(my_probs, probs.astype(dtype))
+            plgpu.async_store_tmem(my_probs, probs)
             plgpu.commit_tmem()
             start_sums(step)
             return after
