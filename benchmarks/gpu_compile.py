@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # all of these are read when jax or its plugin is loaded
-DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-")))
+# gigabytes come together in it; it goes when this process ends
+_FOLDER = tempfile.TemporaryDirectory(prefix="mosaic-")
+DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", _FOLDER.name))
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # where a compiler prints a stack, looking up its names takes longer than all else

@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
     InterpretGPUParams,
     force_gpu_interpret_mode,
 )
-from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
@@ -105,7 +105,7 @@ def any_in_warp(rows: jax.Array, layout: Any) -> jax.Array:
         mine = functools.reduce(arith.ori, rows.registers.flat)
         everybody = arith.constant(ir.IntegerType.get_signless(32), -1)
         said = nvvm.vote_sync(everybody, vector.extract(mine, [], [0]), nvvm.VoteSyncKind.any)
-        return mgpu.FragmentedArray.splat(said, (), is_signed=False)
+        return FragmentedArray.splat(said, (), is_signed=False)
 
     return vote(rows)  # pyright: ignore
 
@@ -118,3 +118,57 @@ def wait_load_in_warp() -> None:
         nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
 
     wait()  # pyright: ignore
+
+
+# mma.sync and cp.async, for GPUs before Hopper
+HAS_MMA = hasattr(plgpu, "mma")  # since 0.11
+
+
+def mma(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`acc + a @ b`, each in the layout for its part."""
+    return plgpu.mma(acc, a, b)  # pyright: ignore
+
+
+def load_mma_left(ref: Any) -> jax.Array:
+    """Reads a left operand of `mma` from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.MMA_LHS(ref.dtype))  # pyright: ignore
+
+
+def load_mma_right(ref: Any) -> jax.Array:
+    """Reads a right operand of `mma` from shared memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))  # pyright: ignore
+
+
+def mma_left(x: jax.Array) -> jax.Array:
+    """An array laid out as 16-bit accumulators are, which is the left operand of `mma` as it is."""
+    layout = plgpu.Layout.MMA_LHS(x.dtype)  # pyright: ignore
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+    )
+    def renamed(_, array):
+        target = layout.to_mgpu()
+        return FragmentedArray(
+            _registers=array.registers.reshape(target.registers_shape(array.shape)),
+            _layout=target,
+            _is_signed=array.is_signed,
+        )
+
+    return renamed(x)  # pyright: ignore
+
+
+def start_copy(source: Any, target: Any) -> None:
+    """Starts to copy a tile, all of it inside its array, to shared memory by cp.async."""
+    inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # pyright: ignore
+    plgpu.copy_gmem_to_smem(source, target, oob_mode=inside)  # pyright: ignore
+
+
+def wait_copies(running: int) -> None:
+    """Waits for all but the last `running` copies of `start_copy`, and for the warpgroup."""
+    plgpu.wait_gmem_to_smem(running)  # pyright: ignore
+
+
+def store(ref: Any, value: jax.Array) -> None:
+    """Writes registers of any layout to device memory."""
+    plgpu.store(ref, value, optimized=False)  # pyright: ignore

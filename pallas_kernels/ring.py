@@ -9,17 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANES = 64  # 16-bit elements that one swizzled row of shared memory holds
-_TRANSFORMS = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
+# the layout of 16-bit tiles that products read
+TRANSFORMS = (plgpu.TilingTransform((8, LANES)), plgpu.SwizzleTransform(128))
 
 
 def tiles(dtype: Any, count: int, tokens: int, width: int) -> Any:
-    """Shared memory for `count` tiles [tokens, width] in the layout that wgmma reads."""
-    return plgpu.SMEM((count, tokens, width), dtype, transforms=_TRANSFORMS)
+    """Shared memory for `count` tiles [tokens, width] in the layout that products read."""
+    return plgpu.SMEM((count, tokens, width), dtype, transforms=TRANSFORMS)
 
 
 def tile(dtype: Any, tokens: int, width: int) -> Any:
     """Shared memory for one such tile, without an axis for the count."""
-    return plgpu.SMEM((tokens, width), dtype, transforms=_TRANSFORMS)
+    return plgpu.SMEM((tokens, width), dtype, transforms=TRANSFORMS)
 
 
 def barriers(stages: int, readers: int) -> tuple[Any, Any]:

@@ -200,7 +200,7 @@ class InterpretedProducts:
         self._add(a, b, 1)
 
     def _add(self, a: Ref | jax.Array, b: Ref, axis: int) -> None:
-        self._value = self._value + _dot(a[...], b[...], axis)
+        self._value = self._value + dot(a[...], b[...], axis)
         # wgmma reads as the copy engine writes; ordinary reads like these want a fence between
         plgpu.commit_smem()
         self._started.append((self, b))
@@ -217,7 +217,8 @@ class InterpretedProducts:
         return self._value
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Sums over the columns of `a` and an axis of `b`, in f32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions)
 

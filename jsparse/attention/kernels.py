@@ -14,7 +14,7 @@ from jsparse.types import Mask
 
 
 def capability() -> str | None:
-    """The compute capability of this machine's default device, None if that is no GPU."""
+    """The compute capability of this machine's default device, such as "9.0"; None if no GPU."""
     if jax.default_backend() != "gpu":
         return None
     return str(getattr(jax.devices()[0], "compute_capability", "unknown"))

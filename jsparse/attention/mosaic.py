@@ -1,7 +1,10 @@
-"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why."""
+"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
+
+Hopper has kernels for both directions. For Blackwell, Ampere and Ada there is one for the forward
+pass; their gradients are the Triton kernels'.
+"""
 
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +16,12 @@ from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward, mosaic_blackwell
+from pallas_kernels.block_sparse_attention import (
+    mosaic,
+    mosaic_ampere,
+    mosaic_backward,
+    mosaic_blackwell,
+)
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
@@ -26,7 +34,9 @@ def refusal(
     if reason:
         return reason
     q, _, v = operands[:3]
-    reason = _kernel().refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    reason = forward_kernel().refusal(
+        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
+    )
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
@@ -35,9 +45,12 @@ def refusal(
 
 
 def forward(
-    kernel: ModuleType, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+    kernel: Any, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` in f32 over the listed tiles by a kernel; lengths are whole tiles."""
+    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles.
+
+    `kernel` is the module of the chip's forward kernel.
+    """
     q, k, v = operands[:3]
     parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
@@ -94,7 +107,7 @@ def backward(
     return kernels.gradients(operands, split, compute)
 
 
-def other_backward(
+def backward_by_triton(
     operands: Operands,
     lists: Lists,
     inverse: InverseList,
@@ -106,41 +119,41 @@ def other_backward(
     sizes: Sizes,
 ) -> Operands:
     """Computes the gradient by every operand by the Triton kernels, or else by XLA's loops."""
-    refused = triton.refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
-    computed = xla.backward if refused else triton.backward
-    return computed(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    refused = triton.problem_refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
+    passes = xla.PASSES if refused else triton.PASSES
+    return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
 
 HOPPER = Passes(partial(forward, mosaic), backward, xla.differentiable_forward)
-BLACKWELL = Passes(partial(forward, mosaic_blackwell), other_backward, xla.differentiable_forward)
+AMPERE, BLACKWELL = (
+    Passes(partial(forward, kernel), backward_by_triton, xla.differentiable_forward)
+    for kernel in (mosaic_ampere, mosaic_blackwell)
+)
 
 
 def passes() -> Passes:
-    """Those of this machine's default device, which is not refused."""
-    return BLACKWELL if _kernel() is mosaic_blackwell else HOPPER
+    """What computes attention on this machine's default device."""
+    return {mosaic: HOPPER, mosaic_ampere: AMPERE, mosaic_blackwell: BLACKWELL}[forward_kernel()]
+
+
+def forward_kernel() -> Any:
+    """The module of the forward kernel for this machine's default device."""
+    interpreting = _compat.interpreting()
+    found = _compat.interpreted_capability() if interpreting else kernels.capability()
+    major = (found or "").split(".")[0]
+    return {"8": mosaic_ampere, "10": mosaic_blackwell}.get(major, mosaic)
 
 
 def device_refusal() -> str | None:
     """Why kernels cannot run on this machine's default device, or None if they can."""
     if _compat.interpreting():
         return None
-    wanted = "a Hopper or Blackwell GPU (compute capability 9.0 or 10.0)"
-    return kernels.device_refusal(wanted, lambda found: found.startswith(("9.", "10.")))
-
-
-def tuning_refusal() -> str | None:
-    """Why configurations cannot be timed on this machine's default device, or None if they can."""
-    if _compat.interpreting():
-        return None
-    wanted = "a Hopper GPU (compute capability 9.0)"
-    return kernels.device_refusal(wanted, lambda found: found.startswith("9."))
-
-
-def _kernel() -> ModuleType:
-    capability = (
-        _compat.interpreted_capability() if _compat.interpreting() else kernels.capability()
+    wanted = (
+        "a Hopper or Blackwell GPU (compute capability 9.0 or 10.0) or, with jax 0.11 or newer, "
+        "one of 8.0 to 8.9"
     )
-    return mosaic_blackwell if str(capability).startswith("10.") else mosaic
+    majors = ("8.", "9.", "10.") if _compat.HAS_MMA else ("9.", "10.")
+    return kernels.device_refusal(wanted, lambda found: found.startswith(majors))
 
 
 class _Parts(NamedTuple):

@@ -20,10 +20,15 @@ def refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
+    return _device_refuses() or problem_refusal(operands, mask, rule, block_q, block_kv)
+
+
+def problem_refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str | None:
+    """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    reason = _device_refuses() or triton.refusal(
-        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
-    )
+    reason = triton.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)

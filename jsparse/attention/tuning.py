@@ -127,7 +127,7 @@ def device_check() -> None:
     Raises:
       NotImplementedError: if it is not.
     """
-    reason = adapter.tuning_refusal()
+    reason = adapter.device_refusal()
     checks.tunable("This machine", reason and f"{reason} --dry-run tries the command without one.")
 
 
@@ -149,10 +149,10 @@ def jobs(shapes: Sequence[Shape], sizes: Sizes, effort: Effort = FULL) -> list[J
     for shape in dict.fromkeys(shapes):
         widths = shape.block_q, shape.block_kv, shape.dim, shape.v_dim
         checks.multiple(of=LANES, dim=shape.dim, v_dim=shape.v_dim)
-        checks.tunable(f"{shape}", mosaic.refusal(shape.dtype, *widths))
+        checks.tunable(f"{shape}", adapter.forward_kernel().refusal(shape.dtype, *widths))
         checks.multiple(of=shape.block_q, length=sizes.length)
         checks.multiple(of=shape.block_kv, length=sizes.length)
-        for kernel in _KERNELS:
+        for kernel in _kernels():
             if kernel.backward and mosaic_backward.refusal(*widths):
                 continue
             candidates = kernel.candidates(*widths)[: effort.most]
@@ -314,8 +314,11 @@ class _Kernel(NamedTuple):
     call: Callable[..., Any]
 
 
-def _forward(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
-    return mosaic.forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
+def _forward(module: Any) -> Callable[..., Any]:
+    def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+        return module.forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
+
+    return call
 
 
 def _d_queries(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
@@ -333,16 +336,28 @@ def _own_keys(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Any, .
     return mosaic_backward.candidates(block_kv, block_q, dim, v_dim)
 
 
-# what attention and its gradient call: with a rule, one gradient per pass over the keys
+def _forwards(module: Any) -> tuple[_Kernel, ...]:
+    return tuple(
+        _Kernel("forward", masked, False, module.candidates, _forward(module))
+        for masked in (False, True)
+    )
+
+
+# what attention and its gradient call on Hopper: with a rule, one gradient per pass over the keys
 _KERNELS = (
-    _Kernel("forward", False, False, mosaic.candidates, _forward),
-    _Kernel("forward", True, False, mosaic.candidates, _forward),
+    *_forwards(mosaic),
     _Kernel("d_q", False, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_q", True, True, mosaic_backward.candidates, _d_queries),
     _Kernel("d_k_d_v", False, True, _own_keys, _d_keys()),
     _Kernel("d_k", True, True, _own_keys, _d_keys(with_v=False)),
     _Kernel("d_v", True, True, _own_keys, _d_keys(with_k=False)),
 )
+
+
+def _kernels() -> tuple[_Kernel, ...]:
+    """Those for this machine's default device."""
+    module = adapter.forward_kernel()
+    return _KERNELS if module is mosaic else _forwards(module)
 
 
 def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Callable[[], Any]]:
@@ -404,7 +419,7 @@ def _inputs(shape: Shape, sizes: Sizes, tiles: Tiles, backward: bool) -> _Inputs
     if not backward:
         return inputs
     config = mosaic.default_config(shape.block_q, shape.block_kv, shape.dim, shape.v_dim)
-    out, lse = jax.jit(lambda inputs: _forward(inputs, tiles, config))(inputs)
+    out, lse = jax.jit(lambda inputs: _forward(mosaic)(inputs, tiles, config))(inputs)
     d_out = jax.random.normal(last, out.shape, out.dtype)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     return inputs._replace(

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
+from pallas_kernels.block_sparse_attention import walk
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import (
@@ -100,14 +101,9 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
       dim: Width of q and k, padded to a multiple of 64.
       v_dim: Width of v, padded to a multiple of 64.
     """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if block_q not in (64, 128):
-        return f"it takes tiles of 64 or 128 queries, not {block_q}."
-    if block_kv not in (64, 128):
-        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
+    reason = walk.refusal(dtype, block_q, block_kv, dim, v_dim)
+    if reason:
+        return reason
     if default_config(block_q, block_kv, dim, v_dim) is None:
         return (
             f"tiles of {block_q} x {block_kv} with dim {dim} and v_dim {v_dim} do not fit in "

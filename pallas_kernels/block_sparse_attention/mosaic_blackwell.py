@@ -82,6 +82,20 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
     )
 
 
+def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
+    """The configurations worth timing, the default first; none where nothing fits."""
+    default = default_config(block_q, block_kv, dim, v_dim)
+    if default is None:
+        return ()
+    others = (
+        Config(stages, COLUMNS, consumer, producer)
+        for stages in (4, 3, 2)
+        for consumer, producer in ((232, 40), (240, 24), (216, 56))
+    )
+    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
+    return (default, *(config for config in legal if config != default))
+
+
 def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why this kernel cannot take a problem, or None if it can.
 
@@ -145,8 +159,20 @@ def forward(
     reason = refusal(dtype, block_q, block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    chosen = config or default_config(block_q, block_kv, dim, v_dim)
-    assert chosen is not None
+    sizes = block_q, block_kv, dim, v_dim
+    default = default_config(*sizes)
+    assert default is not None
+    chosen = config or configurations.chosen(
+        configurations.key("forward", tiles.changes, dtype, *sizes),
+        default,
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            lambda q, k, v, lists, values: forward(
+                q, k, v, lists, tiles.bind(values), config=tuned
+            ),
+            *(q, k, v, lists, tiles.values),
+        ),
+    )
     shape, consumers, ops = (ROWS, COLUMNS), block_kv // COLUMNS, Blackwell
     widths = range(0, v_dim, COLUMNS)
 

@@ -111,8 +111,7 @@ def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read(blackwell):
 
 
 @interpreted
-@pytest.mark.parametrize("by", ["triton", "xla"])
-def test_gradients_are_those_of_another_backend(by):
+def test_gradients_are_those_of_the_triton_kernels():
     q, k, v = qkv(128, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     plan = hopper.lists(128, 128, block_q=128, block_kv=64, density=1.0)
     mask = js.masks.causal()
@@ -125,7 +124,7 @@ def test_gradients_are_those_of_another_backend(by):
         jax.block_until_ready(outputs)
     cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), outputs)
     cotangents = cotangents[0].astype(q.dtype), cotangents[1]
-    with _compat.triton_interpreter() if by == "triton" else _compat.interpreter():
+    with _compat.triton_interpreter():
         found = jax.block_until_ready(pullback(cotangents))
     exact = (x.astype(jnp.float32) for x in (q, k, v))
     _, pullback = jax.vjp(functools.partial(call, implementation="reference"), *exact)
@@ -187,11 +186,9 @@ def test_the_chip_decides_which_kernels_run(capability, passes, monkeypatch):
     monkeypatch.setattr(kernels, "capability", lambda: capability)
     assert adapter.device_refusal() is None
     assert adapter.passes() is passes
-    refusal = adapter.tuning_refusal()
-    assert refusal is None if capability == "9.0" else "this one has 10.0" in refusal
 
 
-@pytest.mark.parametrize("capability", ["8.0", "12.0", None])
+@pytest.mark.parametrize("capability", ["7.5", "12.0", None])
 def test_other_chips_are_refused(capability, monkeypatch):
     monkeypatch.setattr(kernels, "capability", lambda: capability)
     assert "Hopper or Blackwell GPU" in adapter.device_refusal()

@@ -1,0 +1,259 @@
+"""Block-sparse attention, forward, for GPUs of compute capability 8: Ampere and Ada.
+
+A program is one warpgroup. It owns a tile of queries or half of one, keeps their softmax in
+registers, and copies the pieces of keys and values that its list names while it multiplies those
+before (see `stream`).
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat, configurations, mma, ring, stream
+from pallas_kernels.block_sparse_attention import walk
+from pallas_kernels.block_sparse_attention.logits import Place, Tiles
+from pallas_kernels.block_sparse_attention.softmax import Softmax
+from pallas_kernels.block_sparse_attention.walk import Lists, Side, Sides, divmod_i32
+from pallas_kernels.mma import HEIGHT
+from pallas_kernels.ring import LANES
+from pallas_kernels.warpgroup import warpgroup
+
+SHARED_MEMORY = 101_376  # bytes a program may have on the chip with the least, 8.6 or 8.9
+PAIRED = SHARED_MEMORY // 2  # what leaves room for a second program on a multiprocessor
+RESERVED = 2048  # of which the compiler's scratch for reductions takes a part
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a program is laid out; every legal choice gives the same result up to rounding.
+
+    Attributes:
+      rows: Queries of a program, 64 or 128, at most a tile's.
+      columns: Keys multiplied at once, a power of 2 from 16 to 128, at most a tile's.
+      stages: Pieces of keys, and of values, that there is room for, at least 1.
+      hold_queries: Whether queries stay in registers, or are read again for each piece of keys.
+    """
+
+    rows: int = 64
+    columns: int = 64
+    stages: int = 1
+    hold_queries: bool = True
+
+
+def shared_memory(dim: int, v_dim: int, config: Config) -> int:
+    """Bytes of shared memory that a program asks for."""
+    return 2 * (config.rows * dim + config.stages * config.columns * (dim + v_dim))
+
+
+def default_config(
+    block_q: int, block_kv: int, dim: int, v_dim: int, *, rule: bool = False
+) -> Config:
+    """The deepest ring with which two programs share a multiprocessor, or the shallowest.
+
+    Args:
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      dim: Width of q and k.
+      v_dim: Width of v.
+      rule: Whether more than a mask changes logits, which takes registers.
+    """
+    # what is read of keys and values serves twice the rows, where registers suffice for them
+    tall = block_q == 128 and max(dim, v_dim) <= 64 and not rule
+    base = Config(
+        rows=128 if tall else 64,
+        columns=32 if dim + v_dim > 320 else 64,
+        hold_queries=not tall and max(dim, v_dim) <= 128,
+    )
+    deeper = dataclasses.replace(base, stages=2)
+    # two stages of so many rows take more registers than there are
+    fits = not tall and shared_memory(dim, v_dim, deeper) <= PAIRED - RESERVED
+    return deeper if fits else base
+
+
+def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why this kernel cannot take a problem, or None if it can.
+
+    Args:
+      dtype: Of q, k and v.
+      block_q: Queries per tile.
+      block_kv: Keys per tile.
+      dim: Width of q and k, padded to a multiple of 64.
+      v_dim: Width of v, padded to a multiple of 64.
+    """
+    if not _compat.HAS_MMA:
+        return f"its matrix products need jax 0.11 or newer; this is {jax.__version__}."
+    return walk.refusal(dtype, block_q, block_kv, dim, v_dim)
+
+
+def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why a program cannot be laid out by this configuration, or None if it can."""
+    if config.rows not in (64, 128) or config.rows > block_q:
+        return f"rows must be 64 or 128, at most a tile's {block_q}, not {config.rows}."
+    if config.columns not in (16, 32, 64, 128) or config.columns > block_kv:
+        return f"columns must be 16, 32, 64 or 128, at most {block_kv}, not {config.columns}."
+    if config.stages < 1:
+        return f"stages must be at least 1, not {config.stages}."
+    needed = shared_memory(dim, v_dim, config)
+    if needed > SHARED_MEMORY - RESERVED:
+        return f"it asks for {needed} bytes of shared memory, of {SHARED_MEMORY - RESERVED}."
+    return None
+
+
+def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
+    """The configurations worth timing, the default first."""
+    default = default_config(block_q, block_kv, dim, v_dim)
+    others = (
+        Config(rows, columns, stages, held)
+        for rows in sorted({64, block_q})
+        for columns in (64, 32)
+        for stages in (2, 1, 3)
+        for held in (True, False)
+    )
+    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
+    return (default, *(config for config in legal if config != default))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: Lists,
+    tiles: Tiles,
+    *,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes attention over the listed tiles.
+
+    Args:
+      q: [batch, q_len, heads, dim], bf16 or f16; q_len a multiple of a tile's, dim of 64.
+      k: [batch, kv_len, kv_heads, dim]; kv_len a multiple of a tile's.
+      v: [batch, kv_len, kv_heads, v_dim]; v_dim a multiple of 64.
+      lists: For each tile of queries the tiles of keys.
+      tiles: Tile sizes, and what happens to logits.
+      config: How a program is laid out.
+
+    Returns:
+      `out [batch, q_len, heads, v_dim]` in q's dtype; `lse [batch, heads, q_len]`, natural log,
+      f32. A row that sees no key has `out = 0`, `lse = -inf`.
+
+    Raises:
+      NotImplementedError: if the kernel cannot take this problem.
+    """
+    batches, q_len, heads, dim = q.shape
+    v_dim, dtype = v.shape[3], q.dtype
+    block_q, block_kv = tiles.block_q, tiles.block_kv
+    sizes = block_q, block_kv, dim, v_dim
+    reason = refusal(dtype, *sizes)
+    if reason:
+        raise NotImplementedError("The Mosaic block-sparse forward for Ampere: " + reason)
+    chosen = config or configurations.chosen(
+        configurations.key("forward", tiles.changes, dtype, *sizes),
+        default_config(*sizes, rule=tiles.rule is not None),
+        refusal=lambda tuned: layout_refusal(tuned, *sizes),
+        trial=lambda tuned: configurations.compiles(
+            lambda q, k, v, lists, values: forward(
+                q, k, v, lists, tiles.bind(values), config=tuned
+            ),
+            *(q, k, v, lists, tiles.values),
+        ),
+    )
+    rows, columns = min(chosen.rows, block_q), min(chosen.columns, block_kv)
+    shape, parts, shares = (HEIGHT, columns), block_kv // columns, block_q // rows
+    heights = range(0, rows, HEIGHT)
+    sides = Sides(Side((q,), block_q), Side((k, v), block_kv))
+    programs = sides.order(lists)
+    given = [x for x in lists if x is not None]
+    # accumulators of mma are laid out as those of wgmma
+    ops = warpgroup()
+
+    def kernel(order_ref, positions_ref, q_ref, k_ref, v_ref, *refs):
+        left = iter(refs)
+        listed = Lists(*itertools.islice(left, len(given)))
+        bound = tiles.bind(tuple(itertools.islice(left, len(tiles.values))))
+        out_ref, lse_ref, q_tile, k_slots, v_slots, *copying = left
+        program, share = divmod_i32(lax.axis_index("program"), shares)
+        owner = sides.owner(order_ref[program])
+        visit = sides.visit(listed, owner, jnp.int32(0), jnp.int32(0))
+        start = owner.block * block_q + share * rows
+
+        def met(entry, part):
+            return listed.ids[*visit.row, entry] * block_kv + part * columns
+
+        def source(array, step):
+            entry, part = divmod_i32(step, parts)
+            tokens = pl.ds(met(visit.first + entry, part), columns)
+            ref, width = ((k_ref, dim), (v_ref, v_dim))[array]
+            return ref.at[owner.batch, tokens, pl.ds(visit.head * width, width)]
+
+        arriving = stream.Stream(
+            stream.copies(copying),
+            source,
+            (k_slots, v_slots),
+            (visit.last - visit.first) * parts,
+        )
+        own = q_ref.at[owner.batch, pl.ds(start, rows), pl.ds(owner.head * dim, dim)]
+        arriving.begin([(own, q_tile)])
+        operand = mma.Held if chosen.hold_queries else mma.Read
+        queries = [operand(q_tile.at[pl.ds(n, HEIGHT)]) for n in heights]
+
+        def tile(entry, carry, masked):
+            for part in range(parts):
+                step = visit.step(entry) * parts + part
+                carry = piece(step, met(entry, part), carry, masked)
+            return carry
+
+        def piece(step, kv_start, carry, masked):
+            accs, before = carry
+            zeros = [ops.tile(shape, 0.0) for _ in heights]
+            products = mma.add_nt(zeros, queries, arriving.wait(0, step))
+            decayed, after, numerators = [], [], []
+            for n, raw, acc, softmax in zip(heights, products, accs, before, strict=True):
+                place = owner.batch, owner.head, start + n, kv_start
+                at = Place(*place, 0, shape, positions_ref, ops)
+                logits = bound.change(raw, at, masked)
+                softmax, probs, decay = softmax.add(logits, tiles.to_base_2)
+                decayed.append([x * lax.broadcast_in_dim(decay, x.shape, (0,)) for x in acc])
+                after.append(softmax)
+                numerators.append(probs.astype(dtype))
+            return mma.add(decayed, numerators, arriving.wait(1, step)), after
+
+        nothing = Softmax(ops.rows(HEIGHT, -math.inf), ops.rows(HEIGHT, 0.0))
+        zeros = [ops.tile((HEIGHT, LANES), 0.0) for _ in range(0, v_dim, LANES)]
+        accs, softmaxes = visit.tiles(tile, ([zeros for _ in heights], [nothing for _ in heights]))
+        for n, acc, softmax in zip(heights, accs, softmaxes, strict=True):
+            inverse, lse = softmax.end()
+            tokens = pl.ds(start + n, HEIGHT)
+            mma.store(lse_ref.at[owner.batch, owner.head, tokens], lse)
+            for m, x in enumerate(acc):
+                out = x * lax.broadcast_in_dim(inverse, x.shape, (0,))
+                width = pl.ds(owner.head * v_dim + m * LANES, LANES)
+                mma.store(out_ref.at[owner.batch, tokens, width], out.astype(dtype))
+
+    # heads stand side by side in a row: copies by cp.async are of two axes
+    flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    positions = jnp.arange(max(q_len, k.shape[1]), dtype=jnp.int32)
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batches, q_len, heads * v_dim), dtype),
+            jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
+        ),
+        scratch_types=(
+            plgpu.SMEM((rows, dim), dtype, transforms=ring.TRANSFORMS),
+            ring.tiles(dtype, chosen.stages, columns, dim),
+            ring.tiles(dtype, chosen.stages, columns, v_dim),
+            *stream.scratch(1 + 2 * chosen.stages),
+        ),
+        grid=(programs.size * shares,),
+        grid_names=("program",),
+        # the stream's waits are all the barriers there need be: registers meet nowhere else
+        compiler_params=dataclasses.replace(ops.compiler_params, unsafe_no_auto_barriers=True),
+    )(programs, positions, *flat, *given, *tiles.values)
+    return out.reshape(batches, q_len, heads, v_dim), lse
