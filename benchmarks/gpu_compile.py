@@ -148,6 +148,10 @@ def main() -> int:
     rows = []
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
+    from benchmarks import gpu_compile_blackwell as blackwell  # it imports this one
+
+    names = blackwell.taken(chosen)
+    rows += track(blackwell.compiled(names), "for Blackwell", len(names), console=console)
     console.print(table(rows))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
@@ -223,9 +227,23 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
 
 
 def measure(
-    case: Case, name: str, function: Callable, inputs: list, layout: dict[str, int]
+    case: Case,
+    name: str,
+    function: Callable,
+    inputs: list,
+    layout: dict[str, int],
+    gates: Callable[[dict[str, Any]], list[tuple[str, bool]]] | None = None,
 ) -> dict[str, Any]:
-    """Compiles a function of a case and reads what the compiler says of its kernels."""
+    """Compiles a function of a case and reads what the compiler says of its kernels.
+
+    Args:
+      case: What is compiled.
+      name: The name of the pass.
+      function: Computes it.
+      inputs: What it is lowered with.
+      layout: "stages" and bytes of shared memory, "smem"; read once all is lowered.
+      gates: What may be wrong with a chip's kernels; default Hopper's.
+    """
     before = set(DUMP.iterdir())
     with _without_c_stderr():
         compiled = jax.jit(function).lower(*inputs).compile()
@@ -247,21 +265,27 @@ def measure(
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }
-    row["failed"] = [sentence for sentence, wrong in _gates(row) if wrong]
+    found = [*(gates or _hopper_gates)(row), *_gates(row)]
+    row["failed"] = [sentence for sentence, wrong in found if wrong]
     return row
 
 
-def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+def _hopper_gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
         ("no wgmma: a kernel's products are not on the tensor cores", min(row["tensor_core"]) == 0),
         ("no TMA: a kernel's loads are not the copy engine's", min(row["bulk_copies"]) == 0),
         (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
-        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         ("wgmma waits for wgmma: the compiler serialized a kernel's", row["serialized"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
             row["shared_memory"] > mosaic.SHARED_MEMORY,
         ),
+    ]
+
+
+def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    return [
+        (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         # padded copies, f32 outputs and lists, at most; a [q_len, kv_len] array would be far more
         (
             f"{row['temp_bytes']} bytes of temporaries for {row['input_bytes']} of inputs",
@@ -306,13 +330,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
     )
     out.add_column("kernel", no_wrap=True)
     for name in (
-        *("pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
-        *("wgmma", "TMA", "temp MB", ""),
+        *("target", "pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
+        *("products", "copies", "temp MB", ""),
     ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
             row["name"],
+            row["target"],
             row["pass"],
             row["tile"],
             str(len(row["registers"])),
