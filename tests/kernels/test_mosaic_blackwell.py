@@ -112,12 +112,11 @@ def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read(blackwell):
 
 @interpreted
 def test_gradients_are_those_of_the_triton_kernels():
-    q, k, v = qkv(128, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    plan = hopper.lists(128, 128, block_q=128, block_kv=64, density=1.0)
-    mask = js.masks.causal()
+    q, k, v = qkv(128, 64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    plan = hopper.lists(128, 64, block_q=128, block_kv=64, density=1.0)
 
     def call(q, k, v, implementation):
-        return js.attend(q, k, v, plan, mask=mask, return_lse=True, implementation=implementation)
+        return js.attend(q, k, v, plan, return_lse=True, implementation=implementation)
 
     with _compat.interpreter(_compat.BLACKWELL):
         outputs, pullback = jax.vjp(functools.partial(call, implementation="mosaic"), q, k, v)
@@ -177,6 +176,21 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(change, reason, blackwell):
     options = {name: change[name] for name in ("mask",) if name in change}
     with pytest.raises(NotImplementedError, match=reason):
         js.attend(q, k, v, plan, implementation="mosaic", **options)
+
+
+def test_layouts_that_would_wait_for_ever_or_do_not_fit_are_refused():
+    sizes = 128, 128, 128, 128
+    refusals = [
+        mosaic_blackwell.layout_refusal(config, *sizes)
+        for config in (mosaic.Config(1, 64), mosaic.Config(2, 128), mosaic.Config(4, 64))
+    ]
+    assert "stages must be at least 2" in refusals[0]
+    assert "columns must be 64" in refusals[1]
+    assert "bytes of shared memory" in refusals[2]
+    candidates = mosaic_blackwell.candidates(*sizes)
+    assert candidates[0] == mosaic_blackwell.default_config(*sizes)
+    assert len(set(candidates)) == len(candidates) > 1
+    assert all(mosaic_blackwell.layout_refusal(c, *sizes) is None for c in candidates)
 
 
 @pytest.mark.parametrize(
