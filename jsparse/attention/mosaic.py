@@ -1,9 +1,10 @@
 """Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
 
-Hopper has kernels for both directions. For Blackwell, Ampere and Ada there is one for the forward
-pass; their gradients are the Triton kernels'.
+Hopper and Blackwell have kernels for both directions. For Ampere and Ada there is one for the
+forward pass; their gradients are the Triton kernels'.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_ampere,
     mosaic_backward,
     mosaic_blackwell,
+    mosaic_blackwell_backward,
 )
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
@@ -66,6 +68,8 @@ def forward(
 
 
 def backward(
+    kernel: Any,
+    otherwise: Callable[..., Operands],
     operands: Operands,
     lists: Lists,
     inverse: InverseList,
@@ -76,11 +80,14 @@ def backward(
     rule: LogitRule,
     sizes: Sizes,
 ) -> Operands:
-    """Computes the gradient by every operand; by the loops of XLA where kernels have no room."""
+    """Computes the gradient by every operand; `otherwise` does where kernels have no room.
+
+    `kernel` is the module of the chip's backward kernels.
+    """
     q, k, v = operands[:3]
     block_sizes = sizes.block_q, sizes.block_kv
-    if mosaic_backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
-        return xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    if kernel.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
+        return otherwise(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> _Parts | str:
         return _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
@@ -95,7 +102,7 @@ def backward(
             lse2,
             delta,
         )
-        found = mosaic_backward.gradients(
+        found = kernel.gradients(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
             whole_tiles.by_key(inverse, lists.mask, rule, sizes),
@@ -124,10 +131,16 @@ def backward_by_triton(
     return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
 
-HOPPER = Passes(partial(forward, mosaic), backward, xla.differentiable_forward)
-AMPERE, BLACKWELL = (
-    Passes(partial(forward, kernel), backward_by_triton, xla.differentiable_forward)
-    for kernel in (mosaic_ampere, mosaic_blackwell)
+HOPPER = Passes(
+    partial(forward, mosaic),
+    partial(backward, mosaic_backward, xla.backward),
+    xla.differentiable_forward,
+)
+AMPERE = Passes(partial(forward, mosaic_ampere), backward_by_triton, xla.differentiable_forward)
+BLACKWELL = Passes(
+    partial(forward, mosaic_blackwell),
+    partial(backward, mosaic_blackwell_backward, backward_by_triton),
+    xla.differentiable_forward,
 )
 
 

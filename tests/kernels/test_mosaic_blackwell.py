@@ -111,7 +111,57 @@ def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read(blackwell):
 
 
 @interpreted
-def test_gradients_are_those_of_the_triton_kernels():
+def test_gradients_of_q_k_v_and_through_the_lse():
+    q, k, v = qkv(256, 256, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+    # pieces of two heads through a ring that is used again, and rows and columns without tiles
+    tiles = jnp.asarray([[[True, False], [True, False]], [[True, False], [False, False]]])
+    plan = js.BlockMask.from_dense(tiles, q_len=256, kv_len=256, block_q=128, block_kv=128)
+    # the first tile of queries is partly hidden, the second seen entirely
+    mask = js.masks.segments(jnp.zeros(256, jnp.int32).at[:9].set(-1), jnp.zeros(256, jnp.int32))
+
+    def call(x, implementation):
+        return js.attend(
+            x["q"], x["k"], x["v"], plan, mask=mask, return_lse=True, implementation=implementation
+        )
+
+    hopper.compare_gradients({"q": q, "k": k, "v": v}, call, _compat.BLACKWELL)
+
+
+@interpreted
+def test_gradients_of_everything_that_changes_logits():
+    q, k, v = qkv(128, 120, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(2)
+    operands = {
+        **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
+        "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
+        "table": jnp.asarray(rng.normal(size=120), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=(2, 1, 120)), jnp.bfloat16),
+    }
+
+    def call(x, implementation):
+        def score_mod(logit, batch, head, q_index, kv_index):
+            far = (q_index - kv_index).astype(jnp.float32)
+            return logit + x["slopes"][head] * far * 0.05 + x["table"][kv_index] * logit
+
+        return js.attend(
+            x["q"],
+            x["k"],
+            x["v"],
+            hopper.lists(128, 120, block_q=128, block_kv=128, density=1.0),
+            mask=js.masks.causal(),
+            bias=x["bias"],
+            score_mod=score_mod,
+            softcap=20.0,
+            scale=x["scale"],
+            return_lse=True,
+            implementation=implementation,
+        )
+
+    hopper.compare_gradients(operands, call, _compat.BLACKWELL)
+
+
+@interpreted
+def test_gradients_of_other_tiles_are_those_of_the_triton_kernels():
     q, k, v = qkv(128, 64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     plan = hopper.lists(128, 64, block_q=128, block_kv=64, density=1.0)
 
