@@ -150,8 +150,8 @@ def main() -> int:
         rows += compiled_passes(case, sharding)
     from benchmarks import gpu_compile_blackwell as blackwell  # it imports this one
 
-    names = blackwell.taken(chosen)
-    rows += track(blackwell.compiled(names), "for Blackwell", len(names), console=console)
+    wanted = blackwell.taken(chosen)
+    rows += track(blackwell.compiled(wanted), "for Blackwell", len(wanted), console=console)
     console.print(table(rows))
     failed = [row for row in rows if row["failed"]]
     for row in failed:

@@ -39,11 +39,13 @@ from pallas_kernels.block_sparse_attention.walk import (
     Program,
     Side,
     Visit,
+    divmod_i32,
     launch,
 )
 from pallas_kernels.warpgroup import Blackwell
 
-SHAPE = (ROWS, COLUMNS)  # of a piece: tokens that are owned, and tokens that are met
+PIECE = (ROWS, COLUMNS)  # tokens that are owned, and tokens that are met
+SHAPE = (ROWS, COLUMNS // 2)  # of what is in registers at once
 
 
 def tensor_memory(widths: Sequence[int]) -> int:
@@ -59,7 +61,8 @@ def shared_memory(dim: int, v_dim: int, config: Config, values: int = 0) -> int:
 def default_config(dim: int, v_dim: int, values: int = 0) -> Config | None:
     """The deepest ring that fits, or None where not even two tiles do."""
     for stages in (3, 2):
-        config = Config(stages, COLUMNS)
+        # there are enough for both warpgroups, and the compiler computes much before they part
+        config = Config(stages, COLUMNS, producer_registers=168)
         if shared_memory(dim, v_dim, config, values) <= SHARED_MEMORY - RESERVED:
             return config
     return None
@@ -147,7 +150,7 @@ def d_keys(
     def piece(bound: Tiles, terms: tuple[Any, Any], program: Program):
         def compute(visit, met_start, raw, d_probs, masked):
             at = _place(program, visit.head, met_start, program.start, 1)
-            numbers = program.batch, visit.head, pl.ds(met_start, COLUMNS)
+            numbers = program.batch, visit.head, pl.ds(met_start, SHAPE[1])
             lse2, delta = (
                 program.ops.along(program.ops.load_columns(x.at[numbers]), SHAPE, 1) for x in terms
             )
@@ -233,9 +236,11 @@ def _launch(
         compute = piece(tiles.bind(rule_values), (lse_ref, delta_ref), program)
 
         def start_products(step, part):
-            if part == 0:
+            @pl.when(part == 0)
+            def arrived():
                 for ring in rings:
                     ring.wait(step)
+
             targets = memory.logits, memory.d_probs
             for target, tile, ring in zip(targets, program.own, rings, strict=True):
                 other = _compat.transpose(ring.piece(step, part, COLUMNS))
@@ -243,57 +248,60 @@ def _launch(
             plgpu.tcgen05_commit_arrive(memory.products_done)
 
         def start_sums(step, part):
-            more = True if part else step > 0
             for target, weight, ring in zip(memory.sums, memory.weights, rings, strict=False):
                 other = ring.piece(step, part, COLUMNS)
-                plgpu.tcgen05_mma(target, weight, other, accumulate=more)
+                plgpu.tcgen05_mma(target, weight, other, accumulate=step + part > 0)
             plgpu.tcgen05_commit_arrive(memory.sums_done)
 
         def end_sums(step, part):
             plgpu.barrier_wait(memory.sums_done)
-            if part + 1 == parts:
+
+            @pl.when(part == parts - 1)
+            def released():
                 for ring in rings:
                     ring.release(step)
 
         def one_visit(which, steps):
             visit = program.visit(which, steps)
+            first, last = visit.first * parts, visit.last * parts
+            whole = None if visit.whole is None else visit.whole * parts
+            pieces = visit._replace(first=first, whole=whole, last=last)
 
-            def tile(entry, sums, masked):
-                for part in range(parts):
-                    sums = one_piece(entry, part, sums, masked)
-                return sums
+            def at(number):
+                entry, part = divmod_i32(number, parts)
+                return entry, visit.step(entry), part
 
-            def one_piece(entry, part, sums, masked):
-                step = visit.step(entry)
+            def one_piece(number, sums, masked):
+                entry, step, part = at(number)
                 plgpu.barrier_wait(memory.products_done)
-                logits, d_probs = (
-                    plgpu.async_load_tmem(x, layout=ops.layout)
-                    for x in (memory.logits, memory.d_probs)
-                )
-                plgpu.wait_load_tmem()
-                if part + 1 < parts:
-                    start_products(step, part + 1)
-                else:
-                    pl.when(entry + 1 < visit.last)(lambda: start_products(step + 1, 0))
                 start = program.met(visit, entry) * ROWS + part * COLUMNS
-                weights, d_values = compute(visit, start, logits, d_probs, masked)
-                # half as many registers while the last sums are waited for
-                weights = lax.optimization_barrier(tuple(x.astype(dtype) for x in weights))
-                if part:
-                    end_sums(step, part - 1)
-                else:
-                    pl.when(entry > visit.first)(lambda: end_sums(step - 1, parts - 1))
-                for target, weight in zip(memory.weights, weights, strict=True):
-                    plgpu.async_store_tmem(target, weight)
+                found = []
+                for here in range(0, COLUMNS, SHAPE[1]):
+                    logits, d_probs = (
+                        plgpu.async_load_tmem(x.at[:, pl.ds(here, SHAPE[1])], layout=ops.layout)
+                        for x in (memory.logits, memory.d_probs)
+                    )
+                    if here + SHAPE[1] == COLUMNS:
+                        plgpu.wait_load_tmem()
+                        pl.when(number + 1 < last)(lambda: start_products(*at(number + 1)[1:]))
+                    weights, d_values = compute(visit, start + here, logits, d_probs, masked)
+                    # half as many registers while others are computed
+                    weights = tuple(x.astype(dtype) for x in weights)
+                    weights, sums = lax.optimization_barrier((weights, add_sums(sums, d_values)))
+                    found.append(weights)
+                pl.when(number > first)(lambda: end_sums(*at(number - 1)[1:]))
+                for n, weights in enumerate(found):
+                    for target, weight in zip(memory.weights, weights, strict=True):
+                        half = target.at[:, pl.ds(n * SHAPE[1], SHAPE[1])]
+                        plgpu.async_store_tmem(half, weight)
                 plgpu.commit_tmem()
                 start_sums(step, part)
-                return add_sums(sums, d_values)
+                return sums
 
-            some_tiles = visit.first < visit.last
-            pl.when(some_tiles)(lambda: start_products(visit.before, 0))
-            nothing = tuple(ops.rows(ROWS, 0.0) for _ in range(values))
-            sums = visit.tiles(tile, nothing)
-            pl.when(some_tiles)(lambda: end_sums(visit.after - 1, parts - 1))
+            some = first < last
+            pl.when(some)(lambda: start_products(visit.before, jnp.int32(0)))
+            sums = pieces.tiles(one_piece, tuple(ops.rows(ROWS, 0.0) for _ in range(values)))
+            pl.when(some)(lambda: end_sums(visit.after - 1, jnp.int32(parts - 1)))
             write_values(visit, sums)
             return visit.after
 
@@ -334,8 +342,8 @@ def _launch(
             *[jax.ShapeDtypeStruct((batches, heads, tokens), jnp.float32)] * values,
         ],
         scratch=[
-            *[plgpu.TMEM(SHAPE, jnp.float32)] * 2,
-            *[plgpu.TMEM(SHAPE, dtype, packed=True)] * len(factors),
+            *[plgpu.TMEM(PIECE, jnp.float32)] * 2,
+            *[plgpu.TMEM(PIECE, dtype, packed=True)] * len(factors),
             *(plgpu.TMEM((ROWS, width), jnp.float32) for width in widths),
             *(done, done),
             plgpu.SMEM((max(values, 1), ROWS), jnp.float32),
