@@ -11,7 +11,12 @@ import jsparse as js
 from jsparse.attention import kernels
 from jsparse.attention import mosaic as adapter
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_blackwell
+from pallas_kernels.block_sparse_attention import (
+    mosaic,
+    mosaic_backward,
+    mosaic_blackwell,
+    mosaic_blackwell_backward,
+)
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
 from tests.inputs import qkv
 from tests.kernels import test_mosaic_block_sparse as hopper
@@ -111,13 +116,15 @@ def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read(blackwell):
 
 
 @interpreted
-def test_gradients_of_q_k_v_and_through_the_lse():
-    q, k, v = qkv(256, 256, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
-    # pieces of two heads through a ring that is used again, and rows and columns without tiles
-    tiles = jnp.asarray([[[True, False], [True, False]], [[True, False], [False, False]]])
-    plan = js.BlockMask.from_dense(tiles, q_len=256, kv_len=256, block_q=128, block_kv=128)
+def test_gradients_of_q_k_v_and_through_the_lse(monkeypatch):
+    config = mosaic_backward.Config(2, 64)
+    monkeypatch.setattr(mosaic_blackwell_backward, "default_config", lambda *sizes: config)
+    q, k, v = qkv(256, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+    # three steps of two heads through a ring of two tiles, and rows without tiles
+    tiles = jnp.asarray([[[True], [True]], [[True], [False]]])
+    plan = js.BlockMask.from_dense(tiles, q_len=256, kv_len=128, block_q=128, block_kv=128)
     # the first tile of queries is partly hidden, the second seen entirely
-    mask = js.masks.segments(jnp.zeros(256, jnp.int32).at[:9].set(-1), jnp.zeros(256, jnp.int32))
+    mask = js.masks.segments(jnp.zeros(256, jnp.int32).at[:9].set(-1), jnp.zeros(128, jnp.int32))
 
     def call(x, implementation):
         return js.attend(
@@ -128,6 +135,7 @@ def test_gradients_of_q_k_v_and_through_the_lse():
 
 
 @interpreted
+@pytest.mark.slow
 def test_gradients_of_everything_that_changes_logits():
     q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
