@@ -152,6 +152,10 @@ def main() -> int:
     rows = []
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
+    from benchmarks import gpu_compile_blackwell as blackwell  # it imports this one
+
+    wanted = blackwell.taken(chosen)
+    rows += track(blackwell.compiled(wanted), "for Blackwell", len(wanted), console=console)
     console.print(table(rows))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
@@ -337,13 +341,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
     )
     out.add_column("kernel", no_wrap=True)
     for name in (
-        *("pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
+        *("target", "pass", "tile", "kernels", "stages", "regs", "spill", "smem KB"),
         *("products", "copies", "temp MB", ""),
     ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         out.add_row(
             row["name"],
+            row["target"],
             row["pass"],
             row["tile"],
             str(len(row["registers"])),

@@ -4,11 +4,14 @@ Nothing else in this package imports from `jax._src` or looks at a version.
 """
 
 import contextlib
+import contextvars
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import config
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.params import (
@@ -17,7 +20,12 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
+HOPPER, BLACKWELL = "9.0", "10.0"  # compute capabilities
+# of the chip whose kernels are interpreted
+_CAPABILITY = contextvars.ContextVar("capability", default=HOPPER)
 # what every kernel is interpreted by, and part of what compiled functions are kept by
 _MODE = config.pallas_tpu_interpret_mode_context_manager
 
@@ -25,6 +33,11 @@ _MODE = config.pallas_tpu_interpret_mode_context_manager
 def interpreting() -> bool:
     """Whether a Mosaic kernel traced now is for JAX's interpreter on the CPU."""
     return isinstance(_MODE.value, InterpretGPUParams)
+
+
+def interpreted_capability() -> str:
+    """The compute capability of the chip whose Mosaic kernels are traced for the interpreter."""
+    return _CAPABILITY.get()
 
 
 def interpreting_triton() -> bool:
@@ -43,16 +56,18 @@ def triton_interpreter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interpreter(**options: Any) -> Iterator[None]:
+def interpreter(capability: str = HOPPER, **options: Any) -> Iterator[None]:
     """Runs the Mosaic GPU kernels traced inside in JAX's interpreter, looking for data races.
 
     Args:
+      capability: The compute capability of the chip whose kernels these are.
       **options: Fields of JAX's `InterpretGPUParams` to change.
 
     Raises:
       RuntimeError: at the end, if a data race was found.
     """
     options = {"detect_races": True, "uninitialized_memory": "nan", **options}
+    before = _CAPABILITY.set(capability)
     try:
         with force_gpu_interpret_mode(InterpretGPUParams(**options)):
             yield
@@ -62,6 +77,7 @@ def interpreter(**options: Any) -> Iterator[None]:
         if races is not None and races.races_found:
             raise RuntimeError("The interpreter found a data race in a kernel; its log says where.")
     finally:
+        _CAPABILITY.reset(before)
         # what an exception leaves behind would deadlock the next kernel
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
@@ -78,6 +94,30 @@ def load(ref: Any, layout: Any) -> jax.Array:
     # before 0.11 the index was an argument
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)  # pyright: ignore
+
+
+def any_in_warp(rows: jax.Array, layout: Any) -> jax.Array:
+    """Whether one of the numbers that a warp holds is true, where `layout` is of accumulators."""
+    flag = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(layout.reduce(1),), return_type=flag)
+    def vote(_, rows):
+        mine = functools.reduce(arith.ori, rows.registers.flat)
+        everybody = arith.constant(ir.IntegerType.get_signless(32), -1)
+        said = nvvm.vote_sync(everybody, vector.extract(mine, [], [0]), nvvm.VoteSyncKind.any)
+        return FragmentedArray.splat(said, (), is_signed=False)
+
+    return vote(rows)  # pyright: ignore
+
+
+def wait_load_in_warp() -> None:
+    """Waits for what a warp loads from tensor memory, and not for the other warps."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
+
+    wait()  # pyright: ignore
 
 
 # mma.sync and cp.async, for GPUs before Hopper

@@ -18,6 +18,11 @@ def tiles(dtype: Any, count: int, tokens: int, width: int) -> Any:
     return plgpu.SMEM((count, tokens, width), dtype, transforms=TRANSFORMS)
 
 
+def tile(dtype: Any, tokens: int, width: int) -> Any:
+    """Shared memory for one such tile, without an axis for the count."""
+    return plgpu.SMEM((tokens, width), dtype, transforms=TRANSFORMS)
+
+
 def barriers(stages: int, readers: int) -> tuple[Any, Any]:
     """Barriers of a ring: a tile has come, and all its readers are done with it."""
     full = plgpu.Barrier(num_barriers=stages)
@@ -71,7 +76,7 @@ class Ring(NamedTuple):
         """Waits for a tile to come."""
         plgpu.barrier_wait(self.full.at[self._slot(step)])
 
-    def piece(self, step: jax.Array, part: int, size: int) -> Any:
+    def piece(self, step: jax.Array, part: int | jax.Array, size: int) -> Any:
         """A reference to tokens [part * size, (part + 1) * size) of a tile."""
         return self.slots.at[self._slot(step), pl.ds(part * size, size)]
 

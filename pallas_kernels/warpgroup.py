@@ -96,6 +96,27 @@ class Hopper(Registers):
         return results[:count], results[count:]
 
 
+class Blackwell(Registers):
+    """Registers in a layout that reads and writes tensor memory and, swizzled, shared memory.
+
+    The products of its tensor cores are no part of this: they lie in tensor memory, which JAX's
+    interpreter knows.
+    """
+
+    layout = plgpu.Layout.TCGEN05
+    height = 128
+
+    @classmethod
+    def any_row(cls, rows: jax.Array) -> jax.Array:
+        """Whether one of the rows of a warp is true; each warp is told of its own rows."""
+        return jnp.any(rows) if _compat.interpreting() else _compat.any_in_warp(rows, cls.layout)
+
+    @staticmethod
+    def wait_load() -> None:
+        """Waits for what a warp loads from tensor memory; others may be elsewhere."""
+        plgpu.wait_load_tmem() if _compat.interpreting() else _compat.wait_load_in_warp()
+
+
 class HopperProducts:
     """An accumulator to which products are added, in the order in which they are started."""
 

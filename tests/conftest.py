@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX's interpreter of GPU kernels has a thread for each warpgroup, and these wait for each other:
+# for ever, where XLA's pool has as few as there are cores
+os.environ.setdefault("NPROC", "8")
 # nor what somebody tuned on this machine
 os.environ["JSPARSE_TUNED"] = ""
 

@@ -1,9 +1,10 @@
 """Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
 
-Hopper has kernels for both directions. For Ampere and Ada there is one for the forward pass; their
-gradients are the Triton kernels'.
+Hopper and Blackwell have kernels for both directions. For Ampere and Ada there is one for the
+forward pass; their gradients are the Triton kernels'.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,13 @@ from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import InverseList, Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_ampere, mosaic_backward
+from pallas_kernels.block_sparse_attention import (
+    mosaic,
+    mosaic_ampere,
+    mosaic_backward,
+    mosaic_blackwell,
+    mosaic_blackwell_backward,
+)
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
@@ -25,8 +32,11 @@ def refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
+    reason = device_refusal()
+    if reason:
+        return reason
     q, _, v = operands[:3]
-    reason = device_refusal() or forward_kernel().refusal(
+    reason = forward_kernel().refusal(
         q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     )
     if reason:
@@ -58,6 +68,8 @@ def forward(
 
 
 def backward(
+    kernel: Any,
+    otherwise: Callable[..., Operands],
     operands: Operands,
     lists: Lists,
     inverse: InverseList,
@@ -68,11 +80,14 @@ def backward(
     rule: LogitRule,
     sizes: Sizes,
 ) -> Operands:
-    """Computes the gradient by every operand; by the loops of XLA where kernels have no room."""
+    """Computes the gradient by every operand; `otherwise` does where kernels have no room.
+
+    `kernel` is the module of the chip's backward kernels.
+    """
     q, k, v = operands[:3]
     block_sizes = sizes.block_q, sizes.block_kv
-    if mosaic_backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
-        return xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    if kernel.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
+        return otherwise(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> _Parts | str:
         return _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
@@ -87,7 +102,7 @@ def backward(
             lse2,
             delta,
         )
-        found = mosaic_backward.gradients(
+        found = kernel.gradients(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
             whole_tiles.by_key(inverse, lists.mask, rule, sizes),
@@ -116,28 +131,41 @@ def backward_by_triton(
     return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
 
-HOPPER = Passes(partial(forward, mosaic), backward, xla.differentiable_forward)
+HOPPER = Passes(
+    partial(forward, mosaic),
+    partial(backward, mosaic_backward, xla.backward),
+    xla.differentiable_forward,
+)
 AMPERE = Passes(partial(forward, mosaic_ampere), backward_by_triton, xla.differentiable_forward)
+BLACKWELL = Passes(
+    partial(forward, mosaic_blackwell),
+    partial(backward, mosaic_blackwell_backward, backward_by_triton),
+    xla.differentiable_forward,
+)
 
 
 def passes() -> Passes:
     """What computes attention on this machine's default device."""
-    return AMPERE if forward_kernel() is mosaic_ampere else HOPPER
+    return {mosaic: HOPPER, mosaic_ampere: AMPERE, mosaic_blackwell: BLACKWELL}[forward_kernel()]
 
 
 def forward_kernel() -> Any:
     """The module of the forward kernel for this machine's default device."""
-    # the interpreter stands for a Hopper GPU, whatever there is
-    found = None if _compat.interpreting() else kernels.capability()
-    return mosaic_ampere if (found or "").startswith("8.") else mosaic
+    interpreting = _compat.interpreting()
+    found = _compat.interpreted_capability() if interpreting else kernels.capability()
+    major = (found or "").split(".")[0]
+    return {"8": mosaic_ampere, "10": mosaic_blackwell}.get(major, mosaic)
 
 
 def device_refusal() -> str | None:
     """Why kernels cannot run on this machine's default device, or None if they can."""
     if _compat.interpreting():
         return None
-    wanted = "a Hopper GPU (compute capability 9.0) or, with jax 0.11 or newer, one of 8.0 to 8.9"
-    majors = ("8.", "9.") if _compat.HAS_MMA else ("9.",)
+    wanted = (
+        "a Hopper or Blackwell GPU (compute capability 9.0 or 10.0) or, with jax 0.11 or newer, "
+        "one of 8.0 to 8.9"
+    )
+    majors = ("8.", "9.", "10.") if _compat.HAS_MMA else ("9.", "10.")
     return kernels.device_refusal(wanted, lambda found: found.startswith(majors))
 
 

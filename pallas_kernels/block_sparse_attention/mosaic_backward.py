@@ -144,9 +144,9 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
         return Gradients(d_q, d_k, d_v, (), ())
     d_rows: tuple[jax.Array | None, ...] = (None,) * len(rule.row_values)
     d_columns: tuple[jax.Array | None, ...] = (None,) * len(rule.column_values)
-    if _floats(rule.row_values):
+    if floats(rule.row_values):
         _, d_rows = d_queries(problem, lists, tiles, with_q=False)
-    if _floats(rule.column_values):
+    if floats(rule.column_values):
         _, _, d_columns = d_keys(problem, inverse, tiles, with_k=False, with_v=False)
     return Gradients(d_q, d_k, d_v, d_rows, d_columns)
 
@@ -190,7 +190,7 @@ def d_queries(
     batches, q_len, heads, dim = problem.q.shape
     block_kv, dtype = tiles.block_kv, problem.q.dtype
     row_values = tiles.rule.row_values if tiles.rule else ()
-    wanted = _floats(row_values) if with_values else ()
+    wanted = floats(row_values) if with_values else ()
     sizes = tiles.block_q, block_kv, dim, problem.v.shape[3]
     default = default_config(*sizes)
     assert default is not None
@@ -253,7 +253,7 @@ def d_queries(
                 d_raw, *d_new = bound.pull_back(found, at, d_logits)
                 if with_q:
                     rest[0].add(d_raw.astype(dtype), k_piece)
-                return _add_sums(rest[with_q:], d_new[:sums])
+                return add_sums(rest[with_q:], d_new[:sums])
 
             zero = ops.tile(shape, 0.0)
             (_, _, *d_q), d_values = ops.together(products, (zero, zero, *d_q), d_values)
@@ -283,7 +283,7 @@ def d_queries(
         ops=ops,
     )
     d_q = results[0] if with_q else None
-    return d_q, _place(results[with_q:], wanted, len(row_values))
+    return d_q, place(results[with_q:], wanted, len(row_values))
 
 
 def d_keys(
@@ -316,7 +316,7 @@ def d_keys(
     heads, dim = problem.q.shape[2:]
     block_q, dtype = tiles.block_q, problem.q.dtype
     column_values = tiles.rule.column_values if tiles.rule else ()
-    wanted = _floats(column_values) if with_values else ()
+    wanted = floats(column_values) if with_values else ()
     sizes = tiles.block_kv, block_q, dim, v_dim
     default = default_config(*sizes)
     assert default is not None
@@ -401,7 +401,7 @@ def d_keys(
                         (*d_k, *d_v), factors, (q_piece, d_out_piece)[not with_k :], strict=False
                     ):
                         product.add(factor, piece)
-                    return _add_sums(sums_before, d_new[len(d_new) - sums :])
+                    return add_sums(sums_before, d_new[len(d_new) - sums :])
 
                 d_probs = [-per_query(delta_ref)] * with_d_probs
                 found, d_values = ops.together(products, (*d_probs, *d_k, *d_v), d_values)
@@ -444,7 +444,7 @@ def d_keys(
     results, d_values = list(results[: len(kept)]), results[len(kept) :]
     d_k = results.pop(0) if with_k else None
     d_v = results.pop(0) if with_v else None
-    return d_k, d_v, _place(d_values, wanted, len(column_values))
+    return d_k, d_v, place(d_values, wanted, len(column_values))
 
 
 def _key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
@@ -471,7 +471,8 @@ def _no_sums(ops, count: int) -> tuple[jax.Array, ...]:
     return tuple(ops.rows(ROWS, 0.0) for _ in range(count))
 
 
-def _add_sums(sums: tuple[jax.Array, ...], tiles: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def add_sums(sums: tuple[jax.Array, ...], tiles: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Sums per row, with those of further tiles."""
     return tuple(a + b.sum(axis=1) for a, b in zip(sums, tiles, strict=True))
 
 
@@ -487,10 +488,12 @@ def _sums_to_write(program: Program, sums: Sequence[jax.Array], q_head: jax.Arra
     return pairs
 
 
-def _floats(values: tuple[jax.Array, ...]) -> tuple[int, ...]:
+def floats(values: tuple[jax.Array, ...]) -> tuple[int, ...]:
+    """Which values have a gradient."""
     return tuple(n for n, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _place(results, wanted, count: int) -> tuple[jax.Array | None, ...]:
+def place(results, wanted, count: int) -> tuple[jax.Array | None, ...]:
+    """Gradients in the places of the values that have one, None in the others."""
     found = dict(zip(wanted, results, strict=True))
     return tuple(found.get(n) for n in range(count))

@@ -206,8 +206,9 @@ class Program(NamedTuple):
       batch: The sequence.
       head: The head of the tile it owns.
       start: The first of its tokens.
-      member: Which of the consumers it is.
-      tiles: The tiles of each array of its side in shared memory, one for each consumer.
+      member: Which of the consumers it is; those that own the same tokens are neighbours.
+      stripe: Which of the program's stripes of tokens it owns.
+      tiles: The tiles of each array of its side in shared memory, one for each stripe.
       rings: The tiles it meets, of each array of the other side.
       inputs: References to the further inputs.
       results: References to the results.
@@ -223,6 +224,7 @@ class Program(NamedTuple):
     head: jax.Array
     start: jax.Array
     member: jax.Array
+    stripe: jax.Array
     tiles: tuple[Any, ...]
     rings: tuple[Ring, ...]
     inputs: tuple[Any, ...]
@@ -236,7 +238,7 @@ class Program(NamedTuple):
 
     def own(self, which: int) -> Any:
         """Its tokens' rows of an array of its side, in shared memory."""
-        return self.tiles[which].at[ring.anew(self.member)]
+        return self.tiles[which].at[ring.anew(self.stripe)]
 
     def met(self, visit: Visit, entry: jax.Array) -> jax.Array:
         """Which tile an entry is."""
@@ -292,6 +294,7 @@ def launch(
     scratch: Sequence[Any],
     config: Layout,
     ops: Operations,
+    sharing: int = 1,
 ) -> Sequence[jax.Array]:
     """Runs a program for each tile of `own`, those with the longest way first.
 
@@ -305,9 +308,11 @@ def launch(
       scratch: Further shared memory and barriers.
       config: How a program is laid out.
       ops: The functions of the chip on arrays in registers.
+      sharing: How many consumers own the same tokens.
     """
     sides = Sides(own, met)
-    visits, consumers = sides.visits, own.block // ops.height
+    visits, stripes = sides.visits, own.block // ops.height
+    consumers = stripes * sharing
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
 
@@ -347,12 +352,17 @@ def launch(
         @pl.when(member < consumers)
         def consume():
             plgpu.set_max_registers(config.consumer_registers, action="increase")
-            start = block * own.block + member * ops.height
-            for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
-                source = ref.at[batch, pl.ds(start, ops.height), head]
-                plgpu.copy_gmem_to_smem(source, smem.at[member], full.at[member])
+            stripe, other = divmod_i32(member, sharing)
+            start = block * own.block + stripe * ops.height
+
+            @pl.when(other == 0)
+            def load():
+                for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
+                    source = ref.at[batch, pl.ds(start, ops.height), head]
+                    plgpu.copy_gmem_to_smem(source, smem.at[stripe], full.at[stripe])
+
             for full in own_full:
-                plgpu.barrier_wait(full.at[member])
+                plgpu.barrier_wait(full.at[stripe])
 
             def visit_anew(which, before):
                 # registers are few: what gives the start is not kept beside it
@@ -365,6 +375,7 @@ def launch(
                     head,
                     start,
                     member,
+                    stripe,
                     tiles=own_smem,
                     rings=rings,
                     inputs=input_refs,
@@ -384,9 +395,9 @@ def launch(
         kernel,
         out_type=tuple(results),
         scratch_types=(
-            *(ring.tiles(x.dtype, consumers, ops.height, x.shape[3]) for x in own.arrays),
+            *(ring.tiles(x.dtype, stripes, ops.height, x.shape[3]) for x in own.arrays),
             *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
-            *(plgpu.Barrier(num_barriers=consumers) for _ in own.arrays),
+            *(plgpu.Barrier(num_barriers=stripes) for _ in own.arrays),
             *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
             *scratch,
         ),

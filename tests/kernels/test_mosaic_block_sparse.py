@@ -32,9 +32,9 @@ def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, s
     )
 
 
-def compare(q, k, v, plan, **options):
+def compare(q, k, v, plan, *, capability=_compat.HOPPER, **options):
     """Holds the kernel to the f32 reference, within the rounding of probabilities and output."""
-    with _compat.interpreter():
+    with _compat.interpreter(capability):
         run = jax.jit(
             lambda q, k, v: js.attend(
                 q, k, v, plan, return_lse=True, implementation="mosaic", **options
@@ -114,7 +114,7 @@ def test_everything_that_changes_logits():
     )
 
 
-def compare_gradients(operands, call):
+def compare_gradients(operands, call, capability=_compat.HOPPER):
     """Holds the gradient of outputs and lse to that of the f32 reference."""
     rng = np.random.default_rng(7)
     weights = {}
@@ -127,7 +127,7 @@ def compare_gradients(operands, call):
         return (out.astype(jnp.float32) * weights["out"]).sum() + (seen * weights["lse"]).sum()
 
     # not one program: some versions of the interpreter stop when five kernels share one
-    with _compat.interpreter():
+    with _compat.interpreter(capability):
         got = jax.block_until_ready(jax.grad(loss)(operands, "mosaic"))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
     want = jax.grad(loss)(exact, "reference")
@@ -268,7 +268,7 @@ def test_the_choice_falls_on_the_kernel_and_can_be_asked_for():
         refused = js.explain(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert refused.implementation == "xla"
     assert "float32" in refused.refused["mosaic"]
-    assert "Hopper" in js.explain(q, k, v).refused["mosaic"]
+    assert "Hopper or Blackwell" in js.explain(q, k, v).refused["mosaic"]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_without_a_gpu_it_is_refused():
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")
     q, k, v = qkv(64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+    with pytest.raises(NotImplementedError, match="needs a Hopper or Blackwell GPU"):
         js.attend(q, k, v, implementation="mosaic")
 
 
