@@ -102,7 +102,7 @@ def sharded_blocks(
     num_dense_heads: int = 0,
     homo_head: bool = False,
     offset: Int[Array, "*batch"] | int | None = None,
-) -> Mask:
+) -> ShardedBlocks:
     """The blocks that each query head keeps; combine with `causal()` for the diagonal blocks.
 
     Query head `h` of kv head `g` keeps block `j` of the past if it is among the last
