@@ -68,9 +68,10 @@ class Chip(NamedTuple):
 A100 = Chip("NVIDIA A100", "8.0", 108, 166_912, r"\bmma\.sync")
 # as little shared memory as any chip has that is not too old
 L4 = Chip("NVIDIA L4", "8.9", 58, 101_376, r"\bmma\.sync")
+B200 = Chip("NVIDIA B200", "10.0", 148, 232_448, r"tcgen05\.mma|\bmma\.sync")
 CHIPS = (
     A100,
     L4,
     Chip("NVIDIA H200", "9.0", 132, 232_448, r"wgmma\.mma_async|\bmma\.sync"),
-    Chip("NVIDIA B200", "10.0", 148, 232_448, r"tcgen05\.mma|\bmma\.sync"),
+    B200,
 )

@@ -17,16 +17,14 @@ from benchmarks import gpu_compile as common  # isort: skip
 import jax
 from jax.experimental import topologies
 
+from benchmarks.chips import B200
 from benchmarks.gpu_compile import CASES, Case
-from benchmarks.gpu_compile_triton import CHIPS
 from jsparse.attention import mosaic as adapter
 from pallas_kernels.block_sparse_attention import (
     mosaic_blackwell,
     mosaic_blackwell_backward,
     walk,
 )
-
-(B200,) = (chip for chip in CHIPS if chip.capability == "10.0")
 
 
 def taken(cases: Sequence[Case]) -> list[tuple[str, str]]:

@@ -215,7 +215,7 @@ def forward(
             at = Place(*where, 0, shape, program.positions, ops)
             known = Softmax(peak, total)
             known, probs, decay = known.add(bound.change(raw, at, masked), factor)
-            return *known, decay, probs
+            return known.peak, known.total, decay, probs
 
         def scores(step, part):
             """The products of a piece, waited for."""
