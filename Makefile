@@ -21,7 +21,8 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-all test-newest check format bench gpu gpu-compile clean
+.PHONY: help demo test test-all test-newest check format bench gpu clean
+.PHONY: gpu-compile gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
 
 help:
 	@echo "make demo         methods compared on a language model: a table, build/compare.html"
@@ -103,9 +104,16 @@ $(CUDA_NEWEST_VENV)/.compile: pyproject.toml requirements/newest.txt
 	$(CUDA_NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/cuda.txt nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
 
-gpu-compile: $(CUDA_VENV)/.compile $(CUDA_NEWEST_VENV)/.compile
+# each takes one core: make -j2 gpu-compile
+gpu-compile: gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
+
+gpu-compile-mosaic: $(CUDA_VENV)/.compile
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile $(if $(UPDATE),--update)
+
+gpu-compile-triton: $(CUDA_VENV)/.compile
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile_triton
+
+gpu-compile-ampere: $(CUDA_NEWEST_VENV)/.compile
 	$(CUDA_NEWEST_VENV)/bin/python -m benchmarks.gpu_compile_ampere $(if $(UPDATE),--update)
 
 gpu:

@@ -9,9 +9,10 @@ power of two near each row's maximum, and are brought to another unit only where
 grown so much that probabilities would leave their range.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, configurations, ring
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
-from pallas_kernels.block_sparse_attention.mosaic import Config
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
 from pallas_kernels.block_sparse_attention.walk import (
     RESERVED,
@@ -37,6 +37,23 @@ ROWS = Blackwell.height
 COLUMNS = 64  # keys of a tile that a consumer meets, and widths in registers at once
 TENSOR_MEMORY = 512  # columns of 32 bits, as high as an accumulator
 SLACK = 8.0  # powers of two that probabilities may be above 1, with the same relative rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a program is laid out; every legal choice gives the same result.
+
+    Attributes:
+      stages: kv tiles in flight, at least 2: the keys of the next tile are waited for while the
+        values of the last are in their slot.
+      consumer_registers: Registers per thread of a consumer, a multiple of 8.
+      producer_registers: Registers per thread of the producer, a multiple of 8.
+    """
+
+    stages: int = 2
+    consumer_registers: int = 232
+    producer_registers: int = 40
+    columns: ClassVar[int] = COLUMNS
 
 
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
@@ -60,7 +77,7 @@ def tensor_memory(block_kv: int, v_dim: int) -> int:
 def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does."""
     for stages in (4, 3, 2):
-        config = Config(stages, COLUMNS)
+        config = Config(stages)
         if layout_refusal(config, block_q, block_kv, dim, v_dim) is None:
             return config
     return None
@@ -68,10 +85,7 @@ def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config 
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
-    if config.columns != COLUMNS:
-        return f"columns must be {COLUMNS} on Blackwell, not {config.columns}."
     if config.stages < 2:
-        # the keys of the next tile are waited for while the values of the last are in their slot
         return f"stages must be at least 2 on Blackwell, not {config.stages}."
     return configurations.layout_refusal(
         config,
@@ -88,7 +102,7 @@ def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Confi
     if default is None:
         return ()
     others = (
-        Config(stages, COLUMNS, consumer, producer)
+        Config(stages, consumer, producer)
         for stages in (4, 3, 2)
         for consumer, producer in ((232, 40), (240, 24), (216, 56))
     )

@@ -12,7 +12,6 @@ from jsparse.attention import kernels
 from jsparse.attention import mosaic as adapter
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
-    mosaic,
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
@@ -46,7 +45,7 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
 @pytest.mark.parametrize("block_kv", [64, 128])
 def test_a_ring_that_is_used_again_whole_tiles_and_a_mask(block_kv, monkeypatch):
     monkeypatch.setattr(
-        mosaic_blackwell, "default_config", lambda *sizes: mosaic.Config(2, columns=64)
+        mosaic_blackwell, "default_config", lambda *sizes: mosaic_blackwell.Config(2)
     )
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
     plan = hopper.lists(128, 384, block_q=128, block_kv=block_kv, density=1.0)
@@ -240,11 +239,10 @@ def test_layouts_that_would_wait_for_ever_or_do_not_fit_are_refused():
     sizes = 128, 128, 128, 128
     refusals = [
         mosaic_blackwell.layout_refusal(config, *sizes)
-        for config in (mosaic.Config(1, 64), mosaic.Config(2, 128), mosaic.Config(4, 64))
+        for config in (mosaic_blackwell.Config(1), mosaic_blackwell.Config(4))
     ]
     assert "stages must be at least 2" in refusals[0]
-    assert "columns must be 64" in refusals[1]
-    assert "bytes of shared memory" in refusals[2]
+    assert "bytes of shared memory" in refusals[1]
     candidates = mosaic_blackwell.candidates(*sizes)
     assert candidates[0] == mosaic_blackwell.default_config(*sizes)
     assert len(set(candidates)) == len(candidates) > 1
