@@ -51,8 +51,8 @@ class Config:
     """
 
     stages: int = 2
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    consumer_registers: int = 224
+    producer_registers: int = 56
     columns: ClassVar[int] = COLUMNS
 
 
@@ -104,7 +104,7 @@ def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Confi
     others = (
         Config(stages, consumer, producer)
         for stages in (4, 3, 2)
-        for consumer, producer in ((232, 40), (240, 24), (216, 56))
+        for consumer, producer in ((224, 56), (232, 40), (240, 24))
     )
     legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
     return (default, *(config for config in legal if config != default))
