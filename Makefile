@@ -21,8 +21,9 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-all test-newest check format bench gpu clean
-.PHONY: gpu-compile gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
+.PHONY: help demo test test-all test-newest check format bench gpu gpu-compile clean
+# the parts of gpu-compile
+.PHONY: gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
 
 help:
 	@echo "make demo         methods compared on a language model: a table, build/compare.html"
