@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# all of these are read when jax or its plugin is loaded
 # gigabytes come together in it; it goes when this process ends
 _FOLDER = tempfile.TemporaryDirectory(prefix="mosaic-")
+# all of these are read when jax or its plugin is loaded
 DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", _FOLDER.name))
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -64,8 +64,8 @@ class _Columns(NamedTuple):
 class _Pieces(NamedTuple):
     """Columns cut to at most their mean length, so that lanes side by side end together.
 
-    Without the cut, neighbours would sit out many turns: few columns have a length of their own
-    choosing, as rows have.
+    Methods give all rows about as many tiles, but not all columns: uncut, those side by side would
+    sit out many turns.
     """
 
     column: Int[Array, " pieces"]

@@ -28,7 +28,7 @@ def receptive_field(
     checks.square_plans(plans)
     reached = plans[0].to_dense()
     for plan in plans[1:]:
-        # counts of ways overflow no f32 that matters: only whether there is one is asked
+        # how many ways there are, of which only matters whether there is one
         step = plan.to_dense().astype(jnp.float32)
         reached = jnp.einsum("...ij,...jk->...ik", step, reached.astype(jnp.float32)) > 0
     return reached
