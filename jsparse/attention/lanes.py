@@ -199,6 +199,18 @@ def weighted_columns(
     return jax.lax.dot_general(weights, columns, dims, preferred_element_type=jnp.float32).sum(2)
 
 
+def weighted_rows(
+    rows: Float[Array, "lanes dim rows"], weights: Float[Array, "lanes parts rows column_part"]
+) -> Float[Array, "lanes parts dim column_part"]:
+    """Sums of rows, one sum per column of the weights."""
+    rows = cut(rows, 2)[:, None]
+    rows = jnp.broadcast_to(rows, (rows.shape[0], weights.shape[1], *rows.shape[2:]))
+    shape = *weights.shape[:2], rows.shape[2], -1, weights.shape[3]
+    dims = (((4,), (3,)), ((0, 1, 2), (0, 1, 2)))
+    weights = weights.reshape(shape)
+    return jax.lax.dot_general(rows, weights, dims, preferred_element_type=jnp.float32).sum(2)
+
+
 def on_rows(x: Array) -> Shaped[Array, "lanes 1 rows 1"]:
     """Numbers per row, to go with `scores`."""
     return x[:, None, :, None]

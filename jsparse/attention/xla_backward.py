@@ -25,10 +25,11 @@ from jsparse.attention.lanes import (
     loop,
     on_columns,
     on_rows,
+    parts_of,
     scores,
     sums_by_rows,
-    weighted,
     weighted_columns,
+    weighted_rows,
 )
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.types import InverseList
@@ -125,7 +126,7 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
         here = Place.of(column, s.kv_heads, s.kv_blocks)
         members = _Columns(*(x[column] for x in columns))
         key_rows, value_rows = here.rows(k, s.block_kv), here.rows(v, s.block_kv)
-        keys = here.tiles(k, s.block_kv)
+        keys = jnp.swapaxes(here.tiles(k, s.block_kv), 1, 2)
         kv_index = on_rows(here.tokens(s.block_kv))
 
         # tiles have the keys first: all products but that of d_q sum over their last axis then
@@ -155,11 +156,9 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
 
             d_values = d_values + weighted_columns(probs.astype(v.dtype), d_outs)
             d_keys = d_keys + weighted_columns(d_raw, queries)
-            rows_first = jnp.moveaxis(d_raw, 2, 3).reshape(together, s.block_q, s.block_kv)
             # rows, and parts of a bias, may meet here from several columns
-            d_q_tiles = weighted(cut(rows_first, 2), keys)
             d_q = d_q.at[there.batch, there.block, there.head].add(
-                d_q_tiles, mode="promise_in_bounds", wrap_negative_indices=False
+                weighted_rows(keys, d_raw), mode="promise_in_bounds", wrap_negative_indices=False
             )
             if d_bias is not None:
                 d_bias = d_bias.at[bias.position(there, here.block)].add(
@@ -184,7 +183,10 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
 
     d_modifiers = zeros32(bias.tiles), zeros32(operands.scale), tuple(map(zeros32, floats))
 
-    d_q = jnp.zeros((s.batches, s.q_blocks, s.heads, s.block_q, q.shape[-1]), jnp.float32)
+    parts = parts_of(s.block_q)
+    d_q = jnp.zeros(
+        (s.batches, s.q_blocks, s.heads, parts, q.shape[-1], s.block_q // parts), jnp.float32
+    )
     d_k, d_v = (sums_by_rows(x, s.block_kv) for x in (k, v))
     carry = loop((groups.longest > 0).sum(), group, (d_q, d_k, d_v, d_modifiers))
     d_q, d_k, d_v, (d_bias, d_scale, d_floats) = carry
@@ -198,7 +200,7 @@ def backward(operands, lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, 
         for x, is_float in zip(operands.captured, inexact, strict=True)
     )
     return Operands(
-        jnp.swapaxes(d_q * factor, 2, 3).reshape(q.shape).astype(q.dtype),
+        jnp.transpose(d_q * factor, (0, 1, 3, 5, 2, 4)).reshape(q.shape).astype(q.dtype),
         from_rows(d_k * factor, k),
         from_rows(d_v, v),
         like(d_bias, operands.bias),
