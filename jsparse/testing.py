@@ -78,23 +78,27 @@ CASES = (
     _case("empty_rows", "empty_rows", density=0.12, empty_rows=True),
     # rows inside computed tiles that the mask leaves without a key
     _case("hidden_rows", "empty_rows", "mask", "lengths", q_len=56, kv_len=32, mask="causal"),
-    _case(
-        "everything",
-        *FEATURES - {"float16", "second_order"},
-        q_len=41,
-        kv_len=59,
-        heads=4,
-        kv_heads=2,
-        v_dim=24,
-        batch=(2,),
-        block_q=8,
-        list_heads=4,
-        mask="causal",
-        bias=(2, 1, 1, 59),
-        score_mod=True,
-        sinks=True,
-        softcap=3.0,
-        scale="array",
+    *(
+        _case(
+            name,
+            *FEATURES - {"float16", "second_order"},
+            q_len=41,
+            kv_len=kv_len,
+            heads=4,
+            kv_heads=2,
+            v_dim=24,
+            batch=(2,),
+            block_q=8,
+            block_kv=block_kv,
+            list_heads=4,
+            mask="causal",
+            bias=(2, 1, 1, kv_len),
+            score_mod=True,
+            sinks=True,
+            softcap=3.0,
+            scale="array",
+        )
+        for name, kv_len, block_kv in (("everything", 59, 16), ("everything_wide", 300, 128))
     ),
 )
 

@@ -1,9 +1,10 @@
-"""Rows, or columns, of tiles side by side: what the loops of XLA over listed tiles are made of.
+"""Rows of tiles side by side: what the loops of XLA over listed tiles are made of.
 
 One tile is too little work for a processor with several cores. So rows are sorted by how many tiles
 they have, and as many neighbours as keep the machine busy walk their lists together, one tile of
-each per step, up to the longest list among them. Neighbours have nearly the same number of tiles:
-with n rows at a time, the turns that rows sit out are fewer than n times the longest list in all.
+each per step, or several narrow ones, up to the longest list among them. Neighbours have nearly the
+same number of tiles: with n rows at a time, the turns that rows sit out are fewer than n times the
+longest list in all.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jsparse.attention.block_sparse import Sizes
+from jsparse.attention.block_sparse import Lists, Sizes
 
 
 class _Tuning(NamedTuple):
@@ -36,9 +37,29 @@ def _tuning() -> _Tuning:
     return _TUNING.get(jax.default_backend(), _TUNING_OF_ACCELERATORS)
 
 
-def lane_count(lists: int, sizes: Sizes) -> int:
-    """How many rows, or columns, of tiles are computed together."""
-    return max(1, min(lists, _tuning().logits // (sizes.block_q * sizes.block_kv)))
+# one product takes about so many keys: narrower tiles go several at a time
+_COLUMNS = 128
+# below so many queries per tile, a step's work is in reading the keys
+_LEAST_ROWS = 32
+
+
+def tiles_together(lists: Lists, sizes: Sizes) -> int:
+    """How many tiles of its list a row takes per step."""
+    return max(1, min(lists.kv_indices.shape[-1], _COLUMNS // sizes.block_kv))
+
+
+def lane_count(lists: Lists, sizes: Sizes) -> int:
+    """How many rows of tiles are computed together."""
+    columns = sizes.block_kv * tiles_together(lists, sizes)
+    rows = sizes.batches * sizes.heads * sizes.q_blocks
+    return max(1, min(rows, _tuning().logits // (max(sizes.block_q, _LEAST_ROWS) * columns)))
+
+
+def row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:
+    """How many tiles each row of the problem has."""
+    counts = lists.kv_num_blocks
+    counts = jnp.repeat(counts, sizes.heads // counts.shape[1], axis=1)
+    return jnp.broadcast_to(counts, (sizes.batches, sizes.heads, sizes.q_blocks)).reshape(-1)
 
 
 # JAX's own integers are 64 bits wide where that is switched on, and slices want one width
@@ -58,7 +79,7 @@ def at(x: Array, *index: Any) -> Array:
 
 
 class Lanes(NamedTuple):
-    """Rows, or columns, of tiles that walk their lists together, the longest list first.
+    """Rows of tiles that walk their lists together, the longest list first.
 
     A lane without tiles reads what the first one reads, since what is in no list may hold a NaN,
     and writes nothing.
@@ -69,21 +90,25 @@ class Lanes(NamedTuple):
 
     @property
     def longest(self) -> Int[Array, " *groups"]:
-        """Steps until the last list is over."""
+        """Tiles of the longest list."""
         return self.counts[..., 0]
 
-    def entry(self, step) -> Int[Array, " lanes"]:
-        """The list entry to read; a list that is over stays with its last."""
+    def entries(self, first: Array, together: int) -> Int[Array, "lanes together"]:
+        """The list entries to read from `first` on; a list that is over stays with its last."""
         last = jnp.where(self.counts > 0, self.counts, self.longest) - 1
-        return jnp.clip(step, 0, jnp.maximum(last, 0))
+        return jnp.clip(first + indices(together), 0, jnp.maximum(last, 0)[:, None])
 
     def only_listed(self, x: Array, nowhere: int) -> Array:
         """Indices to write to: `nowhere`, past an array's end, for lanes without tiles."""
         return jnp.where(self.counts > 0, x, nowhere)
 
-    def over(self, step) -> Float[Array, "lanes 1 1 1"]:
+    def over(self, first: Array, together: int, block_kv: int) -> Float[Array, "lanes parts 1 _"]:
         """What to add to logits: -inf where a list is over."""
-        return jnp.where(step < self.counts, 0.0, -jnp.inf)[:, None, None, None]
+        counted = first + indices(together) < self.counts[:, None]
+        over = jnp.where(counted, 0.0, -jnp.inf)
+        if together == 1:
+            return over[:, :, None, None]
+        return on_columns(jnp.repeat(over, block_kv, axis=1))
 
 
 def by_count(counts: Int[Array, " lists"], together: int) -> Lanes:
@@ -95,18 +120,18 @@ def by_count(counts: Int[Array, " lists"], together: int) -> Lanes:
     return Lanes(jnp.where(counts > 0, index, index[:, :1]), counts)
 
 
-class Place(NamedTuple):
-    """Batch, head and block of lanes."""
+class Rows(NamedTuple):
+    """Batch, head and block of the queries that lanes compute."""
 
     batch: Int[Array, "*groups lanes"]
     head: Int[Array, "*groups lanes"]
     block: Int[Array, "*groups lanes"]
 
     @classmethod
-    def of(cls, index: Array, heads: int, blocks: int) -> "Place":
+    def of(cls, index: Array, sizes: Sizes) -> "Rows":
         """From the positions in the flattened axes."""
-        rest, block = jnp.divmod(index, blocks)
-        return cls(*jnp.divmod(rest, heads), block)
+        rest, block = jnp.divmod(index, sizes.q_blocks)
+        return cls(*jnp.divmod(rest, sizes.heads), block)
 
     def tiles(self, x: Array, size: int) -> Float[Array, "lanes size dim"]:
         """The tiles of an array [batch, length, heads, dim]."""
@@ -115,20 +140,10 @@ class Place(NamedTuple):
     def rows(self, x: Array, size: int) -> Float[Array, "lanes dim_parts size dim_part"]:
         """The tiles with their last axis cut, as the rows of `scores`."""
         blocks = in_blocks(x, size)
-        cut = parts_of(x.shape[-1])
-        blocks = blocks.reshape(*blocks.shape[:-1], cut, -1)
-        batch, block, head = (i[:, None] for i in (self.batch, self.block, self.head))
-        return at(blocks, batch, block, slice(None), head, indices(cut))
-
-    def columns(self, x: Array, size: int) -> Float[Array, "lanes dim_parts parts tokens dim_part"]:
-        """The tiles with both axes cut, as the columns of `scores`."""
-        blocks = in_blocks(x, size)
-        outer, inner = parts_of(size), parts_of(x.shape[-1])
-        blocks = blocks.reshape(
-            *blocks.shape[:2], outer, -1, blocks.shape[3], inner, x.shape[-1] // inner
-        )
-        batch, block, head = (i[:, None, None] for i in (self.batch, self.block, self.head))
-        return at(blocks, batch, block, indices(outer), slice(None), head, indices(inner)[:, None])
+        inner = parts_of(x.shape[-1])
+        blocks = blocks.reshape(*blocks.shape[:-1], inner, -1)
+        batch, head, block = (i[:, None] for i in self)
+        return at(blocks, batch, block, slice(None), head, indices(inner))
 
     def tokens(self, size: int) -> Int[Array, "lanes size"]:
         """The token indices of the tiles."""
@@ -140,22 +155,84 @@ class Place(NamedTuple):
         return batch, self.head // (sizes.heads // lists_shape[1])
 
 
+class Columns(NamedTuple):
+    """Batch, kv head and blocks of the keys that lanes take in one step; their tokens together."""
+
+    batch: Int[Array, " lanes"]
+    head: Int[Array, " lanes"]
+    blocks: Int[Array, "lanes together"]
+
+    def tiles(self, x: Array, size: int) -> Float[Array, "lanes tokens dim"]:
+        """The tiles of an array [batch, length, heads, dim], end to end."""
+        index = self.batch[:, None], self.blocks, slice(None), self.head[:, None]
+        tiles = at(in_blocks(x, size), *index)
+        return tiles.reshape(tiles.shape[0], -1, x.shape[-1])
+
+    def columns(self, x: Array, size: int) -> Float[Array, "lanes dim_parts parts tokens dim_part"]:
+        """The same with both axes cut, as the columns of `scores`."""
+        blocks = in_blocks(x, size)
+        inner = parts_of(x.shape[-1])
+        blocks = blocks.reshape(*blocks.shape[:-1], inner, -1)
+        lanes, together = self.blocks.shape
+        batch, head = (i[:, None, None] for i in (self.batch, self.head))
+        part = indices(inner)[:, None]
+        tiles = at(blocks, batch, self.blocks[:, None], slice(None), head, part)
+        return tiles.reshape(lanes, inner, parts_of(together * size), -1, blocks.shape[-1])
+
+    def tokens(self, size: int) -> Int[Array, "lanes tokens"]:
+        """The token indices of the tiles."""
+        tokens = self.blocks[..., None] * size + indices(size)
+        return tokens.reshape(len(tokens), -1)
+
+
+class ColumnSums(NamedTuple):
+    """Sums over lanes and steps for an array of keys, from `weighted_rows`.
+
+    Where tiles come one at a time they are kept as they come, the tokens last and in parts.
+    """
+
+    sums: Float[Array, "batch blocks heads *tile"]
+
+    @property
+    def _one_at_a_time(self) -> bool:
+        return self.sums.ndim == 6
+
+    @classmethod
+    def zeros(cls, x: Array, size: int, together: int) -> "ColumnSums":
+        """For an array [batch, length, heads, dim], in tiles of `size`, so many per step."""
+        batch, length, heads, dim = x.shape
+        parts = parts_of(size)
+        tile = (parts, dim, size // parts) if together == 1 else (size, dim)
+        return cls(jnp.zeros((batch, length // size, heads, *tile), jnp.float32))
+
+    def add(
+        self, there: Columns, tiles: Float[Array, "lanes parts dim column_part"]
+    ) -> "ColumnSums":
+        """Adds a step's tiles; lanes may meet."""
+        if self._one_at_a_time:
+            tiles = tiles[:, None]
+        else:
+            tiles = jnp.moveaxis(tiles, 2, 3)
+            tiles = tiles.reshape(*there.blocks.shape, *self.sums.shape[-2:])
+        index = there.batch[:, None], there.blocks, there.head[:, None]
+        return ColumnSums(
+            self.sums.at[index].add(tiles, mode="promise_in_bounds", wrap_negative_indices=False)
+        )
+
+    def like(self, x: Array) -> Array:
+        """The sums in the order and dtype of the array `x`."""
+        order = (0, 1, 3, 5, 2, 4) if self._one_at_a_time else (0, 1, 3, 2, 4)
+        return jnp.transpose(self.sums, order).reshape(x.shape).astype(x.dtype)
+
+
 def in_blocks(x: Array, size: int) -> Float[Array, "batch blocks size heads dim"]:
     """An array [batch, length, heads, dim], tile by tile."""
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
-def sums_by_rows(x: Array, size: int) -> Float[Array, "batch blocks heads dim_parts size dim_part"]:
-    """Zeros for sums in the order of `Place.rows`, where adding a tile touches one stretch."""
-    parts, (batch, length, heads, dim) = parts_of(x.shape[-1]), x.shape
-    return jnp.zeros((batch, length // size, heads, parts, size, dim // parts), jnp.float32)
-
-
-def from_rows(
-    sums: Float[Array, "batch blocks heads dim_parts size dim_part"], like: Array
-) -> Float[Array, "batch length heads dim"]:
-    """Sums in the order and dtype of the array `like`."""
-    return jnp.transpose(sums, (0, 1, 4, 2, 3, 5)).reshape(like.shape).astype(like.dtype)
+def from_rows(x: Float[Array, "lanes dim_parts size dim_part"]) -> Float[Array, "lanes size dim"]:
+    """Tiles with their last axis whole again."""
+    return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
 def parts_of(length: int) -> int:
@@ -224,7 +301,7 @@ def on_columns(x: Array) -> Shaped[Array, "lanes parts 1 column_part"]:
 class Bias(NamedTuple):
     """A bias, each axis 1 or full, tile by tile."""
 
-    tiles: Float[Array, "bias_batch bias_heads rows q_size columns kv_size"] | None
+    tiles: Float[Array, "bias_batch bias_heads rows columns q_size kv_size"] | None
 
     @classmethod
     def of(cls, bias: Array | None, sizes: Sizes) -> "Bias":
@@ -234,18 +311,37 @@ class Bias(NamedTuple):
         q_size = sizes.block_q if bias.shape[2] > 1 else 1
         kv_size = sizes.block_kv if bias.shape[3] > 1 else 1
         rows, columns = bias.shape[2] // q_size, bias.shape[3] // kv_size
-        return cls(bias.reshape(*bias.shape[:2], rows, q_size, columns, kv_size))
+        tiles = bias.reshape(*bias.shape[:2], rows, q_size, columns, kv_size)
+        return cls(jnp.swapaxes(tiles, 3, 4))
 
-    def position(self, queries: Place, kv_block: Array):
-        """Where the lanes' tiles are; an axis of 1 is the same for all."""
+    def load(self, queries: Rows, keys: Columns) -> Float[Array, "lanes parts q_size _"] | None:
+        """The lanes' tiles, to go with `scores`."""
+        if self.tiles is None:
+            return None
+        tiles = at(self.tiles, *self._position(queries, keys))
+        tiles = jnp.swapaxes(tiles, 1, 2).reshape(len(tiles), tiles.shape[2], -1)
+        return cut(tiles, 2)
+
+    def add(self, sums: Array, queries: Rows, keys: Columns, tiles: Array) -> Array:
+        """Adds what `load` gave to sums in the order of `tiles`; lanes may meet."""
+        where = self._position(queries, keys)
+        lanes, together = where[3].shape
+        parts, q_size, part = tiles.shape[1:]
+        tiles = jnp.moveaxis(tiles, 1, 2).reshape(lanes, q_size, together, parts * part // together)
+        tiles = jnp.swapaxes(tiles, 1, 2)
+        return sums.at[where].add(tiles, mode="promise_in_bounds", wrap_negative_indices=False)
+
+    def like(self, sums: Array, bias: Array) -> Array:
+        """Sums in the order and dtype of the bias."""
+        return jnp.swapaxes(sums, 3, 4).reshape(bias.shape).astype(bias.dtype)
+
+    def _position(self, queries: Rows, keys: Columns):
+        """Where the tiles are; an axis of 1 is the same for all."""
         assert self.tiles is not None
         shape = self.tiles.shape
-        batch, head, q_block, kv_block = (
-            index if shape[axis] > 1 else jnp.zeros_like(index)
-            for axis, index in zip((0, 1, 2, 4), (*queries, kv_block), strict=True)
+        # one bias for all keys needs no tile of each
+        blocks = keys.blocks if shape[3] > 1 or shape[5] > 1 else keys.blocks[:, :1]
+        index = *(i[:, None] for i in queries), blocks
+        return tuple(
+            i if size > 1 else jnp.zeros_like(i) for i, size in zip(index, shape[:4], strict=True)
         )
-        return batch, head, q_block, slice(None), kv_block
-
-    def load(self, queries: Place, kv_block) -> Float[Array, "lanes q_size kv_size"] | None:
-        """The lanes' tiles."""
-        return None if self.tiles is None else at(self.tiles, *self.position(queries, kv_block))

@@ -5,32 +5,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
     Bias,
+    Columns,
     Lanes,
-    Place,
+    Rows,
     at,
     by_count,
-    cut,
     indices,
     lane_count,
     loop,
     on_columns,
     on_rows,
+    row_counts,
     scores,
+    tiles_together,
     weighted,
 )
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.xla_backward import backward
-
-
-def _row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:
-    counts = lists.kv_num_blocks
-    counts = jnp.repeat(counts, sizes.heads // counts.shape[1], axis=1)
-    return jnp.broadcast_to(counts, (sizes.batches, sizes.heads, sizes.q_blocks)).reshape(-1)
 
 
 def _walk_rows(
@@ -38,16 +34,17 @@ def _walk_rows(
     lists: Lists,
     rule: LogitRule,
     sizes: Sizes,
-    together: int,
+    at_once: int,
     repeat: Callable[..., Any],
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Attention by running softmax; `repeat(longest, step, state)` makes the steps of a group."""
     s = sizes
     q, k, v = operands.q, operands.k, operands.v
     bias = Bias.of(operands.bias, s)
-    groups = by_count(_row_counts(lists, s), together)
+    groups = by_count(row_counts(lists, s), at_once)
+    together = tiles_together(lists, s)
 
-    def group(carry, rows: tuple[Lanes, Place]):
+    def group(carry, rows: tuple[Lanes, Rows]):
         out, lse = carry
         lanes, here = rows
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
@@ -57,33 +54,34 @@ def _walk_rows(
 
         def step(number, state):
             peak, total, acc = state
-            entry = lanes.entry(number)
-            kv_block = at(lists.kv_indices, list_batch, list_head, here.block, entry)
-            there = Place(here.batch, here.head // s.group, kv_block)
+            first = number * together
+            index = list_batch, list_head, here.block, lanes.entries(first, together).T
+            kv_blocks = at(lists.kv_indices, *index).T
+            there = Columns(here.batch, here.head // s.group, kv_blocks)
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
-            bias_tiles = bias.load(here, kv_block)
             logits = rule.modify(
                 scores(queries, there.columns(k, s.block_kv)),
-                None if bias_tiles is None else cut(bias_tiles, 2),
+                bias.load(here, there),
                 operands.scale,
                 operands.captured,
                 *where,
             )
-            logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged) + lanes.over(number)
+            logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged)
+            logits = logits + lanes.over(first, together, s.block_kv)
             new_peak = jax.lax.stop_gradient(jnp.maximum(peak, logits.max((1, 3))))
             probs = jnp.exp(logits - on_rows(new_peak))
             decay = jnp.exp(peak - new_peak)
             new = weighted(probs.astype(v.dtype), there.tiles(v, s.block_kv))
             return new_peak, total * decay + probs.sum((1, 3)), acc * decay[..., None] + new
 
-        shape = (together, s.block_q)
+        shape = (at_once, s.block_q)
         state = (
             # finite: in a row that saw nothing exp(-inf - peak) is 0, exp(-inf + inf) would be nan
             jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32),
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, v.shape[-1]), jnp.float32),
         )
-        peak, total, acc = repeat(lanes.longest, step, state)
+        peak, total, acc = repeat(-(-lanes.longest // together), step, state)
         seen = total != 0
         safe = jnp.where(seen, total, 1.0)
         target = lanes.only_listed(here.batch, nowhere=s.batches)
@@ -101,15 +99,14 @@ def _walk_rows(
     # the backward pass needs rowsum(out * d_out) in f32, so the output stays f32 until the end
     out = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, v.shape[-1]), jnp.float32)
     lse = jnp.full((s.batches, s.heads, s.q_blocks, s.block_q), -jnp.inf, jnp.float32)
-    where = Place.of(groups.index, s.heads, s.q_blocks)
+    where = Rows.of(groups.index, s)
     (out, lse), _ = jax.lax.scan(group, (out, lse), (groups, where))
     return out.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(s.batches, s.heads, -1)
 
 
 def forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
     """Computes `(out, lse)`, both f32."""
-    rows = sizes.batches * sizes.heads * sizes.q_blocks
-    return _walk_rows(operands, lists, rule, sizes, lane_count(rows, sizes), loop)
+    return _walk_rows(operands, lists, rule, sizes, lane_count(lists, sizes), loop)
 
 
 def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
@@ -117,13 +114,13 @@ def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, si
 
     All rows walk their lists together: it costs what the fullest row costs, for every row.
     """
-    width = lists.kv_indices.shape[-1]
+    steps = -(-lists.kv_indices.shape[-1] // tiles_together(lists, sizes))
 
     def repeat(_, step, state):
         def scanned(state, number):
             return step(number, state), None
 
-        return jax.lax.scan(jax.checkpoint(scanned), state, indices(width))[0]
+        return jax.lax.scan(jax.checkpoint(scanned), state, indices(steps))[0]
 
     rows = sizes.batches * sizes.heads * sizes.q_blocks
     return _walk_rows(operands, lists, rule, sizes, rows, repeat)
