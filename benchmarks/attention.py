@@ -38,8 +38,12 @@ LENGTH, HEADS, DIM, BLOCK = 8192, 4, 64, 128
 TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-6}
 # seconds before each run
 PAUSE = 0.02
-# of glibc: map no array of its own, give nothing back
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+# of glibc: one heap for all, and nothing given back
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
 
 
@@ -107,7 +111,7 @@ def keep_memory() -> None:
     """Starts this program again if the C library would hand memory back to the system.
 
     By default it may do so whenever results are dropped; what comes next then waits for the same
-    pages again: up to a fifth of its time, in some runs and not in others. This is for all sides.
+    pages again: up to a third of its time, in some runs and not in others. This is for all sides.
     """
     if not MALLOC.items() <= os.environ.items():
         module = "benchmarks.attention"

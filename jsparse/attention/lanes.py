@@ -74,8 +74,12 @@ def indices(count: int) -> Int[Array, " count"]:
 
 
 def at(x: Array, *index: Any) -> Array:
-    """`x[index]` for indices that are in bounds."""
-    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    """`x[index]` for indices that are in bounds; floats of 16 bits have no derivative here."""
+    half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    # XLA for CPUs reads no floats this short: it would make an f32 array of them all first
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
+    found = bits.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jax.lax.bitcast_convert_type(found, x.dtype) if half else found
 
 
 class Lanes(NamedTuple):

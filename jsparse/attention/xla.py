@@ -112,8 +112,11 @@ def forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
 def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
     """The same attention in a form that JAX differentiates, for second derivatives.
 
-    All rows walk their lists together: it costs what the fullest row costs, for every row.
+    All rows walk their lists together: it costs what the fullest row costs, for every row. It is
+    computed in f32, because `at` has no derivative in less.
     """
+    wide = (None if x is None else x.astype(jnp.float32) for x in operands[:-1])
+    operands = Operands(*wide, captured=operands.captured)
     steps = -(-lists.kv_indices.shape[-1] // tiles_together(lists, sizes))
 
     def repeat(_, step, state):
