@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jsparse.estimators import mean_pooled, xattention
+from jsparse.estimators import mean_pooled, minference, xattention
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
@@ -30,6 +30,8 @@ class Row(NamedTuple):
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
+      by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
+        depends on tokens after it; what is in them does not.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
     """
@@ -48,6 +50,7 @@ class Row(NamedTuple):
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
     by_kv_head: bool = False
+    by_last_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
 
@@ -121,6 +124,21 @@ METHODS: tuple[Row, ...] = (
         control_traced=True,
         settings=(0.05, 0.1, 0.2, 0.4),
         keeps_all=1.0,
+    ),
+    Row(
+        name="minference",
+        family="estimators",
+        factory=minference,
+        summary="per head a window, stripes or best blocks",
+        paper="arXiv:2407.02490",
+        year=2024,
+        causal=True,
+        bidirectional=False,
+        training_free=True,
+        control="minference_ratio",
+        settings=(0.02, 0.025, 0.03, 0.04),
+        keeps_all=2.0**20,
+        by_last_queries=True,
     ),
     Row(
         name="xattention",

@@ -1,6 +1,7 @@
 """`explain`: what a call of `attend` would do, and what it would cost, without doing it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jsparse import checks
 from jsparse.attention.attend import prepare, refusals, with_plan
 from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups, entry
 
@@ -62,15 +64,55 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Explanations:
+    """What `attend` would do with a tuple of plans: one part after the other, then merged."""
+
+    parts: tuple[Explanation, ...]
+
+    @property
+    def density(self) -> float:
+        """The share of all pairs that lie in computed tiles."""
+        return sum(part.density for part in self.parts)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether some list of some part was too narrow."""
+        return any(part.overflowed for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations forward."""
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def backward_flops(self) -> float:
+        """Floating-point operations of the gradient."""
+        return sum(part.backward_flops for part in self.parts)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes read and written forward, at least."""
+        return sum(part.bytes for part in self.parts)
+
+    def __str__(self) -> str:
+        lines = [f"part {n + 1} of {len(self.parts)}\n{p}" for n, p in enumerate(self.parts)]
+        together = (
+            f"together        {100 * self.density:.1f} % of the pairs, {self.flops / 1e9:.2f} "
+            f"GFLOP forward, {self.backward_flops / 1e9:.2f} GFLOP backward"
+        )
+        return "\n\n".join([*lines, together])
+
+
 def explain(
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],
     v: Float[Array, "*batch kv_len kv_heads v_dim"],
-    plan: BlockMask | TokenGroups | BlockPyramid | None = None,
+    plan: BlockMask | TokenGroups | BlockPyramid | Sequence[BlockMask] | None = None,
     *,
     mask: Mask | None = None,
     **options: Any,
-) -> Explanation:
+) -> Explanation | Explanations:
     """Says which implementation `js.attend` would choose for these arguments, why, and the cost.
 
     Args:
@@ -81,10 +123,22 @@ def explain(
       mask: As for `js.attend`.
       **options: `bias`, `score_mod`, `softcap`, `scale` of `js.attend`.
 
+    Returns:
+      An `Explanation`, or for a tuple of plans `Explanations`, which has one for each part.
+
     Raises:
       ValueError: if arguments do not fit each other, as `js.attend` would.
       NotImplementedError: if the plan is not a list of tiles.
     """
+    if isinstance(plan, Sequence):
+        checks.some_plans(plan)
+        return Explanations(tuple(_explain(q, k, v, part, mask, options) for part in plan))
+    return _explain(q, k, v, plan, mask, options)
+
+
+def _explain(
+    q: Array, k: Array, v: Array, plan: Any, mask: Mask | None, options: Any
+) -> Explanation:
     problem = prepare(q, k, v, plan, mask=mask, **options)
     chosen, refused = refusals(problem)
     tiles = with_plan(problem)

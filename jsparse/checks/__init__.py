@@ -19,8 +19,10 @@ from jsparse.checks.attention import mask_type as mask_type
 from jsparse.checks.attention import merge_parts as merge_parts
 from jsparse.checks.attention import no_dropout as no_dropout
 from jsparse.checks.attention import not_given as not_given
+from jsparse.checks.attention import one_per_head as one_per_head
 from jsparse.checks.attention import order_fits as order_fits
 from jsparse.checks.attention import pairs as pairs
+from jsparse.checks.attention import patterns as patterns
 from jsparse.checks.attention import per_head as per_head
 from jsparse.checks.attention import per_sequence as per_sequence
 from jsparse.checks.attention import plan_lengths as plan_lengths
@@ -28,6 +30,7 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import same_grid as same_grid
+from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
 from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans

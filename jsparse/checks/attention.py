@@ -220,6 +220,33 @@ def per_head(heads: int, **values: Any) -> None:
             )
 
 
+def one_per_head(heads: int, **values: Any) -> None:
+    """An entry for each query head."""
+    for name, value in values.items():
+        if len(value) != heads:
+            raise ValueError(
+                f"{name} has {len(value)} entries; expected one per query head, {heads}."
+            )
+
+
+def same_number_of_heads(**values: Any) -> None:
+    """Several sequences have an entry for each head."""
+    if len({len(value) for value in values.values()}) != 1:
+        listed = ", ".join(f"{name}={tuple(value)}" for name, value in values.items())
+        raise ValueError(f"{listed}: give one number per query head in each.")
+
+
+def patterns(given: Any, types: tuple[type, ...]) -> None:
+    """A pattern for all heads, or a sequence of them."""
+    each = given if isinstance(given, (tuple, list)) else (given,)
+    if not each or not all(isinstance(pattern, types) for pattern in each):
+        names = ", ".join(f"{t.__name__}(...)" for t in types)
+        raise ValueError(
+            f"patterns={given!r} must be one of {names} of this method's module, or one of these "
+            "per query head."
+        )
+
+
 def order_fits(order: Any, shape: tuple[int, ...]) -> None:
     """An order of tokens fits an array [*batch, length, heads, dim]."""
     integers(order=order)

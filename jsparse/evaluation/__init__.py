@@ -14,4 +14,5 @@ from jsparse.evaluation.metrics import OutputError as OutputError
 from jsparse.evaluation.metrics import output_error as output_error
 from jsparse.evaluation.metrics import pairs_attended as pairs_attended
 from jsparse.evaluation.metrics import recalled_mass as recalled_mass
+from jsparse.evaluation.metrics import tile_shares as tile_shares
 from jsparse.evaluation.metrics import visible_density as visible_density

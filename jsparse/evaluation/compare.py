@@ -22,12 +22,13 @@ from jsparse.evaluation.metrics import (
     pairs_attended,
     pairs_visible,
     recalled_mass,
+    tile_shares,
     visible_density,
 )
 from jsparse.evaluation.store import Store, fingerprint
 from jsparse.masks import causal
 from jsparse.registry import METHODS, Row
-from jsparse.types import BlockMask, Mask, Method
+from jsparse.types import Mask, Method, parts_of
 
 BLOCK = 128
 
@@ -139,7 +140,10 @@ class _Programs(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """All results, and the pictures' raw material: tiles [layer][heads, q_blocks, kv_blocks]."""
+    """All results, and the pictures' raw material.
+
+    That is per setting how much of each tile is computed, [layer][heads, q_blocks, kv_blocks].
+    """
 
     results: list[Result]
     tiles: dict[str, list[np.ndarray]]
@@ -231,7 +235,7 @@ def compare(
         program = programs.setdefault(name, _Programs.of(setting, mask))
         plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
         plans = [plan_of(layer.q, layer.k) for layer in layers]
-        tiles[setting.label] = [_tiles(plan, heads) for plan in plans]
+        tiles[setting.label] = [tile_shares(plan, heads) for plan in plans]
 
         def figures(setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans):
             outs = [run(*layer) for layer in layers]
@@ -268,7 +272,7 @@ def compare(
                 dense_backward_flops=dense_backward.flops * len(layers),
                 bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
-                overflowed=any(bool(plan.overflowed.any()) for plan in plans),
+                overflowed=any(bool(p.overflowed.any()) for plan in plans for p in parts_of(plan)),
                 score=None if score is None else score(_inside(setting.method())),
             )
             return result._asdict()
@@ -283,11 +287,6 @@ def _inside(method: Method):
         return method.attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
 
     return attention
-
-
-def _tiles(plan: BlockMask, heads: int) -> np.ndarray:
-    dense = np.asarray(plan.to_dense())
-    return np.repeat(dense, heads // dense.shape[0], axis=0)
 
 
 def _median_seconds(run: Callable[..., Any], layers: list[Captured], repeats: int) -> float:

@@ -1,13 +1,13 @@
 """The accountant: floating-point operations and bytes, counted rather than timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 
 from jsparse import _compat
-from jsparse.types import BlockMask
+from jsparse.types import BlockMask, parts_of
 
 
 class Cost(NamedTuple):
@@ -26,33 +26,52 @@ class Cost(NamedTuple):
 
 
 def attend_cost(
-    plan: BlockMask, *, heads: int, kv_heads: int, dim: int, v_dim: int, itemsize: int = 4
+    plan: BlockMask | Sequence[BlockMask],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    v_dim: int,
+    itemsize: int = 4,
 ) -> Cost:
     """Counts what attending to a plan takes, forward.
 
-    Two products per tile; queries and outputs once, keys and values once per tile.
+    Two products per tile; queries and outputs once, keys and values once per tile. The parts of a
+    tuple add up.
     """
-    tiles, rows, _ = _sizes(plan, heads, kv_heads)
-    flops = 2.0 * tiles * plan.block_q * plan.block_kv * (dim + v_dim)
-    numbers = rows * (dim + v_dim) + tiles * plan.block_kv * (dim + v_dim)
-    return Cost(flops, float(itemsize * numbers))
+    total = Cost(0.0, 0.0)
+    for part in parts_of(plan):
+        tiles, rows, _ = _sizes(part, heads, kv_heads)
+        flops = 2.0 * tiles * part.block_q * part.block_kv * (dim + v_dim)
+        numbers = rows * (dim + v_dim) + tiles * part.block_kv * (dim + v_dim)
+        total = total.plus(Cost(flops, float(itemsize * numbers)))
+    return total
 
 
 def attend_backward_cost(
-    plan: BlockMask, *, heads: int, kv_heads: int, dim: int, v_dim: int, itemsize: int = 4
+    plan: BlockMask | Sequence[BlockMask],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    v_dim: int,
+    itemsize: int = 4,
 ) -> Cost:
     """Counts what the gradients of q, k and v take, after a forward pass.
 
     Five products per tile, none saved: the logits again, the gradients of the probabilities and of
     q, k and v. Keys, values and their gradients once; queries, outgoing gradients, two numbers per
     row and the gradient of q, read and written, once per tile; besides, each row's output and
-    outgoing gradient once for their product.
+    outgoing gradient once for their product. The parts of a tuple add up.
     """
-    tiles, rows, columns = _sizes(plan, heads, kv_heads)
-    flops = 2.0 * tiles * plan.block_q * plan.block_kv * (3 * dim + 2 * v_dim)
-    per_tile = plan.block_q * (3 * dim + v_dim + 2)
-    numbers = 2 * rows * v_dim + tiles * per_tile + 2 * columns * (dim + v_dim)
-    return Cost(flops, float(itemsize * numbers))
+    total = Cost(0.0, 0.0)
+    for part in parts_of(plan):
+        tiles, rows, columns = _sizes(part, heads, kv_heads)
+        flops = 2.0 * tiles * part.block_q * part.block_kv * (3 * dim + 2 * v_dim)
+        per_tile = part.block_q * (3 * dim + v_dim + 2)
+        numbers = 2 * rows * v_dim + tiles * per_tile + 2 * columns * (dim + v_dim)
+        total = total.plus(Cost(flops, float(itemsize * numbers)))
+    return total
 
 
 def plan_cost(plan_of: Callable[..., Any], *args: Any) -> Cost:

@@ -1,14 +1,16 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
-from jsparse.types import BlockMask, Mask, Method
+from jsparse.types import BlockMask, Mask, Method, parts_of
 
 
 class OutputError(NamedTuple):
@@ -57,14 +59,47 @@ def _norm(x: Float[Array, "*batch q_len heads v_dim"]) -> Float[Array, "*batch h
 
 
 def visible_density(
-    plan: BlockMask | None, mask: Mask | None, heads: int
+    plan: BlockMask | Sequence[BlockMask] | None, mask: Mask | None, heads: int
 ) -> Float[Array, "*batch heads"]:
-    """The share of the tiles that the mask leaves visible which the plan computes."""
+    """The share of the tiles that the mask leaves visible which the plan computes.
+
+    Of a tuple, tiles of the widest part; what other parts compute counts by its area.
+    """
     if plan is None:
         return jnp.ones((heads,))
-    visible, _ = candidates(mask, plan.grid, plan.batch_shape, heads)
-    computed = jnp.repeat(plan.kv_num_blocks.sum(-1), heads // plan.list_heads, axis=-1)
+    widest = _widest(plan)
+    visible, _ = candidates(mask, widest.grid, widest.batch_shape, heads)
+    computed = jnp.zeros((heads,))
+    for part in parts_of(plan):
+        tiles = part.kv_num_blocks.sum(-1) * _share(part, widest)
+        computed = computed + jnp.repeat(tiles, heads // part.list_heads, axis=-1)
     return computed / visible.sum((-1, -2))
+
+
+def tile_shares(
+    plan: BlockMask | Sequence[BlockMask], heads: int
+) -> Float[np.ndarray, "heads q_blocks kv_blocks"]:
+    """How much of each tile a concrete plan of one sequence computes; of a tuple's widest part."""
+    widest = _widest(plan)
+    shares = np.zeros((heads, widest.grid.q_blocks, widest.grid.kv_blocks), np.float32)
+    for part in parts_of(plan):
+        head, row, entry = np.nonzero(np.asarray(part.entries()))
+        column = np.asarray(part.kv_indices)[head, row, entry]
+        found = np.zeros((part.list_heads, *shares.shape[1:]), np.float32)
+        # a narrow tile lies within the wide one that holds its first pair
+        rows = row * part.block_q // widest.block_q
+        np.add.at(found, (head, rows, column * part.block_kv // widest.block_kv), 1)
+        shares += np.repeat(found * _share(part, widest), heads // part.list_heads, axis=0)
+    return shares
+
+
+def _widest(plan: BlockMask | Sequence[BlockMask]) -> BlockMask:
+    return max(parts_of(plan), key=lambda part: part.block_q * part.block_kv)
+
+
+def _share(part: BlockMask, widest: BlockMask) -> float:
+    """A part's tile as a share of a tile of the widest part."""
+    return part.block_q * part.block_kv / (widest.block_q * widest.block_kv)
 
 
 def pairs_attended(

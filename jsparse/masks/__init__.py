@@ -4,6 +4,7 @@ from jsparse.masks.causal import causal as causal
 from jsparse.masks.dense import dense as dense
 from jsparse.masks.dense import full as full
 from jsparse.masks.dense import predicate as predicate
+from jsparse.masks.head_windows import head_windows as head_windows
 from jsparse.masks.intervals import intervals as intervals
 from jsparse.masks.lengths import lengths as lengths
 from jsparse.masks.lengths import prefix_lm as prefix_lm

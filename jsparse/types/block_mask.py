@@ -1,6 +1,7 @@
 """The tile list: which tiles of the attention map are computed exactly."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -256,6 +257,11 @@ def _ascending_and_unique(lists: Array, counted: Array, kv_blocks: int) -> tuple
     lists = jnp.sort(jnp.where(repeats, kv_blocks, lists), axis=-1)
     counts = (lists < kv_blocks).sum(-1, dtype=jnp.int32)
     return jnp.where(lists < kv_blocks, lists, 0), counts
+
+
+def parts_of(plan: BlockMask | Sequence[BlockMask]) -> tuple[BlockMask, ...]:
+    """The tile lists of a plan, which is one of them or a tuple that is executed in parts."""
+    return (plan,) if isinstance(plan, BlockMask) else tuple(plan)
 
 
 def dense_to_lists(tiles: Array, width: int) -> Int[Array, "... width"]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.attention.reference import visible
+from jsparse.types import parts_of
 from tests.inputs import qkv
 
 CAUSAL = js.masks.causal()
@@ -33,6 +35,11 @@ def lists_of(method, q, k, mask=CAUSAL):
     return method.plan((), q, k, mask=mask)[0]
 
 
+def tiles_of(plan):
+    """A plan as bools, the parts of a tuple side by side."""
+    return np.concatenate([np.asarray(part.to_dense()) for part in parts_of(plan)], axis=-1)
+
+
 # compiled once per shape, for all tests that need no more than this
 
 
@@ -53,7 +60,7 @@ def test_jit_equals_eager(row):
     method = sparsest(row)
     q, k, v = qkv(LENGTH)
     # the same lists; sums may be taken in another order
-    np.testing.assert_array_equal(plan(row)(q, k).to_dense(), lists_of(method, q, k).to_dense())
+    np.testing.assert_array_equal(tiles_of(plan(row)(q, k)), tiles_of(lists_of(method, q, k)))
     np.testing.assert_allclose(attend(row)(q, k, v), run(method, q, k, v), atol=2e-6)
 
 
@@ -91,9 +98,9 @@ def test_batch_axes_and_vmap_agree(row):
 @by_name
 def test_each_sequence_gets_its_own_tiles(row):
     q, k, _ = qkv(1200, batch=(2,))
-    together = np.asarray(plan(row)(q, k).to_dense())
+    together = tiles_of(plan(row)(q, k))
     for n in range(2):
-        alone = np.asarray(plan(row)(q[n], k[n]).to_dense())
+        alone = tiles_of(plan(row)(q[n], k[n]))
         # lists that no data enters are one for the whole batch
         np.testing.assert_array_equal(together[n] if together.ndim == 4 else together, alone)
 
@@ -101,33 +108,49 @@ def test_each_sequence_gets_its_own_tiles(row):
 @by_name
 def test_lists_are_ascending_unique_and_in_range(row):
     q, k, _ = qkv(LENGTH)
-    tiles = plan(row)(q, k)
-    entries, indices = np.asarray(tiles.entries()), np.asarray(tiles.kv_indices)
-    assert not tiles.overflowed.any()
-    assert ((indices >= 0) & (indices < tiles.grid.kv_blocks))[entries].all()
-    both = entries[..., 1:] & entries[..., :-1]
-    assert (np.diff(indices, axis=-1) > 0)[both].all()
-    assert (np.asarray(tiles.kv_num_blocks) >= 1).all(), "a visible row has at least one tile"
+    parts = parts_of(plan(row)(q, k))
+    for tiles in parts:
+        entries, indices = np.asarray(tiles.entries()), np.asarray(tiles.kv_indices)
+        assert not tiles.overflowed.any()
+        assert ((indices >= 0) & (indices < tiles.grid.kv_blocks))[entries].all()
+        both = entries[..., 1:] & entries[..., :-1]
+        assert (np.diff(indices, axis=-1) > 0)[both].all()
+    counts = sum(np.asarray(tiles.kv_num_blocks) for tiles in parts)
+    assert (counts >= 1).all(), "a visible row has at least one tile"
+
+
+@by_name
+def test_parts_of_a_plan_have_no_pair_in_common(row):
+    q, k, _ = qkv(LENGTH)
+    pairs = sum(
+        np.asarray(visible(part, part.list_heads), int) for part in parts_of(plan(row)(q, k))
+    )
+    assert pairs.max() == 1
 
 
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
     q, k, v = qkv(LENGTH)
-    tiles = plan(row)(q, k)
-    grid = tiles.grid
-    above = np.arange(grid.kv_blocks) * grid.block_kv >= np.minimum(
-        (np.arange(grid.q_blocks)[:, None] + 1) * grid.block_q, LENGTH
-    )
-    assert not (np.asarray(tiles.to_dense()) & above).any()
-    # the last tile's keys change: rows before it must not notice
-    changed = attend(row)(q, k.at[256:].add(3.0), v.at[256:].add(3.0))
+    for tiles in parts_of(plan(row)(q, k)):
+        grid = tiles.grid
+        above = np.arange(grid.kv_blocks) * grid.block_kv >= np.minimum(
+            (np.arange(grid.q_blocks)[:, None] + 1) * grid.block_q, LENGTH
+        )
+        assert not (np.asarray(tiles.to_dense()) & above).any()
+    # the last tile's values change, and its keys: rows before it must not notice
+    later = k if row.by_last_queries else k.at[256:].add(3.0)
+    changed = attend(row)(q, later, v.at[256:].add(3.0))
     np.testing.assert_array_equal(changed[:256], attend(row)(q, k, v)[:256])
     # nor rows of one tile the values ahead of them in it
     changed = attend(row)(q, k, v.at[140:].add(3.0))
     np.testing.assert_array_equal(changed[:140], attend(row)(q, k, v)[:140])
 
 
-@pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "row",
+    [r for r in js.registry.METHODS if r.causal and not r.by_last_queries],
+    ids=lambda r: r.name,
+)
 def test_estimates_never_look_ahead(row):
     """Which tiles a row gets does not depend on keys after it, however large they are."""
     q, k, _ = qkv(1200)
@@ -141,7 +164,8 @@ def test_density_grows_with_the_control(row):
     q, k, _ = qkv(1200)
 
     def density(value):
-        return lists_of(row.factory(**{row.control: value}), q, k).density().mean()
+        plan = lists_of(row.factory(**{row.control: value}), q, k)
+        return sum(part.density().mean() for part in parts_of(plan))
 
     values = [*row.settings, row.keeps_all]
     if row.control_traced:
@@ -278,6 +302,6 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
 def test_a_narrow_list_says_that_it_overflowed(row):
     q, k, _ = qkv(LENGTH)
     method = row.factory(**{row.control: row.keeps_all, "width": 2})
-    tiles = jax.jit(lambda q, k: lists_of(method, q, k))(q, k)
+    tiles = parts_of(jax.jit(lambda q, k: lists_of(method, q, k))(q, k))[0]
     assert tiles.width == 2
     assert tiles.overflowed.all()
