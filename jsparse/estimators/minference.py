@@ -169,9 +169,10 @@ def minference(
       width: Most tiles a row can hold; default all. Rows that need more are marked `overflowed`.
 
     Differs from the paper:
-      Distances are aligned to tiles: distance d takes the tiles at block offsets d // block_size
-      and, unless it is a multiple, one more. That is a superset of the authors' merged ranges, and
-      of what columns would add twice. Ties go to the lower key and distance. Means of a ragged last
+      Distances are aligned to tiles, as in the authors' branch for training: distance d takes the
+      tiles at block offsets d // block_size and, unless it is a multiple, one more. These hold the
+      block_size keys that a row of tiles reaches at that distance, and not what the authors' kernel
+      adds where it merges such runs. Ties go to the lower key and distance. Means of a ragged last
       tile are over the tokens it has. Layers that stay dense are the model's to choose.
 
     Raises:
@@ -210,7 +211,7 @@ def minference(
         queries = Queries.of(q, k, positions)
         of = of_heads(queries.heads)
         grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
-        budget = _Budget.of(of, minference_ratio, grid.kv_len)
+        budget = Budget.of(of, minference_ratio, grid.kv_len)
         whole = restrict(mask, queries)
         info = MInferenceInfo(None, None, None)
         if budget.vertical_slash:
@@ -230,7 +231,7 @@ def minference(
     return planned(plan, restrict=restrict)
 
 
-class _Budget(NamedTuple):
+class Budget(NamedTuple):
     """Which heads have which pattern, and how much they keep of what they choose from."""
 
     heads: int
@@ -241,7 +242,7 @@ class _Budget(NamedTuple):
     tiles: tuple[int, ...]
 
     @classmethod
-    def of(cls, patterns: Sequence[Pattern], ratio: float, kv_len: int) -> "_Budget":
+    def of(cls, patterns: Sequence[Pattern], ratio: float, kv_len: int) -> "Budget":
         """Of one pattern per query head."""
         lines = {h: p for h, p in enumerate(patterns) if isinstance(p, VerticalSlash)}
         boxes = {h: p for h, p in enumerate(patterns) if isinstance(p, BlockSparse)}
@@ -266,7 +267,7 @@ def _select(
     mask: Mask,
     offset: Any,
     grid: TileGrid,
-    budget: _Budget,
+    budget: Budget,
     forced: tuple[int, int],
 ) -> tuple[Bool[Array, "*batch heads q_blocks kv_blocks"], BlockMask | None]:
     """The tiles of all heads, and the columns gathered besides; None where no head has any."""
