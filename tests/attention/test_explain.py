@@ -48,3 +48,28 @@ def test_counts_follow_lists_per_head():
     tiles[1] = True
     plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=64, kv_len=64, block_q=16, block_kv=16)
     assert js.explain(q, k, v, plan).computed == 2 * 4 + 2 * 16
+
+
+def test_parts_of_a_plan_add_up():
+    q, k, v = qkv(64)
+    tiles = js.BlockMask.from_dense(
+        jnp.eye(4, dtype=bool)[None], q_len=64, kv_len=64, block_q=16, block_kv=16
+    )
+    columns = jnp.zeros((1, 4, 64), bool).at[:, 1:, 3].set(True)
+    columns = js.BlockMask.from_dense(columns, q_len=64, kv_len=64, block_q=16, block_kv=1)
+    found = js.explain(q, k, v, (tiles, columns), mask=js.masks.causal())
+    alone = [js.explain(q, k, v, part, mask=js.masks.causal()) for part in (tiles, columns)]
+    assert [part.computed for part in found.parts] == [4 * 4, 4 * 3]
+    assert [part.full for part in found.parts] == [0, 4 * 3]
+    # 4 of 16 tiles, and 3 of their 64 columns of 16
+    assert found.density == 4 / 16 + 3 / (4 * 64)
+    for name in ("flops", "backward_flops", "bytes"):
+        assert getattr(found, name) == sum(getattr(part, name) for part in alone)
+    assert found.flops == 4 * (4 * 16 * 16 + 3 * 16) * 2 * 32
+    assert not found.overflowed
+    text = str(found)
+    assert "part 2 of 2" in text
+    assert "12 of 1024 (1.2 %) of 16 x 1" in text
+    assert "26.2 % of the pairs" in text
+    with pytest.raises(ValueError, match="empty tuple"):
+        js.explain(q, k, v, ())

@@ -35,6 +35,16 @@ def test_attend_forward_and_backward_by_hand(list_heads):
     assert half == Cost(forward.flops, forward.bytes / 2)
 
 
+@pytest.mark.parametrize("cost", [attend_cost, attend_backward_cost])
+def test_parts_of_a_plan_cost_what_each_costs(cost):
+    columns = jnp.zeros((4, 2, 48), bool).at[:, 1, 7].set(True)
+    columns = js.BlockMask.from_dense(columns, q_len=64, kv_len=48, block_q=32, block_kv=1)
+    both, tiles = cost((plan_of(4), columns), **SIZES), cost(plan_of(4), **SIZES)
+    assert both == tiles.plus(cost(columns, **SIZES))
+    # 4 columns of 32 queries beside 20 tiles of 32 x 16
+    assert both.flops == pytest.approx(tiles.flops * (1 + 4 / 16 / 20))
+
+
 def test_cost_of_a_causal_prompt_follows_the_block_formula():
     """Tiles of a causal plan: M (M + 1) / 2, of which top-k rows keep k (k + 1) / 2 + (M - k) k."""
     blocks, keep = 32, 5

@@ -6,7 +6,13 @@ import pytest
 
 import jsparse as js
 from jsparse.core.blocks import candidates
-from jsparse.evaluation import output_error, pairs_attended, recalled_mass, visible_density
+from jsparse.evaluation import (
+    output_error,
+    pairs_attended,
+    recalled_mass,
+    tile_shares,
+    visible_density,
+)
 from jsparse.evaluation.metrics import pairs_visible
 from tests.inputs import qkv
 
@@ -91,6 +97,22 @@ def test_a_list_shared_by_heads_counts_for_each():
     plan = js.block_mask(CAUSAL, 300, 300)
     np.testing.assert_array_equal(visible_density(plan, CAUSAL, 4), np.ones(4))
     np.testing.assert_array_equal(visible_density(None, CAUSAL, 4), np.ones(4))
+
+
+def test_parts_of_a_plan_count_by_their_area():
+    """Tiles on the diagonal and two columns of the first block: 8 rows, those below by area."""
+    sizes = {"q_len": 124, "kv_len": 124}
+    tiles = jnp.broadcast_to(jnp.eye(8, dtype=bool), (2, 8, 8))
+    tiles = js.BlockMask.from_dense(tiles, **sizes, block_q=16, block_kv=16)
+    columns = jnp.zeros((2, 8, 124), bool).at[1, 1:, jnp.asarray([2, 9])].set(True)
+    columns = js.BlockMask.from_dense(columns, **sizes, block_q=16, block_kv=1)
+    found = visible_density((tiles, columns), CAUSAL, 4)
+    np.testing.assert_allclose(found, np.repeat([8.0, 8 + 7 * 2 / 16], 2) / 36, rtol=4 * EPS)
+    shares = tile_shares((tiles, columns), 4)
+    expected = np.broadcast_to(np.eye(8), (4, 8, 8)).copy()
+    expected[2:, 1:, 0] = 2 / 16
+    np.testing.assert_array_equal(shares, expected)
+    np.testing.assert_array_equal(tile_shares(tiles, 2), tiles.to_dense())
 
 
 def test_output_error_against_numpy():
