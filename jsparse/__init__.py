@@ -12,6 +12,9 @@ from jsparse.attention.attend import attend as attend
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
+from jsparse.estimators import AShape as AShape
+from jsparse.estimators import BlockSparse as BlockSparse
+from jsparse.estimators import VerticalSlash as VerticalSlash
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import minference as minference
 from jsparse.estimators import xattention as xattention

@@ -1,7 +1,8 @@
-"""The command line: `jsparse methods`, `jsparse compare`, `jsparse tune`."""
+"""The command line: `jsparse methods`, `jsparse compare`, `jsparse plan`, `jsparse tune`."""
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from jsparse.evaluation.capture import Captured, load_captured
 from jsparse.evaluation.compare import Comparison, Setting, compare, settings
 from jsparse.evaluation.report import make_room, write_report
 from jsparse.evaluation.table import counted, print_first_that_fits, print_table
+from jsparse.planning import SEARCHES, kept_mass, near_outputs, save_table
+from jsparse.planning.table import Choice
+from jsparse.planning.table import Table as HeadTable
 from jsparse.registry import METHODS
 from pallas_kernels import configurations
 
@@ -25,6 +29,8 @@ _EXAMPLES = """examples:
   jsparse compare captured.safetensors
   jsparse compare captured.safetensors --methods xattention streaming --output page.html
   jsparse compare captured.safetensors --block 64 --repeats 5
+  jsparse plan captured.safetensors --method minference --budget 0.3 --output plan.json
+  jsparse plan captured.safetensors --method xattention --coverage 0.9 --output plan.json
   jsparse tune --dims 128 --tiles 128x128 64x128 --length 32768
 """
 
@@ -38,6 +44,21 @@ jsparse.nn two calls make it:
 
   from jsparse.evaluation import capture, save_captured
   save_captured(capture(model, tokens), "captured.safetensors")
+
+Stopped with Ctrl-C, the same command goes on where it was.
+"""
+
+
+_PLANNED = """Searches, head by head, for the settings that suit a model, on q, k, v captured from it
+(see jsparse compare --help), and writes them as a table of JSON:
+
+  minference   the pattern that keeps most of dense attention, among those that cost no more than
+               the budget
+  xattention   the threshold at which the blocks that hold most of dense attention are taken
+
+In Python, jsparse.planning.methods_of(load_table("plan.json")) makes a method for each layer, and
+jsparse.nn.with_methods puts these into a model. Longer texts than 10000 tokens are worth a search:
+below, attention is rarely sparse enough.
 
 Stopped with Ctrl-C, the same command goes on where it was.
 """
@@ -98,11 +119,133 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=3,
         help="timed runs per layer; default: %(default)s",
     )
+    _add_plan(commands)
     _add_tune(commands)
     parsed = parser.parse_args(arguments)
-    run = {"methods": lambda parsed: _methods(), "compare": _compare, "tune": _tune}
+    run = {"methods": lambda parsed: _methods(), "compare": _compare}
+    run |= {"plan": _plan, "tune": _tune}
     with one_line_errors("jsparse"):
         run[parsed.command](parsed)
+
+
+# what each search can be told; the score by the function that it names
+_SCORES = {"mass": kept_mass, "outputs": near_outputs}
+_SEARCH_OPTIONS = {
+    "minference": ("budget", "start", "score", "block"),
+    "xattention": ("coverage", "stride", "block"),
+}
+
+
+def _add_plan(commands: Any) -> None:
+    planned = commands.add_parser(
+        "plan",
+        help="search settings for each head of a model on captured tensors",
+        description=_PLANNED,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    planned.add_argument("file", type=Path, help="the safetensors file")
+    planned.add_argument(
+        "--method", choices=[*SEARCHES], default="minference", help="default: %(default)s"
+    )
+    planned.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=Path("build/plan.json"),
+        help="default: %(default)s",
+    )
+    planned.add_argument("--source", metavar="NAME", help="of the model; default: the file's name")
+    planned.add_argument(
+        "--block", type=int, metavar="TOKENS", help="per tile; default: the method's"
+    )
+    own = planned.add_argument_group("minference")
+    own.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="most operations of a head, over those of dense attention; default: 0.25",
+    )
+    own.add_argument(
+        "--start", type=int, metavar="TOKENS", help="first query that is scored; default: 2500"
+    )
+    own.add_argument(
+        "--score",
+        choices=[*_SCORES],
+        help="dense attention's mass kept, or outputs that stay as they were; default: mass",
+    )
+    own = planned.add_argument_group("xattention")
+    own.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="of dense attention's mass, in the blocks that are to be taken; default: 0.9",
+    )
+    own.add_argument("--stride", type=int, metavar="TOKENS", help="default: the method's")
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    every = dict.fromkeys(name for names in _SEARCH_OPTIONS.values() for name in names)
+    given = {name: value for name in every if (value := getattr(parsed, name)) is not None}
+    checks.search_options(parsed.method, given, _SEARCH_OPTIONS[parsed.method])
+    if "score" in given:
+        given["score"] = _SCORES[given["score"]]
+    if "block" in given:
+        given["block_size"] = given.pop("block")
+    make_room(parsed.output)
+    layers = load_captured(parsed.file)
+    with Progress(*_COLUMNS) as bar:
+        task = bar.add_task("", total=None)
+        started = False
+
+        def progress(label: str, steps: int) -> None:
+            nonlocal started
+            bar.update(task, description=label, total=steps, advance=1 if started else 0)
+            started = True
+
+        table = SEARCHES[parsed.method](
+            layers,
+            source=parsed.source or parsed.file.name,
+            progress=progress,
+            partial=parsed.output.with_suffix(".partial.json"),
+            **given,
+        )
+        bar.update(task, advance=1)
+    save_table(table, parsed.output)
+    _print_choices(table)
+    print(f"plan: {parsed.output}")
+
+
+def _print_choices(table: HeadTable) -> None:
+    shown = Table(box=box.SIMPLE_HEAD, caption=_CHOICES, caption_justify="left")
+    for name in ("layer", "score", "cost"):
+        shown.add_column(name, no_wrap=True, justify="right")
+    shown.add_column("heads", overflow="fold")
+    for number, layer in enumerate(table.layers):
+        scores = [choice.score for choice in layer if choice.score is not None]
+        costs = [choice.cost for choice in layer if choice.cost is not None]
+        means = (f"{sum(x) / len(x):.3f}" if x else "-" for x in (scores, costs))
+        shown.add_row(str(number), *means, ", ".join(map(_value, layer)))
+    print_first_that_fits(shown)
+    budget = table.provenance.search.get("budget")
+    if budget is not None:
+        over = sum(choice.cost > budget for layer in table.layers for choice in layer)
+        if over:
+            print(
+                f"{counted(over, 'head')} above the budget of {budget:g}: no candidate is cheaper"
+            )
+
+
+def _value(choice: Choice) -> str:
+    if not dataclasses.is_dataclass(choice.value):
+        return f"{choice.value:.2f}"
+    sizes = " ".join(map(str, dataclasses.astuple(choice.value)))  # type: ignore[arg-type]
+    return f"{type(choice.value).__name__} {sizes}"
+
+
+_CHOICES = (
+    "score: of dense attention kept; cost: operations over those of dense; both per head, mean."
+)
 
 
 def _add_tune(commands: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jsparse.estimators import mean_pooled, minference, xattention
+from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
@@ -29,6 +30,9 @@ class Row(NamedTuple):
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
+      per_head: The argument that takes one value per query head, which a table of `jsparse.planning`
+        holds; None where there is none.
+      kinds: What those values are, where they are not numbers.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
         depends on tokens after it; what is in them does not.
@@ -49,6 +53,8 @@ class Row(NamedTuple):
     control_traced: bool = False
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
+    per_head: str | None = None
+    kinds: tuple[type, ...] = ()
     by_kv_head: bool = False
     by_last_queries: bool = False
     needs_state: bool = False
@@ -138,6 +144,8 @@ METHODS: tuple[Row, ...] = (
         control="minference_ratio",
         settings=(0.02, 0.025, 0.03, 0.04),
         keeps_all=2.0**20,
+        per_head="patterns",
+        kinds=(AShape, VerticalSlash, BlockSparse),
         by_last_queries=True,
     ),
     Row(
@@ -154,6 +162,7 @@ METHODS: tuple[Row, ...] = (
         control_traced=True,
         settings=(0.5, 0.7, 0.9, 0.95),
         keeps_all=1.0,
+        per_head="threshold",
     ),
 )
 

@@ -52,6 +52,16 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.tables import layer_methods as layer_methods
+from jsparse.checks.tables import rows_left as rows_left
+from jsparse.checks.tables import search_options as search_options
+from jsparse.checks.tables import table_layers as table_layers
+from jsparse.checks.tables import table_method as table_method
+from jsparse.checks.tables import table_parts as table_parts
+from jsparse.checks.tables import table_readable as table_readable
+from jsparse.checks.tables import table_refused as table_refused
+from jsparse.checks.tables import table_schema as table_schema
+from jsparse.checks.tables import table_value as table_value
 from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
 from jsparse.checks.values import fractions as fractions

@@ -57,12 +57,20 @@ class Store:
     def _write(self) -> None:
         if self._path is None:
             return
-        whole = json.dumps({"of": self._of, "figures": self._figures})
-        # written aside and renamed: being stopped in between leaves the old file, not half a one
-        aside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(whole)
-            aside.replace(self._path)
-        except OSError as error:
-            checks.writable(self._path, error)
+        write_whole(self._path, json.dumps({"of": self._of, "figures": self._figures}))
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a file in one go, its folders made; being stopped leaves the old one, not half of it.
+
+    Raises:
+      ValueError: if it cannot be written.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        checks.writable(path, error)

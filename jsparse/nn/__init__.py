@@ -7,3 +7,4 @@ from jsparse.nn.rotary import rotary as rotary
 from jsparse.nn.surgery import attention_layers as attention_layers
 from jsparse.nn.surgery import recording as recording
 from jsparse.nn.surgery import with_attention as with_attention
+from jsparse.nn.surgery import with_methods as with_methods

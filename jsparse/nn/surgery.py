@@ -1,6 +1,6 @@
 """Reaching into a built model: its attention layers, and the same model with another attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from flax import nnx
@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jsparse import checks
 from jsparse.nn.attention import AttentionFn, SparseAttention
+from jsparse.types import Method
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -34,6 +35,25 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
     copy = nnx.merge(*nnx.split(model))
     for layer in attention_layers(copy):
         layer.attention = attention
+    return copy
+
+
+def with_methods(model: M, methods: Sequence[Method]) -> M:
+    """The same model, parameters shared, each layer with a method of its own.
+
+    Args:
+      model: A model that has `SparseAttention` layers; it is left as it was.
+      methods: Without parameters, one per layer in the order of `attention_layers`, such as
+        `jsparse.planning.methods_of` makes from a table.
+
+    Raises:
+      ValueError: if there are not as many methods as layers.
+    """
+    copy = nnx.merge(*nnx.split(model))
+    layers = attention_layers(copy)
+    checks.layer_methods(len(methods), len(layers))
+    for layer, method in zip(layers, methods, strict=True):
+        layer.method, layer.method_params = method, None
     return copy
 
 

@@ -1,0 +1,108 @@
+"""Checks of saved tables of what each head is given, and of the searches that make them."""
+
+import dataclasses
+from typing import Any
+
+
+def table_readable(path: Any, error: Any) -> None:
+    """A table could not be read."""
+    raise ValueError(f"{path} is not a readable table ({error}); make one with jsparse plan.")
+
+
+def table_schema(path: Any, content: Any, schema: str, version: int) -> None:
+    """A file is a table, of a version that is known."""
+    if not isinstance(content, dict) or content.get("schema") != schema:
+        raise ValueError(f"{path} is no table of heads; make one with jsparse plan.")
+    if content.get("version") != version:
+        raise ValueError(
+            f"{path} has version {content.get('version')!r} of the schema, this jsparse reads "
+            f"{version}; make it anew with jsparse plan, or update jsparse."
+        )
+    missing = {"method", "per_head", "arguments", "provenance", "layers"} - {*content}
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; make it with jsparse plan.")
+
+
+def table_method(path: Any, name: Any, known: Any) -> None:
+    """The table's method takes something per head."""
+    if name not in known:
+        raise ValueError(
+            f"{path} is of the method {name!r}, which has nothing to set per head here; those that "
+            f"have: {', '.join(sorted(known))}."
+        )
+
+
+def table_parts(path: Any, content: Any, per_head: Any, provenance: tuple[str, ...]) -> None:
+    """What a table says besides its layers is complete."""
+    if content["per_head"] != per_head:
+        raise ValueError(
+            f"{path} sets {content['per_head']!r} per head; {content['method']} takes {per_head!r}."
+        )
+    for name in ("arguments", "provenance"):
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path}: {name} is {content[name]!r}; it must map names to values.")
+    if {*content["provenance"]} != {*provenance}:
+        raise ValueError(f"{path}: provenance must have {', '.join(provenance)}.")
+
+
+def table_layers(path: Any, layers: Any, fields: tuple[str, ...]) -> None:
+    """Layers are lists of as many heads each."""
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{path} has no layers; each is a list with an entry per query head.")
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, list) or not layer or len(layer) != len(layers[0]):
+            heads = [len(x) if isinstance(x, list) else x for x in (layer, layers[0])]
+            raise ValueError(
+                f"{path}: layer {number} has {heads[0]} heads and layer 0 {heads[1]}; all layers "
+                "need as many, at least 1."
+            )
+        for head, cell in enumerate(layer):
+            if not isinstance(cell, dict) or {*cell} != {*fields}:
+                raise ValueError(
+                    f"{path}: layer {number}, head {head} is {cell!r}; it must have "
+                    f"{', '.join(fields)}."
+                )
+
+
+def table_value(path: Any, layer: int, head: int, value: Any, kinds: tuple[type, ...]) -> None:
+    """A head's value is a number, or one of the kinds that the method has."""
+    where = f"{path}: layer {layer}, head {head}"
+    if not kinds:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where} has {value!r}; it must be a number.")
+        return
+    known = {kind.__name__: kind for kind in kinds}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in known:
+        raise ValueError(f"{where} has {value!r}; its kind must be one of {', '.join(known)}.")
+    names = [field.name for field in dataclasses.fields(known[kind])]
+    if {*value} != {"kind", *names}:
+        raise ValueError(f"{where} has {value!r}; {kind} takes {', '.join(names)}.")
+
+
+def table_refused(path: Any, layer: int, error: Any) -> None:
+    """A method does not take what a layer of the table holds."""
+    raise ValueError(f"{path}: layer {layer}: {error}")
+
+
+def rows_left(start: int, q_len: int) -> None:
+    """A score over the rows past a start has some."""
+    if start >= q_len:
+        raise ValueError(
+            f"start={start} leaves none of {q_len} queries to score; pass a lower start, or a "
+            "longer text."
+        )
+
+
+def layer_methods(methods: int, layers: int) -> None:
+    """A method for each attention layer."""
+    if methods != layers:
+        raise ValueError(f"There are {methods} methods for {layers} attention layers.")
+
+
+def search_options(method: str, given: Any, allowed: Any) -> None:
+    """Options given are ones that the method's search has."""
+    for name in given:
+        if name not in allowed:
+            options = ", ".join(f"--{n}" for n in sorted(allowed))
+            raise ValueError(f"--{name} is not for {method}, whose search takes {options}.")
