@@ -49,16 +49,15 @@ Stopped with Ctrl-C, the same command goes on where it was.
 """
 
 
-_PLANNED = """Searches, head by head, for the settings that suit a model, on q, k, v captured from it
-(see jsparse compare --help), and writes them as a table of JSON:
+_PLANNED = """Searches the settings that suit each head of a model, on q, k, v captured from it (see
+jsparse compare --help), and writes them as a table of JSON:
 
   minference   the pattern that keeps most of dense attention, among those that cost no more than
                the budget
   xattention   the threshold at which the blocks that hold most of dense attention are taken
 
 In Python, jsparse.planning.methods_of(load_table("plan.json")) makes a method for each layer, and
-jsparse.nn.with_methods puts these into a model. Longer texts than 10000 tokens are worth a search:
-below, attention is rarely sparse enough.
+jsparse.nn.with_methods puts these into a model.
 
 Stopped with Ctrl-C, the same command goes on where it was.
 """
@@ -157,7 +156,7 @@ def _add_plan(commands: Any) -> None:
     )
     planned.add_argument("--source", metavar="NAME", help="of the model; default: the file's name")
     planned.add_argument(
-        "--block", type=int, metavar="TOKENS", help="per tile; default: the method's"
+        "--block", type=int, metavar="TOKENS", help="tokens per block; default: the method's own"
     )
     own = planned.add_argument_group("minference")
     own.add_argument(
@@ -181,7 +180,9 @@ def _add_plan(commands: Any) -> None:
         metavar="SHARE",
         help="of dense attention's mass, in the blocks that are to be taken; default: 0.9",
     )
-    own.add_argument("--stride", type=int, metavar="TOKENS", help="default: the method's")
+    own.add_argument(
+        "--stride", type=int, metavar="TOKENS", help="of a cell; default: the method's own"
+    )
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -231,9 +232,7 @@ def _print_choices(table: HeadTable) -> None:
     if budget is not None:
         over = sum(choice.cost > budget for layer in table.layers for choice in layer)
         if over:
-            print(
-                f"{counted(over, 'head')} above the budget of {budget:g}: no candidate is cheaper"
-            )
+            print(f"{counted(over, 'head')} above the budget {budget:g}: no candidate is cheaper")
 
 
 def _value(choice: Choice) -> str:
@@ -244,7 +243,8 @@ def _value(choice: Choice) -> str:
 
 
 _CHOICES = (
-    "score: of dense attention kept; cost: operations over those of dense; both per head, mean."
+    "score: share of dense attention's mass, or outputs, kept; cost: operations over those of "
+    "dense attention; means over heads."
 )
 
 

@@ -30,8 +30,8 @@ class Row(NamedTuple):
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
-      per_head: The argument that takes one value per query head, which a table of `jsparse.planning`
-        holds; None where there is none.
+      per_head: The argument of which a table of `jsparse.planning` holds a value per query head;
+        None where there is none.
       kinds: What those values are, where they are not numbers.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets

@@ -9,8 +9,17 @@ import pytest
 import safetensors.numpy
 
 import examples.compare
+import jsparse as js
 from jsparse.cli import main
 from jsparse.evaluation import Captured, save_captured
+from jsparse.planning import (
+    SEARCHES,
+    Choice,
+    Provenance,
+    Table,
+    load_table,
+    near_outputs,
+)
 from jsparse.registry import METHODS
 from tests.inputs import qkv
 
@@ -156,7 +165,7 @@ def test_argparse_exits_with_2_and_help_shows_examples(capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-    for arguments in (["--help"], ["compare", "--help"]):
+    for arguments in (["--help"], ["compare", "--help"], ["plan", "--help"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
@@ -170,3 +179,56 @@ def test_python_m_jsparse_is_the_same_command():
     assert done.returncode == 2
     assert done.stderr.startswith("jsparse: nosuch.safetensors")
     assert done.stderr.count("\n") == 1
+
+
+def test_plan_prints_the_choices_and_writes_a_table(capsys, file, tmp_path):
+    output = tmp_path / "new" / "plan.json"
+    arguments = ["--method", "xattention", "--coverage", 0.8, "--block", 32, "--output", output]
+    main(["plan", *map(str, [file, *arguments, "--source", "a model"])])
+    out = capsys.readouterr().out
+    assert f"plan: {output}" in out
+    table = load_table(output)
+    assert table.method == "xattention"
+    assert table.arguments == {"stride": 16, "block_size": 32}
+    assert table.provenance[:3] == ("a model", 300, 300)
+    assert table.provenance.search == {"coverage": 0.8}
+    assert f"{table.layers[1][3].value:.2f}" in out
+    assert [p.name for p in output.parent.iterdir()] == ["plan.json"]
+
+
+def test_plan_hands_its_options_to_the_search_and_says_what_is_too_dear(
+    capsys, file, tmp_path, monkeypatch
+):
+    told = {}
+
+    def search(layers, *, source, progress, partial, **given):
+        told.update(given, source=source, partial=partial)
+        progress("layer 0", 1)
+        heads = tuple(Choice(js.AShape(4, 9), 0.5, cost) for cost in (0.1, 0.3))
+        provenance = Provenance(source, 300, 300, "kept_mass", {"budget": given["budget"]})
+        return Table("minference", {}, (heads,), provenance)
+
+    monkeypatch.setitem(SEARCHES, "minference", search)
+    options = ["--budget", "0.2", "--start", "7", "--score", "outputs", "--block", "32"]
+    main(["plan", str(file), *options, "--output", str(tmp_path / "plan.json")])
+    assert told == {
+        "budget": 0.2,
+        "start": 7,
+        "score": near_outputs,
+        "block_size": 32,
+        "source": file.name,
+        "partial": tmp_path / "plan.partial.json",
+    }
+    out = capsys.readouterr().out
+    assert "AShape 4 9" in out
+    assert "1 head above the budget 0.2" in out
+
+
+def test_plan_refuses_in_one_line(capsys, file, tmp_path):
+    output = ["--output", tmp_path / "plan.json"]
+    line = fails(capsys, "plan", file, "--method", "xattention", "--budget", 0.2, *output)
+    assert "--budget is not for xattention, whose search takes --block, --coverage" in line
+    assert "start=2500 leaves none of 300 queries" in fails(capsys, "plan", file, *output)
+    assert "budget=7.0" in fails(capsys, "plan", file, "--budget", 7.0, *output)
+    assert "nothing.safetensors" in fails(capsys, "plan", tmp_path / "nothing.safetensors", *output)
+    assert "is a folder" in fails(capsys, "plan", file, "--output", tmp_path)

@@ -275,9 +275,9 @@ def _select(
     if info.block_scores is not None:
         of = keep[..., budget.block_sparse, :, :]
         most = jnp.asarray(budget.tiles)[:, None, None]
-        of = selection.top_k(info.block_scores, most, visible=of)
-        keep = keep.at[..., budget.block_sparse, :, :].set(of)
-    if info.vertical is None:
+        best = selection.top_k(info.block_scores, most, visible=of)
+        keep = keep.at[..., budget.block_sparse, :, :].set(best)
+    if info.vertical is None or info.slash is None:
         return keep, None
     first = _first_key(offset, grid, batch_shape)
     # neither a column nor a distance goes past the last query's own key

@@ -5,6 +5,7 @@ Jiang et al. 2024, arXiv:2407.02490, section 3.2, algorithm 1.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,10 +150,9 @@ def search_patterns(
                 if min(costs) > budget:
                     return {"cost": costs, "score": [None] * len(costs)}
                 found = score(Attended(*run(*layer)), dense(), start)
-                return {
-                    "cost": costs,
-                    "score": [float(x) if np.isfinite(x) else None for x in found],
-                }
+                numbers = np.asarray(found, np.float64).tolist()
+                finite = [x if math.isfinite(x) else None for x in numbers]
+                return {"cost": costs, "score": finite}
 
             figures.append(store.get(label, figure))
         chosen.append(_choose(candidates, figures, budget))
@@ -200,13 +200,12 @@ def _choose(
     """Each head's best within the budget: by score, then by cost, then in the given order."""
     chosen = []
     for head in range(len(figures[0]["cost"])):
-        options = [
-            Choice(pattern, found["score"][head], found["cost"][head])
-            for pattern, found in zip(candidates, figures, strict=True)
+        costs, scores = ([found[name][head] for found in figures] for name in ("cost", "score"))
+        ranked = [
+            (-scores[n], cost, n)
+            for n, cost in enumerate(costs)
+            if cost <= budget and scores[n] is not None
         ]
-        within = [o for o in options if o.cost <= budget and o.score is not None]
-        if within:
-            chosen.append(min(within, key=lambda o: (-o.score, o.cost)))
-        else:
-            chosen.append(min(options, key=lambda o: o.cost))
+        best = min(ranked)[-1] if ranked else costs.index(min(costs))
+        chosen.append(Choice(candidates[best], scores[best], costs[best]))
     return tuple(chosen)

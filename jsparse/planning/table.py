@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
 from jsparse import checks
 from jsparse.evaluation.store import write_whole
@@ -74,7 +74,7 @@ def methods_of(table: Table) -> list[Method]:
     made = []
     for layer in table.layers:
         values = [choice.value for choice in layer]
-        values = values if row.kinds else np.asarray(values, np.float32)
+        values = values if row.kinds else jnp.asarray(values, jnp.float32)
         made.append(row.factory(**table.arguments, **{str(row.per_head): values}))
     return made
 

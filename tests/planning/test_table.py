@@ -18,12 +18,8 @@ LAYERS = (
     (Choice(js.BlockSparse(2), None, 0.4), Choice(js.AShape(4, 60))),
 )
 PATTERNS = Table("minference", {"block_size": 32}, LAYERS, PROVENANCE)
-THRESHOLDS = Table(
-    "xattention",
-    {"stride": 8},
-    ((Choice(0.5), Choice(0.9)), (Choice(0.7), Choice(1.0))),
-    PROVENANCE,
-)
+NUMBERS = (Choice(0.5), Choice(0.9)), (Choice(0.7), Choice(1.0))
+THRESHOLDS = Table("xattention", {"stride": 8}, NUMBERS, PROVENANCE)
 
 
 @pytest.mark.parametrize("table", [PATTERNS, THRESHOLDS], ids=lambda t: t.method)
