@@ -197,6 +197,10 @@ def test_positions_batches_and_a_mask_are_honoured():
     np.testing.assert_allclose(out[0], expected, atol=2e-5)
     changed, _ = run(q, k.at[0, end:].add(3.0), v.at[0, end:].add(3.0), positions)
     np.testing.assert_array_equal(changed, out)
+    # the first 20 queries of the first sequence are of the segment that ends at key 60
+    changed, _ = run(q, k, v.at[0, :60].add(3.0), positions)
+    np.testing.assert_array_equal(changed[0, 20:], out[0, 20:])
+    assert (changed[0, :20] != out[0, :20]).all()
 
 
 def test_nothing_as_large_as_the_attention_map_is_made():
