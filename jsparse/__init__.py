@@ -13,6 +13,7 @@ from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import mean_pooled as mean_pooled
+from jsparse.estimators import pbs_attn as pbs_attn
 from jsparse.estimators import xattention as xattention
 from jsparse.attention.explain import explain as explain
 from jsparse.functional import dot_product_attention as dot_product_attention

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jsparse.estimators import mean_pooled, xattention
+from jsparse.estimators import mean_pooled, pbs_attn, xattention
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
@@ -29,6 +29,7 @@ class Row(NamedTuple):
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
+      looks_ahead: Whether which tiles a row gets depends on tokens after it.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     control_traced: bool = False
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
+    looks_ahead: bool = False
     by_kv_head: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -136,6 +138,22 @@ METHODS: tuple[Row, ...] = (
         control_traced=True,
         settings=(0.5, 0.7, 0.9, 0.95),
         keeps_all=1.0,
+    ),
+    Row(
+        name="pbs_attn",
+        family="estimators",
+        factory=pbs_attn,
+        summary="keys sorted in segments, top-p blocks by means",
+        paper="arXiv:2510.21270",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="threshold",
+        control_traced=True,
+        settings=(0.5, 0.7, 0.9, 0.95),
+        keeps_all=1.0,
+        looks_ahead=True,
     ),
 )
 

@@ -14,10 +14,13 @@ from jaxtyping import Array
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.core.blocks import candidates
+from jsparse.core.reordering import Orders
 from jsparse.core.tiling import block_mask
 from jsparse.evaluation.capture import Captured
 from jsparse.evaluation.cost import Cost, attend_backward_cost, attend_cost, plan_cost
 from jsparse.evaluation.metrics import (
+    in_place,
     output_error,
     pairs_attended,
     pairs_visible,
@@ -26,6 +29,7 @@ from jsparse.evaluation.metrics import (
 )
 from jsparse.evaluation.store import Store, fingerprint
 from jsparse.masks import causal
+from jsparse.masks.reordered import follow
 from jsparse.registry import METHODS, Row
 from jsparse.types import BlockMask, Mask, Method
 
@@ -127,7 +131,8 @@ class _Programs(NamedTuple):
         method = setting.method
 
         def plan(operand, q, k):
-            return method(operand).plan((), q, k, mask=mask)[0]
+            tiles, info = method(operand).plan((), q, k, mask=mask)
+            return tiles, Orders.of(info)
 
         def attend(operand, q, k, v):
             return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
@@ -139,7 +144,10 @@ class _Programs(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """All results, and the pictures' raw material: tiles [layer][heads, q_blocks, kv_blocks]."""
+    """All results, and the pictures' raw material.
+
+    That is per setting how much of each tile is computed, [layer][heads, q_blocks, kv_blocks].
+    """
 
     results: list[Result]
     tiles: dict[str, list[np.ndarray]]
@@ -230,10 +238,15 @@ def compare(
         name = setting.row.name if setting.row.control_traced else setting.label
         program = programs.setdefault(name, _Programs.of(setting, mask))
         plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
-        plans = [plan_of(layer.q, layer.k) for layer in layers]
-        tiles[setting.label] = [_tiles(plan, heads) for plan in plans]
+        planned = [plan_of(layer.q, layer.k) for layer in layers]
+        plans = [plan for plan, _ in planned]
+        # the mask as each plan sees it, whose tiles may be of tokens in another order
+        masks = [follow(mask, orders, heads) for _, orders in planned]
+        tiles[setting.label] = [_tiles(plan, orders, mask, heads) for plan, orders in planned]
 
-        def figures(setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans):
+        def figures(
+            setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans, masks=masks
+        ):
             outs = [run(*layer) for layer in layers]
             errors = [
                 output_error(out, full)
@@ -252,7 +265,10 @@ def compare(
             result = Result(
                 label=setting.label,
                 method=setting.row.name,
-                density=[visible_density(plan, mask, heads).tolist() for plan in plans],
+                density=[
+                    visible_density(plan, seen, heads).tolist()
+                    for plan, seen in zip(plans, masks, strict=True)
+                ],
                 token_density=[(pairs(*layer) / visible).tolist() for layer in layers],
                 recall=[share.tolist() for share in recall],
                 error=[error.relative.tolist() for error in errors],
@@ -285,9 +301,14 @@ def _inside(method: Method):
     return attention
 
 
-def _tiles(plan: BlockMask, heads: int) -> np.ndarray:
-    dense = np.asarray(plan.to_dense())
-    return np.repeat(dense, heads // dense.shape[0], axis=0)
+def _tiles(plan: BlockMask, orders: Orders, mask: Mask, heads: int) -> np.ndarray:
+    """How much of each tile is computed, tokens in their own places, of what can be seen there."""
+    shares = np.asarray(plan.to_dense(), np.float32)
+    shares = np.repeat(shares, heads // shares.shape[0], axis=0)
+    if not orders.moved:
+        return shares
+    visible, _ = candidates(mask, plan.grid, (), heads)
+    return in_place(shares, orders, plan.grid) * np.asarray(visible)
 
 
 def _median_seconds(run: Callable[..., Any], layers: list[Captured], repeats: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 
 from jsparse import checks
 
@@ -25,9 +25,9 @@ Guide = Callable[[float], float] | None
 
 
 class Panel(NamedTuple):
-    """Tiles of one head, with what stands above them and what pointing at them says."""
+    """How much of each tile of one head is computed, a caption, and what pointing at it says."""
 
-    tiles: Bool[np.ndarray, "q_blocks kv_blocks"]
+    tiles: Shaped[np.ndarray, "q_blocks kv_blocks"]
     caption: str
     tooltip: str
 
@@ -91,7 +91,7 @@ def tile_grid(name: str, rows: Sequence[tuple[str, Sequence[Panel]]]) -> str:
         return _svg(figure, "tiles")
 
 
-def _pixels(tiles: Bool[np.ndarray, "q_blocks kv_blocks"]) -> Float[np.ndarray, "rows columns 4"]:
+def _pixels(tiles: Shaped[np.ndarray, "q_blocks kv_blocks"]) -> Float[np.ndarray, "rows columns 4"]:
     """Black where computed, faint where only visible; at most 128 each way, grey between."""
     step = -(-max(tiles.shape) // 128)
     padded = np.pad(1.0 * tiles, [(0, -n % step) for n in tiles.shape], constant_values=np.nan)

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
-from jsparse.types import BlockMask, Mask, Method
+from jsparse.core.reordering import Orders
+from jsparse.types import BlockMask, Mask, Method, TileGrid
 
 
 class OutputError(NamedTuple):
@@ -65,6 +67,38 @@ def visible_density(
     visible, _ = candidates(mask, plan.grid, plan.batch_shape, heads)
     computed = jnp.repeat(plan.kv_num_blocks.sum(-1), heads // plan.list_heads, axis=-1)
     return computed / visible.sum((-1, -2))
+
+
+def in_place(
+    shares: Float[np.ndarray, "*batch heads q_blocks kv_blocks"], orders: Orders, grid: TileGrid
+) -> Float[np.ndarray, "*batch heads q_blocks kv_blocks"]:
+    """What is computed of tiles of reordered tokens, as tiles of tokens in their own places.
+
+    Args:
+      shares: The share of each tile's pairs that is computed.
+      orders: The orders that a method put tokens in.
+      grid: The lengths and tile sizes.
+    """
+    moved = shares
+    for order, block, axis in zip(orders, (grid.block_q, grid.block_kv), (-2, -1), strict=True):
+        if order is not None:
+            held = _block_shares(np.asarray(order), block)
+            held = np.repeat(held, shares.shape[-3] // held.shape[-3], axis=-3)
+            moved = held @ moved if axis == -2 else moved @ np.swapaxes(held, -1, -2)
+    return moved
+
+
+def _block_shares(
+    order: Int[np.ndarray, "*batch order_heads length"], block: int
+) -> Float[np.ndarray, "*batch order_heads blocks blocks"]:
+    """Of each block of tokens in their own places, the share that each block of the order holds."""
+    length = order.shape[-1]
+    blocks = -(-length // block)
+    flat = order.reshape(-1, length)
+    found = np.zeros((len(flat), blocks, blocks), np.float32)
+    np.add.at(found, (np.arange(len(flat))[:, None], flat // block, np.arange(length) // block), 1)
+    found /= found.sum(-1, keepdims=True)
+    return found.reshape(*order.shape[:-1], blocks, blocks)
 
 
 def pairs_attended(
