@@ -29,8 +29,9 @@ class Row(NamedTuple):
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
       keeps_all: The value of `control` at which nothing is left out; None where there is none.
-      looks_ahead: Whether which tiles a row gets depends on tokens after it.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
+      by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
+        depends on tokens after it; what is in them does not.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
     """
@@ -48,8 +49,8 @@ class Row(NamedTuple):
     control_traced: bool = False
     settings: tuple[float, ...] = ()
     keeps_all: float | None = None
-    looks_ahead: bool = False
     by_kv_head: bool = False
+    by_last_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
 
@@ -151,9 +152,9 @@ METHODS: tuple[Row, ...] = (
         training_free=True,
         control="threshold",
         control_traced=True,
-        settings=(0.5, 0.7, 0.9, 0.95),
+        settings=(0.2, 0.5, 0.7, 0.9),
         keeps_all=1.0,
-        looks_ahead=True,
+        by_last_queries=True,
     ),
 )
 

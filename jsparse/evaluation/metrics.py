@@ -1,6 +1,6 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,25 +107,35 @@ def pairs_attended(
     k: Float[Array, "*batch kv_len kv_heads dim"],
     v: Float[Array, "*batch kv_len kv_heads v_dim"],
     *,
-    mask: Mask | None = None,
+    params: Any = (),
+    **given: Any,
 ) -> Float[Array, "*batch heads"]:
     """Counts the pairs of tokens that a method attends to, element-wise masks included.
 
     With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
     executor that does the work does the counting too, one tile at a time. Exact up to f32
     rounding.
+
+    Args:
+      method: What plans and attends.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      params: The method's parameters.
+      **given: What else it takes: mask, x, positions, state, key.
     """
 
     def zero(logit, batch, head, q_index, kv_index):
         return jnp.zeros_like(logit)
 
-    (_, lse), _ = method.attend((), q, k, v, mask=mask, score_mod=zero, return_lse=True)
+    (_, lse), _ = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
     return jnp.exp(lse).sum(-1)
 
 
-def pairs_visible(mask: Mask, q_len: int, kv_len: int, heads: int) -> Float[Array, " heads"]:
-    """Counts the pairs of tokens that a mask without batch axes leaves visible, per head."""
-    zeros = jnp.zeros((1, heads, 1))
-    q, k = jnp.broadcast_to(zeros, (q_len, heads, 1)), jnp.broadcast_to(zeros, (kv_len, heads, 1))
+def pairs_visible(
+    mask: Mask | None, q_len: int, kv_len: int, heads: int, batch_shape: tuple[int, ...] = ()
+) -> Float[Array, "*batch heads"]:
+    """Counts the pairs of tokens that a mask leaves visible, per head."""
+    q, k = (jnp.zeros((*batch_shape, length, heads, 1)) for length in (q_len, kv_len))
     _, lse = jax.jit(lambda q, k: attend(q, k, k, mask=mask, return_lse=True))(q, k)
     return jnp.exp(lse).sum(-1)

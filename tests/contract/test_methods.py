@@ -130,7 +130,9 @@ def test_causal_never_looks_ahead(row):
 
 
 @pytest.mark.parametrize(
-    "row", [r for r in js.registry.METHODS if r.causal and not r.looks_ahead], ids=lambda r: r.name
+    "row",
+    [r for r in js.registry.METHODS if r.causal and not r.by_last_queries],
+    ids=lambda r: r.name,
 )
 def test_estimates_never_look_ahead(row):
     """Which tiles a row gets does not depend on keys after it, however large they are."""
