@@ -9,6 +9,7 @@ from jsparse import registry as registry
 
 # attention
 from jsparse.attention.attend import attend as attend
+from jsparse.attention.length_switch import from_length as from_length
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
@@ -17,8 +18,10 @@ from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import minference as minference
+from jsparse.estimators import pbs_attn as pbs_attn
 from jsparse.estimators import xattention as xattention
 from jsparse.attention.explain import explain as explain
+from jsparse.evaluation.density import density_report as density_report
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jsparse.estimators import mean_pooled, minference, xattention
+from jsparse.estimators import mean_pooled, minference, pbs_attn, xattention
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.powerattention import powerattention
@@ -163,6 +163,22 @@ METHODS: tuple[Row, ...] = (
         settings=(0.5, 0.7, 0.9, 0.95),
         keeps_all=1.0,
         per_head="threshold",
+    ),
+    Row(
+        name="pbs_attn",
+        family="estimators",
+        factory=pbs_attn,
+        summary="keys sorted in segments, top-p blocks by means",
+        paper="arXiv:2510.21270",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="threshold",
+        control_traced=True,
+        settings=(0.2, 0.5, 0.7, 0.9),
+        keeps_all=1.0,
+        by_last_queries=True,
     ),
 )
 

@@ -115,8 +115,9 @@ def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, si
     All rows walk their lists together: it costs what the fullest row costs, for every row. It is
     computed in f32, because `at` has no derivative in less.
     """
-    wide = (None if x is None else x.astype(jnp.float32) for x in operands[:-1])
-    operands = Operands(*wide, captured=operands.captured)
+    captured = operands.captured
+    operands = jax.tree.map(lambda x: x.astype(jnp.float32), operands._replace(captured=()))
+    operands = operands._replace(captured=captured)
     steps = -(-lists.kv_indices.shape[-1] // tiles_together(lists, sizes))
 
     def repeat(_, step, state):

@@ -25,3 +25,13 @@ def mean_blocks(
 ) -> Float[Array, "*batch blocks heads dim"]:
     """Averages each block's tokens, in f32; the last block over those that it has."""
     return sum_blocks(x, block) / block_counts(x.shape[-3], block)[:, None, None]
+
+
+def max_blocks(
+    x: Float[Array, "*batch length heads dim"], block: int
+) -> Float[Array, "*batch blocks heads dim"]:
+    """Takes the largest of each block's tokens, feature by feature, in f32."""
+    missing = -x.shape[-3] % block
+    pad = [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)]
+    x = jnp.pad(x.astype(jnp.float32), pad, constant_values=-jnp.inf)
+    return x.reshape(*x.shape[:-3], -1, block, *x.shape[-2:]).max(-3)

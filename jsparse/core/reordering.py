@@ -7,12 +7,32 @@ follows the tokens by `js.masks.reordered`.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jsparse import checks
+
+Order = Int[Array, "*batch order_heads length"]
+
+
+class Orders(NamedTuple):
+    """Where a method has put tokens before it cut tiles; None where they stand in their places."""
+
+    q_order: Order | None = None
+    kv_order: Order | None = None
+
+    @classmethod
+    def of(cls, info: Any) -> "Orders":
+        """What a method's `info` says: fields of the same names, where it has them."""
+        return cls(getattr(info, "q_order", None), getattr(info, "kv_order", None))
+
+    @property
+    def moved(self) -> bool:
+        """Whether any token stands elsewhere."""
+        return any(order is not None for order in self)
 
 
 def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Int[Array, "1 length"]:

@@ -5,4 +5,5 @@ from jsparse.estimators.minference import AShape as AShape
 from jsparse.estimators.minference import BlockSparse as BlockSparse
 from jsparse.estimators.minference import VerticalSlash as VerticalSlash
 from jsparse.estimators.minference import minference as minference
+from jsparse.estimators.pbs_attn import pbs_attn as pbs_attn
 from jsparse.estimators.xattention import xattention as xattention

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +14,26 @@ from jaxtyping import Array
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.core.blocks import candidates
+from jsparse.core.reordering import Orders
 from jsparse.core.tiling import block_mask
 from jsparse.evaluation.capture import Captured
 from jsparse.evaluation.cost import Cost, attend_backward_cost, attend_cost, plan_cost
 from jsparse.evaluation.metrics import (
+    in_place,
     output_error,
     pairs_attended,
     pairs_visible,
     recalled_mass,
     tile_shares,
     visible_density,
+    widest_part,
 )
 from jsparse.evaluation.store import Store, fingerprint
 from jsparse.masks import causal
+from jsparse.masks.reordered import follow
 from jsparse.registry import METHODS, Row
-from jsparse.types import Mask, Method, parts_of
+from jsparse.types import BlockMask, Mask, Method, parts_of
 
 BLOCK = 128
 
@@ -128,7 +133,8 @@ class _Programs(NamedTuple):
         method = setting.method
 
         def plan(operand, q, k):
-            return method(operand).plan((), q, k, mask=mask)[0]
+            tiles, info = method(operand).plan((), q, k, mask=mask)
+            return tiles, Orders.of(info)
 
         def attend(operand, q, k, v):
             return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
@@ -234,10 +240,15 @@ def compare(
         name = setting.row.name if setting.row.control_traced else setting.label
         program = programs.setdefault(name, _Programs.of(setting, mask))
         plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
-        plans = [plan_of(layer.q, layer.k) for layer in layers]
-        tiles[setting.label] = [tile_shares(plan, heads) for plan in plans]
+        planned = [plan_of(layer.q, layer.k) for layer in layers]
+        plans = [plan for plan, _ in planned]
+        # the mask as each plan sees it, whose tiles may be of tokens in another order
+        masks = [follow(mask, orders, heads) for _, orders in planned]
+        tiles[setting.label] = [_tiles(plan, orders, mask, heads) for plan, orders in planned]
 
-        def figures(setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans):
+        def figures(
+            setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans, masks=masks
+        ):
             outs = [run(*layer) for layer in layers]
             errors = [
                 output_error(out, full)
@@ -256,7 +267,10 @@ def compare(
             result = Result(
                 label=setting.label,
                 method=setting.row.name,
-                density=[visible_density(plan, mask, heads).tolist() for plan in plans],
+                density=[
+                    visible_density(plan, seen, heads).tolist()
+                    for plan, seen in zip(plans, masks, strict=True)
+                ],
                 token_density=[(pairs(*layer) / visible).tolist() for layer in layers],
                 recall=[share.tolist() for share in recall],
                 error=[error.relative.tolist() for error in errors],
@@ -287,6 +301,18 @@ def _inside(method: Method):
         return method.attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
 
     return attention
+
+
+def _tiles(
+    plan: BlockMask | Sequence[BlockMask], orders: Orders, mask: Mask, heads: int
+) -> np.ndarray:
+    """How much of each tile is computed, tokens in their own places, of what can be seen there."""
+    shares = tile_shares(plan, heads)
+    if not orders.moved:
+        return shares
+    grid = widest_part(plan).grid
+    visible, _ = candidates(mask, grid, (), heads)
+    return in_place(shares, orders, grid) * np.asarray(visible)
 
 
 def _median_seconds(run: Callable[..., Any], layers: list[Captured], repeats: int) -> float:

@@ -1,16 +1,17 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
-from jsparse.types import BlockMask, Mask, Method, parts_of
+from jsparse.core.reordering import Orders
+from jsparse.types import BlockMask, Mask, Method, TileGrid, parts_of
 
 
 class OutputError(NamedTuple):
@@ -67,7 +68,7 @@ def visible_density(
     """
     if plan is None:
         return jnp.ones((heads,))
-    widest = _widest(plan)
+    widest = widest_part(plan)
     visible, _ = candidates(mask, widest.grid, widest.batch_shape, heads)
     computed = jnp.zeros((heads,))
     for part in parts_of(plan):
@@ -80,7 +81,7 @@ def tile_shares(
     plan: BlockMask | Sequence[BlockMask], heads: int
 ) -> Float[np.ndarray, "heads q_blocks kv_blocks"]:
     """How much of each tile a concrete plan of one sequence computes; of a tuple's widest part."""
-    widest = _widest(plan)
+    widest = widest_part(plan)
     shares = np.zeros((heads, widest.grid.q_blocks, widest.grid.kv_blocks), np.float32)
     for part in parts_of(plan):
         head, row, entry = np.nonzero(np.asarray(part.entries()))
@@ -93,7 +94,8 @@ def tile_shares(
     return shares
 
 
-def _widest(plan: BlockMask | Sequence[BlockMask]) -> BlockMask:
+def widest_part(plan: BlockMask | Sequence[BlockMask]) -> BlockMask:
+    """The plan itself, or of several parts the one of the largest tiles."""
     return max(parts_of(plan), key=lambda part: part.block_q * part.block_kv)
 
 
@@ -102,31 +104,73 @@ def _share(part: BlockMask, widest: BlockMask) -> float:
     return part.block_q * part.block_kv / (widest.block_q * widest.block_kv)
 
 
+def in_place(
+    shares: Float[np.ndarray, "*batch heads q_blocks kv_blocks"], orders: Orders, grid: TileGrid
+) -> Float[np.ndarray, "*batch heads q_blocks kv_blocks"]:
+    """What is computed of tiles of reordered tokens, as tiles of tokens in their own places.
+
+    Args:
+      shares: The share of each tile's pairs that is computed.
+      orders: The orders that a method put tokens in.
+      grid: The lengths and tile sizes.
+    """
+    moved = shares
+    for order, block, axis in zip(orders, (grid.block_q, grid.block_kv), (-2, -1), strict=True):
+        if order is not None:
+            held = _block_shares(np.asarray(order), block)
+            held = np.repeat(held, shares.shape[-3] // held.shape[-3], axis=-3)
+            moved = held @ moved if axis == -2 else moved @ np.swapaxes(held, -1, -2)
+    return moved
+
+
+def _block_shares(
+    order: Int[np.ndarray, "*batch order_heads length"], block: int
+) -> Float[np.ndarray, "*batch order_heads blocks blocks"]:
+    """Of each block of tokens in their own places, the share that each block of the order holds."""
+    length = order.shape[-1]
+    blocks = -(-length // block)
+    flat = order.reshape(-1, length)
+    found = np.zeros((len(flat), blocks, blocks), np.float32)
+    np.add.at(found, (np.arange(len(flat))[:, None], flat // block, np.arange(length) // block), 1)
+    found /= found.sum(-1, keepdims=True)
+    return found.reshape(*order.shape[:-1], blocks, blocks)
+
+
 def pairs_attended(
     method: Method,
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],
     v: Float[Array, "*batch kv_len kv_heads v_dim"],
     *,
-    mask: Mask | None = None,
+    params: Any = (),
+    **given: Any,
 ) -> Float[Array, "*batch heads"]:
     """Counts the pairs of tokens that a method attends to, element-wise masks included.
 
     With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
     executor that does the work does the counting too, one tile at a time. Exact up to f32
     rounding.
+
+    Args:
+      method: What plans and attends.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      params: The method's parameters.
+      **given: What else it takes: mask, x, positions, state, key.
     """
 
     def zero(logit, batch, head, q_index, kv_index):
         return jnp.zeros_like(logit)
 
-    (_, lse), _ = method.attend((), q, k, v, mask=mask, score_mod=zero, return_lse=True)
+    (_, lse), _ = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
     return jnp.exp(lse).sum(-1)
 
 
-def pairs_visible(mask: Mask, q_len: int, kv_len: int, heads: int) -> Float[Array, " heads"]:
-    """Counts the pairs of tokens that a mask without batch axes leaves visible, per head."""
-    zeros = jnp.zeros((1, heads, 1))
-    q, k = jnp.broadcast_to(zeros, (q_len, heads, 1)), jnp.broadcast_to(zeros, (kv_len, heads, 1))
+def pairs_visible(
+    mask: Mask | None, q_len: int, kv_len: int, heads: int, batch_shape: tuple[int, ...] = ()
+) -> Float[Array, "*batch heads"]:
+    """Counts the pairs of tokens that a mask leaves visible, per head."""
+    q, k = (jnp.zeros((*batch_shape, length, heads, 1)) for length in (q_len, kv_len))
     _, lse = jax.jit(lambda q, k: attend(q, k, k, mask=mask, return_lse=True))(q, k)
     return jnp.exp(lse).sum(-1)

@@ -96,8 +96,9 @@ def write_report(
             "".join(_model_tiles(comparison, r) for r in shown_settings(comparison)),
             "Each square is one head's attention map, queries downwards, keys to the right, with "
             "the share of its visible tiles that is computed: strong tiles are computed, faint "
-            f"ones skipped. Of each method the setting nearest to {percent(SHOWN_DENSITY, 0)} "
-            "density, so that all spend about the same: what differs is where.",
+            "ones skipped, grey ones computed in part. Of each method the setting nearest to "
+            f"{percent(SHOWN_DENSITY, 0)} density, so that all spend about the same: what differs "
+            "is where.",
         ),
         "<h2>Attention recalled, head by head</h2>",
         _figure(

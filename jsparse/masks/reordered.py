@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
+from jsparse.core.reordering import Orders
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, entry, pytree_dataclass
 from jsparse.types.mask import Index, TileClassifier, block_extrema
 
@@ -89,3 +90,10 @@ def reordered(
         return order if count == 1 else jnp.repeat(order, heads // count, axis=-2)
 
     return Reordered(mask, expand(q_order=q_order), expand(kv_order=kv_order))
+
+
+def follow(mask: Mask | None, orders: Orders, heads: int) -> Mask | None:
+    """The mask of tokens that a method has put in these orders."""
+    if mask is None or not orders.moved:
+        return mask
+    return reordered(mask, heads=heads, **orders._asdict())

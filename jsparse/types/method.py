@@ -10,7 +10,8 @@ class Method(NamedTuple):
     Attributes:
       init: `init(key, *, num_heads, num_kv_heads, dim, features) -> params`; `()` without any.
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`; all after
-        `k` optional.
+        `k` optional. Where tiles are of tokens in another order, the fields `q_order` and
+        `kv_order` of `info` say so.
       attend: `attend(params, q, k, v, *, x, positions, mask, state, key, **attend) -> (out, info)`,
         where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...); with
         `return_lse=True`, `out` is `(out, lse)`.

@@ -11,6 +11,9 @@ import pytest
 
 import jsparse as js
 from jsparse.attention.reference import visible
+from jsparse.core.blocks import candidates
+from jsparse.core.reordering import Orders
+from jsparse.masks.reordered import follow
 from jsparse.types import parts_of
 from tests.inputs import qkv
 
@@ -131,12 +134,12 @@ def test_parts_of_a_plan_have_no_pair_in_common(row):
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
     q, k, v = qkv(LENGTH)
-    for tiles in parts_of(plan(row)(q, k)):
-        grid = tiles.grid
-        above = np.arange(grid.kv_blocks) * grid.block_kv >= np.minimum(
-            (np.arange(grid.q_blocks)[:, None] + 1) * grid.block_q, LENGTH
-        )
-        assert not (np.asarray(tiles.to_dense()) & above).any()
+    found, info = sparsest(row).plan((), q, k, mask=CAUSAL)
+    # the mask as the method sees it, if it has put tokens in another order
+    mask = follow(CAUSAL, Orders.of(info), q.shape[-2])
+    for tiles in parts_of(found):
+        to_see, _ = candidates(mask, tiles.grid, (), q.shape[-2])
+        assert not (np.asarray(tiles.to_dense()) & ~to_see).any()
     # the last tile's values change, and its keys: rows before it must not notice
     later = k if row.by_last_queries else k.at[256:].add(3.0)
     changed = attend(row)(q, later, v.at[256:].add(3.0))
@@ -280,15 +283,11 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     q, k, v = qkv(LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)
     out = np.asarray(attend(row)(q, k, v), np.float64)
-    tiles = lists_of(method, q, k)
     single = [x.astype(jnp.float32) for x in (q, k, v)]
-    mask = CAUSAL
-    if row.family == "masks":  # such a method hides pairs inside its tiles as well
-        exact = run(method, *single, implementation="reference")
-        plain = exact.astype(jnp.bfloat16)
-    else:
-        exact = js.attend(*single, tiles, mask=mask, implementation="reference")
-        plain = exact.astype(jnp.bfloat16)
+    tiles, same_tiles = plan(row)(q, k).to_dense(), plan(row)(*single[:2]).to_dense()
+    np.testing.assert_array_equal(tiles, same_tiles, err_msg="numbers of 16 bits choose alike")
+    exact = run(method, *single, implementation="reference")
+    plain = exact.astype(jnp.bfloat16)
     rounding = float(jnp.abs(plain.astype(jnp.float32) - exact).max())
     # rounding q k^T's inputs is shared; probabilities in bf16 add about as much as the output's
     assert np.abs(out - np.asarray(exact, np.float64)).max() <= 4 * rounding

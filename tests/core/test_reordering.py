@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.attention.reordered import attend_reordered
 from jsparse.core import reordering
 from jsparse.types import Frame, TileGrid
 from tests.inputs import qkv
@@ -98,9 +99,7 @@ def test_attention_in_any_order_is_attention(name, order_heads):
     def permuted(q, k, v):
         mask = js.masks.reordered(MASKS[name], heads=4, q_order=q_order, kv_order=kv_order)
         plan = js.block_mask(mask, 45, 45, block_q=8, block_kv=8)
-        q = reordering.reorder(q, q_order)
-        k, v = reordering.reorder(k, kv_order), reordering.reorder(v, kv_order)
-        return reordering.restore(js.attend(q, k, v, plan, mask=mask), q_order)
+        return attend_reordered(q, k, v, plan, q_order=q_order, kv_order=kv_order, mask=mask)
 
     def plain(q, k, v):
         return js.attend(q, k, v, mask=MASKS[name], implementation="reference")
@@ -116,6 +115,32 @@ def test_attention_in_any_order_is_attention(name, order_heads):
         value(permuted),
         value(plain),
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "order_heads", "batch"),
+    [((45, 45), 4, (2,)), ((4, 1, 45), 2, ()), ((2, 4, 45, 1), 2, (2,)), ((4, 45, 45), 2, (2,))],
+    ids=str,
+)
+def test_what_changes_logits_is_told_the_tokens_own_places(shape, order_heads, batch):
+    q, k, v = qkv(45, heads=4, kv_heads=2, dim=8, batch=(2,))
+    bias = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    q_order, kv_order = orders(order_heads, 45, batch), orders(order_heads, 45, batch)
+
+    def score_mod(logit, batch, head, q_index, kv_index):
+        return logit + 0.1 * batch + jnp.cos(q_index + 0.5 * head) * jnp.sin(kv_index - 1.0 * head)
+
+    changes = {"bias": bias, "score_mod": score_mod, "return_lse": True}
+
+    @jax.jit
+    def both(q, k, v):
+        plain = js.attend(q, k, v, mask=CAUSAL, implementation="reference", **changes)
+        mask = js.masks.reordered(CAUSAL, heads=4, q_order=q_order, kv_order=kv_order)
+        here = {"q_order": q_order, "kv_order": kv_order, "mask": mask}
+        return attend_reordered(q, k, v, None, implementation="reference", **here, **changes), plain
+
+    got, expected = both(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=4e-6), got, expected)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -163,6 +188,10 @@ def test_a_segment_wise_order_keeps_causal_tiles_sparse():
         (
             lambda: js.masks.reordered(CAUSAL, heads=4, q_order=orders(3, 8)),
             "heads=4 must be a multiple of 3",
+        ),
+        (
+            lambda: attend_reordered(*qkv(8), None, kv_order=orders(1, 8), bias=jnp.zeros((8, 7))),
+            r"bias has shape \(1, 8, 7\)",
         ),
         (
             lambda: js.attend(

@@ -24,6 +24,8 @@ def test_blocks_are_pooled_over_the_tokens_they_have(length, block, batch):
     means = np.stack([part.mean(-3) for part in parts], -3)
     np.testing.assert_allclose(pooling.sum_blocks(jnp.asarray(x), block), sums, atol=1e-5)
     np.testing.assert_allclose(pooling.mean_blocks(jnp.asarray(x), block), means, atol=1e-6)
+    largest = np.stack([part.max(-3) for part in parts], -3)
+    np.testing.assert_array_equal(pooling.max_blocks(jnp.asarray(x), block), largest)
 
 
 def test_pooling_sums_16_bits_in_32():

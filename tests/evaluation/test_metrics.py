@@ -1,11 +1,13 @@
 """Metrics against float64 loops over all pairs."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jsparse as js
 from jsparse.core.blocks import candidates
+from jsparse.core.reordering import Orders
 from jsparse.evaluation import (
     output_error,
     pairs_attended,
@@ -13,7 +15,8 @@ from jsparse.evaluation import (
     tile_shares,
     visible_density,
 )
-from jsparse.evaluation.metrics import pairs_visible
+from jsparse.evaluation.metrics import in_place, pairs_visible
+from jsparse.masks.reordered import follow
 from tests.inputs import qkv
 
 CAUSAL = js.masks.causal()
@@ -32,9 +35,16 @@ def dense_probs(q, k, q_len, kv_len):
 
 
 def pairs_of(plan, heads, q_len, kv_len):
+    """The pairs of tokens in a plan's tiles, in the plan's order."""
     tiles = np.asarray(plan.to_dense())
     tiles = np.repeat(tiles, heads // tiles.shape[0], axis=0)
     return tiles.repeat(plan.block_q, 1).repeat(plan.block_kv, 2)[:, :q_len, :kv_len]
+
+
+def key_order(info, heads, kv_len):
+    """Which key stands at each place, per head."""
+    order = getattr(info, "kv_order", None)
+    return np.tile(np.arange(kv_len), (heads, 1)) if order is None else np.asarray(order)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(70, 70), (40, 75), (75, 40)])
@@ -43,45 +53,51 @@ def pairs_of(plan, heads, q_len, kv_len):
     [
         js.mean_pooled(block_size=16, density=0.4),
         js.xattention(block_size=16, stride=4, threshold=0.6),
+        js.pbs_attn(block_size=8, threshold=0.3),
     ],
-    ids=["mean_pooled", "xattention"],
+    ids=["mean_pooled", "xattention", "pbs_attn"],
 )
 def test_recall_and_counts_of_a_plan(method, q_len, kv_len):
     q, k, v = qkv(q_len, kv_len)
-    plan, _ = method.plan((), q, k, mask=CAUSAL)
-    probs, visible = dense_probs(q, k, q_len, kv_len)
-    kept = pairs_of(plan, 4, q_len, kv_len) & visible
 
-    (_, sparse), _ = method.attend((), q, k, v, mask=CAUSAL, return_lse=True)
-    _, dense = js.attend(q, k, v, mask=CAUSAL, return_lse=True)
+    @jax.jit
+    def run(q, k, v):
+        (_, sparse), _ = method.attend((), q, k, v, mask=CAUSAL, return_lse=True)
+        _, dense = js.attend(q, k, v, mask=CAUSAL, return_lse=True)
+        counted = pairs_attended(method, q, k, v, mask=CAUSAL)
+        return *method.plan((), q, k, mask=CAUSAL), sparse, dense, counted
+
+    plan, info, sparse, dense, counted = run(q, k, v)
+    probs, visible = dense_probs(q, k, q_len, kv_len)
+    order = key_order(info, 4, kv_len)
+    placed = np.take_along_axis(pairs_of(plan, 4, q_len, kv_len), order.argsort(-1)[:, None], -1)
+    kept = placed & visible
+
     rows = visible.any(-1)
     expected = np.where(kept, probs, 0.0).sum(-1)[:, rows].mean(-1)
     # an lse of n terms of unit-variance logits is good to a few eps times its size, about log n
     np.testing.assert_allclose(recalled_mass(sparse, dense), expected, rtol=16 * EPS * 8)
     assert expected.min() < 0.95
 
-    counted = pairs_attended(method, q, k, v, mask=CAUSAL)
     np.testing.assert_allclose(counted, kept.sum((-1, -2)), rtol=16 * EPS)
     np.testing.assert_allclose(
         pairs_visible(CAUSAL, q_len, kv_len, 4), np.full(4, visible.sum()), rtol=16 * EPS
     )
 
-    seen, _ = candidates(CAUSAL, plan.grid, (), 4)
-    grid = plan.grid
-    tiles_seen = np.array(
-        [
-            [
-                visible[16 * i : 16 * i + 16, 16 * j : 16 * j + 16].any()
-                for j in range(grid.kv_blocks)
-            ]
-            for i in range(grid.q_blocks)
-        ]
-    )
-    np.testing.assert_array_equal(seen[0], tiles_seen)
-    computed = np.asarray(plan.to_dense()).sum((-1, -2))
-    np.testing.assert_allclose(
-        visible_density(plan, CAUSAL, 4), computed / tiles_seen.sum(), rtol=4 * EPS
-    )
+    orders, grid = Orders.of(info), plan.grid
+    tiles_seen = np.zeros((4, grid.q_blocks, grid.kv_blocks), bool)
+    tiles_kept = np.zeros(tiles_seen.shape)
+    for head, i, j in np.ndindex(tiles_seen.shape):
+        rows, columns = (slice(n * grid.block_q, (n + 1) * grid.block_q) for n in (i, j))
+        tiles_seen[head, i, j] = visible[rows, order[head, columns]].any()
+        tiles_kept[head, i, j] = placed[head, rows, columns].mean()
+    mask = follow(CAUSAL, orders, 4)
+    np.testing.assert_array_equal(candidates(mask, grid, (), 4)[0], tiles_seen)
+    tiles = np.asarray(plan.to_dense())
+    expected = tiles.sum((-1, -2)) / tiles_seen.sum((-1, -2))
+    np.testing.assert_allclose(visible_density(plan, mask, 4), expected, rtol=4 * EPS)
+    shares = in_place(tiles.astype(np.float32), orders, grid)
+    np.testing.assert_allclose(shares, tiles_kept, atol=4 * EPS)
 
 
 def test_counts_see_the_mask_inside_a_methods_tiles():
@@ -135,3 +151,24 @@ def test_output_error_where_an_output_is_zero():
     same, lost = output_error(zero, zero), output_error(zero, one)
     assert [float(x[0]) for x in same] == [0.0, 0.0, 1.0]
     assert [float(x[0]) for x in lost] == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("order_heads", [1, 2, 4])
+def test_tiles_of_tokens_in_another_order_in_their_own_places(order_heads):
+    rng = np.random.default_rng(0)
+    sizes = {"q_len": 21, "kv_len": 30, "block_q": 4, "block_kv": 8}
+    plan = js.BlockMask.from_dense(jnp.asarray(rng.random((4, 6, 4)) < 0.5), **sizes)
+    q_order = np.stack([rng.permutation(21) for _ in range(order_heads)])
+    kv_order = np.stack([rng.permutation(30) for _ in range(order_heads)])
+    shares = in_place(
+        np.asarray(plan.to_dense(), np.float32),
+        Orders(jnp.asarray(q_order), jnp.asarray(kv_order)),
+        plan.grid,
+    )
+    pairs = pairs_of(plan, 4, 21, 30)
+    for head in range(4):
+        rows, columns = (x[head // (4 // order_heads)].argsort() for x in (q_order, kv_order))
+        placed = pairs[head][rows][:, columns]
+        for i, j in np.ndindex(6, 4):
+            expected = placed[4 * i : 4 * i + 4, 8 * j : 8 * j + 8].mean()
+            np.testing.assert_allclose(shares[head, i, j], expected, atol=8 * EPS)

@@ -1,0 +1,47 @@
+"""`from_length`: a method for long inputs, dense attention for short ones."""
+
+from typing import Any, NamedTuple
+
+from jsparse import checks
+from jsparse.attention.planned import masked
+from jsparse.types import Method
+
+# all that the caller's mask allows
+dense = masked(lambda queries: None)
+
+
+class DenseInfo(NamedTuple):
+    """What dense attention has to say: the state that it was given and left alone."""
+
+    state: Any
+
+
+def from_length(method: Method, *, min_length: int) -> Method:
+    """Attends densely below so many keys, by the method from there on.
+
+    Lengths are static, so the choice is made while tracing and costs nothing. A cache counts as
+    long as it has room. Parameters are the method's own, made for any length; below `min_length`
+    they and the state are left as they are.
+
+    Args:
+      method: What plans and attends to long inputs.
+      min_length: The fewest keys for which it does.
+
+    Raises:
+      ValueError: if `min_length` is not positive.
+    """
+    checks.positive(min_length=min_length)
+
+    def plan(params, q, k, *, state=None, **given):
+        if k.shape[-3] >= min_length:
+            return method.plan(params, q, k, state=state, **given)
+        tiles, _ = dense.plan((), q, k, **given)
+        return tiles, DenseInfo(state)
+
+    def attend(params, q, k, v, *, state=None, **given):
+        if k.shape[-3] >= min_length:
+            return method.attend(params, q, k, v, state=state, **given)
+        out, _ = dense.attend((), q, k, v, **given)
+        return out, DenseInfo(state)
+
+    return Method(method.init, plan, attend)

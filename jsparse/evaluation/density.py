@@ -1,0 +1,118 @@
+"""How much a method computes of what it could, head by head: of one call, and of a model's."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jsparse.attention.length_switch import dense
+from jsparse.core.reordering import Orders
+from jsparse.evaluation.metrics import pairs_attended, pairs_visible, visible_density
+from jsparse.masks.reordered import follow
+from jsparse.types import BlockMask, Mask, Method
+
+
+class DensityReport(NamedTuple):
+    """Shares of what a mask leaves visible; prints as a line per head.
+
+    Attributes:
+      tiles: Of the tiles that hold a visible pair, those that are computed.
+      pairs: Of the visible pairs of tokens, those that are attended to.
+      overflowed: Whether a list was too short for what was chosen.
+    """
+
+    tiles: Float[Array, "*batch heads"]
+    pairs: Float[Array, "*batch heads"]
+    overflowed: Bool[Array, ""]
+
+    def __str__(self) -> str:
+        tiles, pairs = (np.asarray(x) for x in (self.tiles, self.pairs))
+        sequences = tuple(range(tiles.ndim - 1))
+        lines = [
+            f"{name:<9}tiles {100 * a:5.1f} %   pairs {100 * b:5.1f} %"
+            for name, a, b in zip(
+                [*(f"head {head}" for head in range(tiles.shape[-1])), "mean"],
+                [*tiles.mean(sequences), tiles.mean()],
+                [*pairs.mean(sequences), pairs.mean()],
+                strict=True,
+            )
+        ]
+        if self.overflowed:
+            lines.append("overflowed: a list was too short, tiles are missing; pass a larger width")
+        return "\n".join(lines)
+
+
+def density_report(
+    method: Method | None,
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    v: Float[Array, "*batch kv_len kv_heads v_dim"],
+    *,
+    mask: Mask | None = None,
+    params: Any = (),
+    **given: Any,
+) -> DensityReport:
+    """Counts what a method computes of the tiles and pairs that the mask leaves visible.
+
+    Tiles come from the method's plan, pairs from running it with every logit zero, which sees what
+    it hides inside its tiles too. Works under `jit`.
+
+    Args:
+      method: What plans and attends; None attends to all that the mask allows.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      mask: Who may see whom.
+      params: The method's parameters.
+      **given: What else it takes: x, positions, state, key.
+    """
+    batch_shape, (q_len, heads, _), kv_len = q.shape[:-3], q.shape[-3:], k.shape[-3]
+    method = dense if method is None else method
+    plan, info = method.plan(params, q, k, v=v, mask=mask, **given)
+    tiles = visible_density(plan, follow(mask, Orders.of(info), heads), heads)
+    attended = pairs_attended(method, q, k, v, params=params, mask=mask, **given)
+    visible = pairs_visible(mask, q_len, kv_len, heads, batch_shape)
+    # one list of tiles, several that are executed in parts, or none
+    parts = jax.tree.leaves(plan, is_leaf=lambda part: isinstance(part, BlockMask))
+    overflowed = jnp.asarray([part.overflowed.any() for part in parts], bool).any()
+    tiles = jnp.broadcast_to(tiles, (*batch_shape, heads))
+    return DensityReport(tiles, attended / visible, overflowed)
+
+
+def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityReport]:
+    """Runs a model and reports on each attention layer, in the order in which they run.
+
+    A model that is not asked is not touched: nothing is kept, nothing is computed besides.
+
+    Args:
+      model: A Flax NNX model with `js.nn.SparseAttention` layers.
+      *inputs: What it is called with.
+      **options: The same, by keyword.
+
+    Raises:
+      ValueError: if the model has no such layer.
+    """
+    from flax import nnx
+
+    from jsparse.nn import attention_layers
+
+    found: list[DensityReport] = []
+
+    def reporting(layer: Any):
+        run = layer.attention or layer._method
+
+        def attention(q, k, v, *, mask, x, positions):
+            params = () if layer.method_params is None else layer.method_params[...]
+            options = {"mask": mask, "params": params, "x": x, "positions": positions}
+            found.append(density_report(layer.method, q, k, v, **options))
+            return run(q, k, v, mask=mask, x=x, positions=positions)
+
+        return attention
+
+    copy = nnx.merge(*nnx.split(model))
+    for layer in attention_layers(copy):
+        layer.attention = reporting(layer)
+    copy(*inputs, **options)
+    return found

@@ -1,0 +1,105 @@
+"""What a method computes of what is visible: of one call, of a model's layers, and in print."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jsparse as js
+import jsparse.nn
+from jsparse.evaluation import DensityReport, density_of_layers
+from tests.inputs import qkv
+
+CAUSAL = js.masks.causal()
+
+
+def test_a_window_hides_pairs_inside_its_tiles():
+    q, k, v = qkv(300, batch=(2,))
+    lengths = jnp.asarray([300, 140])
+    mask = CAUSAL & js.masks.lengths(lengths, lengths)
+    method = js.streaming(num_sink=3, window=20)
+    found = jax.jit(lambda *x: js.density_report(method, *x, mask=mask))(q, k, v)
+    for n, length in enumerate([300, 140]):
+        rows = np.arange(length)
+        kept = sum(len({*range(min(3, i + 1)), *range(max(0, i - 19), i + 1)}) for i in rows)
+        share = kept / (length * (length + 1) / 2)
+        np.testing.assert_allclose(found.pairs[n], np.full(4, share), rtol=1e-5)
+    # a row of tiles has its diagonal, the one before for the window and the first for the sinks
+    np.testing.assert_allclose(found.tiles, np.ones((2, 4)))
+    assert not found.overflowed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        js.xattention(block_size=8, stride=4, threshold=0.4),
+        js.pbs_attn(block_size=8, threshold=0.3),
+        js.from_length(js.xattention(), min_length=100),
+        None,
+    ],
+    ids=["tiles", "reordered", "short", "none"],
+)
+def test_heads_are_told_apart_whatever_the_method(method):
+    q, k, v = qkv(60)
+
+    @jax.jit
+    def run(q, k, v):
+        plan, info = (None, ()) if method is None else method.plan((), q, k, mask=CAUSAL)
+        return js.density_report(method, q, k, v, mask=CAUSAL), plan, info
+
+    found, plan, info = run(q, k, v)
+    if plan is None or plan.block_q == 128:
+        np.testing.assert_allclose(found.tiles, np.ones(4))
+        np.testing.assert_allclose(found.pairs, np.ones(4), rtol=1e-5)
+        return
+    tiles = np.asarray(plan.to_dense())
+    order = getattr(info, "kv_order", None)
+    order = np.tile(np.arange(60), (4, 1)) if order is None else np.asarray(order)
+    for head in range(4):
+        seen = np.arange(60)[:, None] >= order[head]
+        pairs = tiles[head].repeat(8, 0).repeat(8, 1)[:60, :60] & seen
+        np.testing.assert_allclose(found.pairs[head], pairs.sum() / seen.sum(), rtol=1e-5)
+        blocks = np.add.reduceat(np.add.reduceat(seen, range(0, 60, 8), 0), range(0, 60, 8), 1) > 0
+        np.testing.assert_allclose(found.tiles[head], tiles[head].sum() / blocks.sum(), rtol=1e-6)
+    assert 0.1 < found.pairs.min() < found.pairs.max() < 0.95
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        sizes = {"num_heads": 4, "num_kv_heads": 2, "rngs": nnx.Rngs(0)}
+        method = js.xattention(block_size=8, stride=4, threshold=0.4)
+        self.sparse = js.nn.SparseAttention(32, method=method, **sizes)
+        self.dense = js.nn.SparseAttention(32, **sizes)
+
+    def __call__(self, x, *, mask):
+        return self.dense(x + self.sparse(x, mask=mask), mask=mask)
+
+
+def test_layers_of_a_model_report_and_the_model_stays_as_it_was():
+    model, x = Model(), jax.random.normal(jax.random.key(1), (2, 60, 32))
+    before = jax.tree.structure(nnx.state(model))
+    first, second = nnx.jit(lambda m, x: density_of_layers(m, x, mask=CAUSAL))(model, x)
+    assert jax.tree.structure(nnx.state(model)) == before
+    assert model.sparse.attention is None
+    assert 0.1 < first.tiles.min() < first.tiles.max() < 0.95
+    np.testing.assert_allclose(second.tiles, np.ones((2, 4)))
+    tensors = []
+    probe = js.nn.with_attention(model, js.nn.recording(model.sparse._method, tensors))
+    probe(x, mask=CAUSAL)
+    report = jax.jit(lambda *x: js.density_report(model.sparse.method, *x, mask=CAUSAL))
+    expected = report(*tensors[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, expected)
+
+
+def test_a_report_prints_a_line_per_head():
+    tiles = jnp.asarray([[0.25, 0.5], [0.75, 0.5]])
+    text = str(DensityReport(tiles, tiles / 2, jnp.asarray(False)))
+    assert text.splitlines() == [
+        "head 0   tiles  50.0 %   pairs  25.0 %",
+        "head 1   tiles  50.0 %   pairs  25.0 %",
+        "mean     tiles  50.0 %   pairs  25.0 %",
+    ]
+    q, k, v = qkv(60)
+    method = js.mean_pooled(block_size=8, density=1.0, width=2)
+    assert "a list was too short" in str(js.density_report(method, q, k, v, mask=CAUSAL))
