@@ -262,27 +262,6 @@ class Program(NamedTuple):
         return self.batch, self.head, pl.ds(self.start, self.ops.height)
 
 
-def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why kernels over listed tiles cannot take a problem, or None if they can.
-
-    Args:
-      dtype: Of q, k and v.
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k, padded to a multiple of 64.
-      v_dim: Width of v, padded to a multiple of 64.
-    """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if block_q not in (64, 128):
-        return f"it takes tiles of 64 or 128 queries, not {block_q}."
-    if block_kv not in (64, 128):
-        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
-    return None
-
-
 def launch(
     consumer: Callable[[Program], None],
     own: Side,

@@ -13,7 +13,6 @@ import pytest
 import jsparse as js
 from jsparse.attention import kernels, mosaic, triton
 from pallas_kernels import _compat, stream
-from pallas_kernels.block_sparse_attention import mosaic as mosaic_hopper
 from pallas_kernels.block_sparse_attention import mosaic_ampere
 from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
@@ -28,7 +27,7 @@ needs_mma = pytest.mark.skipif(
 @pytest.fixture
 def ampere(monkeypatch):
     """Calls by name go to the kernel for such a GPU."""
-    monkeypatch.setattr(mosaic, "forward_kernel", lambda: mosaic_ampere)
+    monkeypatch.setattr(mosaic, "chip", lambda: mosaic.CHIPS["8"])
 
 
 @needs_mma
@@ -43,12 +42,13 @@ class TestForward:
         [
             Config(rows=64, columns=64, stages=1, hold_queries=True),
             Config(rows=128, columns=64, stages=2, hold_queries=False),
-            Config(rows=128, columns=128, stages=3, hold_queries=True),
+            Config(rows=128, columns=32, stages=3, hold_queries=True),
         ],
         ids=str,
     )
     def test_pieces_stream_through_rings_of_any_depth(self, config, monkeypatch):
-        monkeypatch.setattr(mosaic_ampere, "default_config", lambda *_: config)
+        forward = mosaic_ampere.FORWARD._replace(default_config=lambda *_: config)
+        monkeypatch.setitem(mosaic.CHIPS, "8", mosaic.CHIPS["8"]._replace(forward=forward))
         q, k, v = qkv(128, 256, heads=1, kv_heads=1, dim=128, v_dim=64, dtype=jnp.float16)
         plan = lists(128, 256, block_q=128, block_kv=128, density=1.0)
         compare(q, k, v, plan, mask=js.masks.causal())
@@ -119,17 +119,15 @@ class TestChoice:
 
     def test_each_device_has_its_kernel(self, found, monkeypatch):
         monkeypatch.setattr(_compat, "HAS_MMA", True)
-        hopper = found == "9.0"
         assert mosaic.device_refusal() is None
-        assert mosaic.forward_kernel() is (mosaic_hopper if hopper else mosaic_ampere)
-        assert mosaic.passes() is (mosaic.HOPPER if hopper else mosaic.AMPERE)
+        assert mosaic.chip() is mosaic.CHIPS[found[0]]
 
     def test_older_jax_has_none_before_hopper(self, found, monkeypatch):
         monkeypatch.setattr(_compat, "HAS_MMA", False)
         reason = mosaic.device_refusal()
         assert (reason is None) == (found == "9.0")
         assert reason is None or (found in reason and "jax 0.11" in reason)
-        assert "jax 0.11" in mosaic_ampere.refusal(jnp.bfloat16, 64, 64, 64, 64)
+        assert "jax 0.11" in mosaic_ampere.FORWARD.refusal(jnp.bfloat16, 64, 64, 64, 64)
 
     def test_others_are_refused(self, monkeypatch):
         for capability in ("7.5", "unknown", None):
@@ -145,7 +143,7 @@ class TestChoice:
 def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim, v_dim):
     sizes = block_q, block_kv, dim, v_dim
     default = mosaic_ampere.default_config(Tiles(block_q, block_kv), dim, v_dim)
-    found = mosaic_ampere.candidates(*sizes)
+    found = mosaic_ampere.FORWARD.candidates(*sizes)
     assert found[0] == default
     assert len(set(found)) == len(found)
     assert all(mosaic_ampere.layout_refusal(config, *sizes) is None for config in found)
