@@ -219,8 +219,7 @@ def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
     sizes = case.block_q, case.block_kv, *widths(case)
     if chip.forward.refusal(case.dtype, *sizes):
         return []
-    refused = chip.backward is None or chip.backward.refusal(*sizes)
-    return ["forward"] if refused else ["forward", "gradients"]
+    return ["forward"] if chip.backward.refusal(*sizes) else ["forward", "gradients"]
 
 
 def widths(case: Case) -> tuple[int, int]:
@@ -259,7 +258,7 @@ def compiled_pass(
 
     telling = chip._replace(
         forward=chip.forward._replace(compute=forward),
-        backward=chip.backward and chip.backward._replace(gradients=gradients),
+        backward=chip.backward._replace(gradients=gradients),
     )
     attention, with_gradients, inputs = programs(case, sharding, telling.passes)
     function = attention if which == "forward" else with_gradients

@@ -20,6 +20,7 @@ from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
     mosaic,
     mosaic_ampere,
+    mosaic_ampere_backward,
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
@@ -129,21 +130,22 @@ class Chip(NamedTuple):
     """What computes attention on a kind of chip, and the gradients that its kernels refuse."""
 
     forward: Forward
-    backward: Backward | None
+    backward: Backward
     otherwise: Callable[..., Operands] = backward_by_triton
 
     @property
     def passes(self) -> Passes:
         """The two passes, and what second derivatives go through."""
-        gradients = self.otherwise
-        if self.backward:
-            gradients = partial(backward, self.backward, self.otherwise)
-        return Passes(partial(forward, self.forward), gradients, xla.differentiable_forward)
+        return Passes(
+            partial(forward, self.forward),
+            partial(backward, self.backward, self.otherwise),
+            xla.differentiable_forward,
+        )
 
 
 # by what their compute capabilities begin with
 CHIPS = {
-    "8": Chip(mosaic_ampere.FORWARD, None),
+    "8": Chip(mosaic_ampere.FORWARD, mosaic_ampere_backward.BACKWARD),
     "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward),
     "10": Chip(mosaic_blackwell.FORWARD, mosaic_blackwell_backward.BACKWARD),
 }

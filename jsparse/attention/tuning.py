@@ -153,7 +153,7 @@ def jobs(shapes: Sequence[Shape], sizes: Sizes, effort: Effort = FULL) -> list[J
         checks.tunable(f"{shape}", chip.forward.refusal(shape.dtype, *widths))
         checks.multiple(of=shape.block_q, length=sizes.length)
         checks.multiple(of=shape.block_kv, length=sizes.length)
-        refused = chip.backward is None or chip.backward.refusal(*widths)
+        refused = chip.backward.refusal(*widths)
         for kernel in _kernels(chip):
             if kernel.backward and refused:
                 continue
@@ -348,7 +348,7 @@ def _backwards(kernels: Tunable) -> Iterator[_Kernel]:
 def _kernels(chip: adapter.Chip) -> Iterator[_Kernel]:
     """What attention and its gradient call, and what can be laid out in more than one way."""
     yield from _forwards(chip.forward)
-    if chip.backward and chip.backward.tunable:
+    if chip.backward.tunable:
         yield from _backwards(chip.backward.tunable)
 
 

@@ -178,7 +178,7 @@ def d_queries(
     default = default_config(*sizes)
     assert default is not None
     chosen = config or choose(
-        _key(problem, tiles, {"q": with_q, "values": bool(wanted)}),
+        key(problem, tiles, {"q": with_q, "values": bool(wanted)}),
         _spare(default) if tiles.rule else default,
         lambda tuned: layout_refusal(tuned, *sizes),
         functools.partial(d_queries, with_q=with_q, with_values=with_values),
@@ -301,7 +301,7 @@ def d_keys(
     default = default_config(*sizes)
     assert default is not None
     chosen = config or choose(
-        _key(problem, tiles, {"k": with_k, "v": with_v, "values": bool(wanted)}),
+        key(problem, tiles, {"k": with_k, "v": with_v, "values": bool(wanted)}),
         default if with_k and with_v else _spare(default),
         lambda tuned: layout_refusal(tuned, *sizes),
         functools.partial(d_keys, with_k=with_k, with_v=with_v, with_values=with_values),
@@ -423,7 +423,7 @@ def d_keys(
     return d_k, d_v, place(d_values, wanted, len(column_values))
 
 
-def _key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
+def key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
     """What a kernel with these outputs is chosen by."""
     operation = "_".join(f"d_{name}" for name, wanted in outputs.items() if wanted)
     dim, v_dim = problem.q.shape[-1], problem.v.shape[-1]

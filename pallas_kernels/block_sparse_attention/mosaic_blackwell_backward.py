@@ -263,9 +263,8 @@ def _launch(
 
         def one_visit(which, steps):
             visit = program.visit(which, steps)
-            first, last = visit.first * parts, visit.last * parts
-            whole = None if visit.whole is None else visit.whole * parts
-            pieces = visit._replace(first=first, whole=whole, last=last)
+            pieces = visit.in_pieces(parts)
+            first, last = pieces.first, pieces.last
 
             def at(number):
                 entry, part = divmod_i32(number, parts)

@@ -191,6 +191,12 @@ class Visit(NamedTuple):
         whole = None if self.whole is None else jnp.maximum(self.whole, first)
         return self._replace(first=first, whole=whole, before=self.before + 1)
 
+    def in_pieces(self, parts: int) -> "Visit":
+        """The same where each entry is so many pieces, and all numbers count those."""
+        whole = None if self.whole is None else self.whole * parts
+        first, last, before = (x * parts for x in (self.first, self.last, self.before))
+        return self._replace(first=first, whole=whole, last=last, before=before)
+
     def tiles(self, tile: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
         """Runs `tile(entry, carry, masked)` for each entry."""
         if self.whole is None:

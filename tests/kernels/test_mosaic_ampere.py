@@ -3,7 +3,7 @@
 What the interpreter lacks, mma.sync and cp.async, has forms of its own there; see `mma`, `stream`.
 """
 
-import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +11,24 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.attention import kernels, mosaic, triton
+from jsparse.attention import kernels, mosaic
 from pallas_kernels import _compat, stream
 from pallas_kernels.block_sparse_attention import mosaic_ampere
 from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
 from tests.inputs import qkv
-from tests.kernels.test_mosaic_block_sparse import compare, lists
+from tests.kernels.test_mosaic_block_sparse import compare as compare_with_reference
+from tests.kernels.test_mosaic_block_sparse import compare_gradients, lists
 
 needs_mma = pytest.mark.skipif(
     not _compat.HAS_MMA, reason=f"mma.sync needs jax 0.11 or newer; this is {jax.__version__}"
 )
 
 
-@pytest.fixture
-def ampere(monkeypatch):
-    """Calls by name go to the kernel for such a GPU."""
-    monkeypatch.setattr(mosaic, "chip", lambda: mosaic.CHIPS["8"])
+compare = functools.partial(compare_with_reference, capability="8.0")
 
 
 @needs_mma
-@pytest.mark.usefixtures("ampere")
 class TestForward:
     def test_lists_per_head_grouped_heads_and_an_empty_row(self):
         q, k, v = qkv(128, 192, heads=4, kv_heads=2, dim=64, v_dim=128, dtype=jnp.bfloat16)
@@ -87,28 +84,29 @@ class TestForward:
         with pytest.raises(RuntimeError, match="data race|RACE DETECTED"):
             compare(q, k, v, plan)
 
-    @pytest.mark.parametrize("refused", [None, "it cannot."], ids=["triton", "xla"])
-    def test_gradients_are_the_triton_kernels_or_those_of_xla(self, refused, monkeypatch):
-        problem_refusal = triton.problem_refusal
-        monkeypatch.setattr(triton, "problem_refusal", lambda *x: refused or problem_refusal(*x))
-        q, k, v = qkv(64, 128, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-        plan, mask = lists(64, 128, block_q=64, block_kv=64, heads=2), js.masks.causal()
-        d_out = jax.random.normal(jax.random.key(3), q.shape, jnp.float32)
 
-        def attend(q, k, v, implementation):
-            out = js.attend(q, k, v, plan, mask=mask, implementation=implementation)
-            return out.astype(jnp.float32)
+@needs_mma
+class TestGradients:
+    def test_of_q_k_v_and_through_the_lse(self):
+        q, k, v = qkv(192, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+        # lists of different lengths per head, and rows without tiles
+        plan = lists(192, 128, block_q=64, block_kv=128, heads=2, density=1.0)
+        # the first tile of queries is partly hidden, the last seen entirely
+        hidden = jnp.zeros(192, jnp.int32).at[:9].set(-1)
+        mask = js.masks.segments(hidden, jnp.zeros(128, jnp.int32))
 
-        with _compat.interpreter():
-            out, pullback = jax.vjp(lambda *x: attend(*x, "mosaic"), q, k, v)
-            jax.block_until_ready(out)
-        with contextlib.nullcontext() if refused else _compat.triton_interpreter():
-            got = pullback(d_out)
-        exact = (x.astype(jnp.float32) for x in (q, k, v))
-        want = jax.vjp(lambda *x: attend(*x, "reference"), *exact)[1](d_out)
-        for x, y in zip(got, want, strict=True):
-            # inputs of the products are rounded to 8 bits, at random, and so is the result
-            assert jnp.linalg.norm(x.astype(jnp.float32) - y) <= 2**-7 * jnp.linalg.norm(y)
+        def call(x, implementation):
+            return js.attend(
+                x["q"],
+                x["k"],
+                x["v"],
+                plan,
+                mask=mask,
+                return_lse=True,
+                implementation=implementation,
+            )
+
+        compare_gradients({"q": q, "k": k, "v": v}, call, "8.0")
 
 
 class TestChoice:
