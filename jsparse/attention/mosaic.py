@@ -1,8 +1,4 @@
-"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
-
-Hopper and Blackwell have kernels for both directions. For Ampere and Ada there is one for the
-forward pass; their gradients are the Triton kernels'.
-"""
+"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why."""
 
 from collections.abc import Callable
 from functools import partial

@@ -52,6 +52,11 @@ def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Con
     return 2 * (config.rows * dim + config.stages * config.columns * (dim + v_dim))
 
 
+def many_values(tiles: Tiles) -> bool:
+    """Whether values per query and per key, and what a rule computes from them, fill registers."""
+    return len(tiles.values) > 2 or bool(tiles.rule and tiles.rule.column_values)
+
+
 def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config:
     """Two programs on a multiprocessor where that can be, and then the deepest ring they leave.
 
@@ -63,8 +68,7 @@ def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config:
     # what is read of keys and values serves twice the rows, where registers suffice for them
     if tiles.block_q == 128 and max(dim, v_dim) == 64 and not tiles.rule:
         return Config(rows=128, hold_queries=False)
-    # values per query and per key are in registers too, as what a rule computes from them
-    full = len(tiles.values) > 2 or bool(tiles.rule and tiles.rule.column_values)
+    full = many_values(tiles)
     base = Config(
         columns=32 if dim + v_dim > 320 or full else 64,
         hold_queries=max(dim, v_dim) <= 128 and not full,

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ from pallas_kernels.block_sparse_attention.chip import (
     choose,
 )
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
-from pallas_kernels.block_sparse_attention.mosaic_ampere import RESERVED, SHARED_MEMORY
+from pallas_kernels.block_sparse_attention.mosaic_ampere import (
+    RESERVED,
+    SHARED_MEMORY,
+    many_values,
+)
 from pallas_kernels.block_sparse_attention.mosaic_backward import add_sums, floats, key, place
 from pallas_kernels.block_sparse_attention.walk import Lists, Side, Sides, divmod_i32
 from pallas_kernels.mma import HEIGHT
@@ -40,8 +45,7 @@ class Config:
     Attributes:
       rows: Tokens that a program owns, 64 or 128, at most a tile's.
       columns: Tokens multiplied at once, a power of 2 from 16 to 64.
-      stages: Pieces of either array that there is room for; at least 1, and 2 for a program that
-        sums both gradients of keys.
+      stages: Pieces of either array that there is room for, at least 2.
       hold: Whether what a program owns stays in registers, or is read again for each piece.
     """
 
@@ -56,9 +60,9 @@ def shared_memory(dim: int, v_dim: int, config: Config) -> int:
     return 2 * (dim + v_dim) * (config.rows + config.stages * config.columns)
 
 
-def default_config(own: int, other: int, dim: int, v_dim: int) -> Config:
-    """What registers and shared memory have room for, found by compiling."""
-    return Config()
+def default_config(dim: int, v_dim: int) -> Config:
+    """What registers and shared memory have room for."""
+    return Config(columns=16 if dim + v_dim > 320 else 32)
 
 
 def layout_refusal(config: Config, own: int, other: int, dim: int, v_dim: int) -> str | None:
@@ -67,8 +71,8 @@ def layout_refusal(config: Config, own: int, other: int, dim: int, v_dim: int) -
         return f"rows must be 64 or 128, at most a tile's {own}, not {config.rows}."
     if config.columns not in (16, 32, 64) or config.columns > other:
         return f"columns must be 16, 32 or 64, at most {other}, not {config.columns}."
-    if config.stages < 1:
-        return f"stages must be at least 1, not {config.stages}."
+    if config.stages < 2:
+        return f"stages must be at least 2, not {config.stages}."
     needed = shared_memory(dim, v_dim, config)
     if needed > SHARED_MEMORY - RESERVED:
         return f"it asks for {needed} bytes of shared memory, of {SHARED_MEMORY - RESERVED}."
@@ -85,14 +89,14 @@ def candidates(own: int, other: int, dim: int, v_dim: int) -> tuple[Config, ...]
         for held in (True, False)
     )
     return configurations.candidates(
-        default_config(own, other, dim, v_dim),
+        default_config(dim, v_dim),
         others,
         lambda config: layout_refusal(config, own, other, dim, v_dim),
     )
 
 
 def refusal(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why the backward kernels cannot take what the forward takes, or None if they can."""
+    """Why the backward kernels cannot take what the forward takes: they can."""
     return None
 
 
@@ -115,8 +119,8 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
 
 
 def _one_pass(tiles: Tiles, width: int) -> bool:
-    """Whether registers hold the sums of d_k and d_v, `width` wide."""
-    return width <= 256
+    """Whether registers hold the sums of d_k and d_v, `width` wide; found by compiling."""
+    return width <= 256 and not many_values(tiles)
 
 
 def d_queries(
@@ -138,7 +142,8 @@ def d_queries(
     wanted = floats(values)
     own = Side((problem.q, problem.d_out), tiles.block_q)
     met = Side((problem.k, problem.v), tiles.block_kv)
-    chosen = config or _chosen(problem, own, met, lists, tiles, d_queries, {"q": True})
+    outputs = {"q": True, "values": bool(wanted)}
+    chosen = config or _chosen(problem, own, met, lists, tiles, d_queries, outputs)
     (d_q,), d_values = _sum(problem, own, met, lists, tiles, chosen, (0,), len(wanted))
     return d_q, place(d_values, wanted, len(values))
 
@@ -151,7 +156,7 @@ def d_keys(
     *,
     with_k: bool = True,
     with_v: bool = True,
-) -> tuple[jax.Array | None, jax.Array | None, tuple[jax.Array | None, ...]]:
+) -> Any:
     """The gradients by k and v, and by each f32 value per key.
 
     Args:
@@ -172,7 +177,7 @@ def d_keys(
     own = Side((problem.k, problem.v), tiles.block_kv)
     met = Side((problem.q, problem.d_out), tiles.block_q)
     again = functools.partial(d_keys, with_k=with_k, with_v=with_v)
-    outputs = {"k": with_k, "v": with_v}
+    outputs = {"k": with_k, "v": with_v, "values": bool(wanted)}
     chosen = config or _chosen(problem, own, met, inverse, tiles, again, outputs)
     sums = (0,) * with_k + (1,) * with_v
     found, d_values = _sum(problem, own, met, inverse, tiles, chosen, sums, len(wanted))
@@ -184,7 +189,7 @@ def _chosen(problem, own, met, lists, tiles, kernel, outputs) -> Config:
     sizes = own.block, met.block, problem.q.shape[3], problem.v.shape[3]
     return choose(
         key(problem, tiles, outputs),
-        default_config(*sizes),
+        default_config(*sizes[2:]),
         lambda tuned: layout_refusal(tuned, *sizes),
         kernel,
         (problem, lists),
@@ -314,27 +319,26 @@ def _sum(
                         zeros = [ops.tile(shape, 0.0) for _ in heights]
                     return mma.add_nt(zeros, owned[array], pieces[array])
 
+                def at(n):
+                    starts = (start + n, met_at) if q_axis == 0 else (met_at, start + n)
+                    return Place(owner.batch, q_head, *starts, q_axis, shape, positions_ref, ops)
+
                 def probabilities(raws):
-                    found = []
-                    for n, raw in zip(heights, raws, strict=True):
-                        logits = bound.change(raw, at(n), masked) * tiles.to_base_2
-                        found.append(logits)
+                    found = [
+                        bound.change(raw, at(n), masked) * tiles.to_base_2
+                        for n, raw in zip(heights, raws, strict=True)
+                    ]
                     if not lse_inside:
                         lses = terms(lse_ref, met_tokens)
                         found = [x - lse for x, lse in zip(found, lses, strict=True)]
                     return [jnp.exp2(x) for x in found]
 
-                def at(n):
-                    q_start, kv_start = (start + n, met_at)[:: 1 - 2 * q_axis]
-                    where = owner.batch, q_head, q_start, kv_start
-                    return Place(*where, q_axis, shape, positions_ref, ops)
-
-                d_probs = products(1) if arrival == (1, 0) else None
+                d_probs = products(1) if arrival == (1, 0) else []
                 raws = products(0)
                 probs = probabilities(raws)
-                if arrival == (0, 1) and with_d_probs:
+                if together:
                     d_probs = products(1)
-                elif arrival == (0, 1):
+                elif not with_d_probs:
                     pieces[1] = arriving.wait(1, step)
                 factors = {1: [x.astype(dtype) for x in probs]}
                 if with_d_probs:
@@ -406,7 +410,7 @@ def _sum(
 
 def layouts(tiles: Tiles, dim: int, v_dim: int) -> list[tuple[int, int]]:
     """The stages and bytes of shared memory of programs that own queries, and keys."""
-    config = default_config(tiles.block_q, tiles.block_kv, dim, v_dim)
+    config = default_config(dim, v_dim)
     return [(config.stages, shared_memory(dim, v_dim, config))]
 
 

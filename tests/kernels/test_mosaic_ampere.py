@@ -14,8 +14,11 @@ import jsparse as js
 from jsparse.attention import kernels, mosaic
 from pallas_kernels import _compat, stream
 from pallas_kernels.block_sparse_attention import mosaic_ampere
-from pallas_kernels.block_sparse_attention.logits import Tiles
+from pallas_kernels.block_sparse_attention import mosaic_ampere_backward as backward
+from pallas_kernels.block_sparse_attention.chip import Problem
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
+from pallas_kernels.block_sparse_attention.walk import Lists
 from tests.inputs import qkv
 from tests.kernels.test_mosaic_block_sparse import compare as compare_with_reference
 from tests.kernels.test_mosaic_block_sparse import compare_gradients, lists
@@ -88,25 +91,114 @@ class TestForward:
 @needs_mma
 class TestGradients:
     def test_of_q_k_v_and_through_the_lse(self):
-        q, k, v = qkv(192, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
-        # lists of different lengths per head, and rows without tiles
-        plan = lists(192, 128, block_q=64, block_kv=128, heads=2, density=1.0)
+        q, k, v = qkv(192, 64, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+        # a head of the group after the other, and rows without tiles
+        plan = lists(192, 64, block_q=64, block_kv=64, heads=2, density=1.0)
         # the first tile of queries is partly hidden, the last seen entirely
         hidden = jnp.zeros(192, jnp.int32).at[:9].set(-1)
-        mask = js.masks.segments(hidden, jnp.zeros(128, jnp.int32))
+        mask = js.masks.segments(hidden, jnp.zeros(64, jnp.int32))
 
         def call(x, implementation):
+            q, k, v = (x[name] for name in "qkv")
+            options = {"mask": mask, "return_lse": True, "implementation": implementation}
+            return js.attend(q, k, v, plan, **options)
+
+        compare_gradients({"q": q, "k": k, "v": v}, call, "8.0")
+
+    @pytest.mark.slow_interpreter
+    def test_of_everything_that_changes_logits(self):
+        q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+        rng = np.random.default_rng(2)
+        operands = {
+            **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
+            "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
+            "table": jnp.asarray(rng.normal(size=70), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+            "sinks": jnp.asarray([0.5, -1.0]),
+        }
+
+        def call(x, implementation):
+            def score_mod(logit, batch, head, q_index, kv_index):
+                far = (q_index - kv_index).astype(jnp.float32)
+                return logit + x["slopes"][head] * far * 0.05 + x["table"][kv_index] * logit
+
             return js.attend(
                 x["q"],
                 x["k"],
                 x["v"],
-                plan,
-                mask=mask,
+                lists(64, 70, block_q=64, block_kv=64, density=1.0),
+                mask=js.masks.causal(),
+                score_mod=score_mod,
+                softcap=20.0,
                 return_lse=True,
                 implementation=implementation,
+                **{name: x[name] for name in ("bias", "scale", "sinks")},
             )
 
-        compare_gradients({"q": q, "k": k, "v": v}, call, "8.0")
+        compare_gradients(operands, call, "8.0")
+
+    def problem(self):
+        """Two tiles of queries and of keys, whose second head meets one less."""
+        q, k, v = qkv(256, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
+        d_out = jax.random.normal(jax.random.key(5), q.shape, q.dtype)
+        rows = jax.random.normal(jax.random.key(6), (2, 1, 2, 256))
+        ids, first, last = [[0, 1, 0, 1]], [[0, 2], [0, 2]], [[2, 4], [1, 4]]
+        by_query = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids * 2, first, last)))
+        ids, last = [[0, 1, 0, 1], [0, 1, 1, 1]], [[2, 4], [2, 3]]
+        by_key = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids, first, last)))
+        return Problem(q, k, v, d_out, rows[0] + 4.0, rows[1]), by_query, by_key
+
+    @pytest.mark.parametrize(
+        ("config", "passes"),
+        [
+            (backward.Config(rows=64, columns=32, stages=3), 2),
+            (backward.Config(rows=128, columns=64, stages=2, hold=True), 3),
+        ],
+    )
+    def test_are_right_by_any_layout_in_any_passes_and_the_same_again(self, config, passes):
+        problem, by_query, by_key = self.problem()
+        tiles = Tiles(128, 128, 0.1)
+
+        @jax.jit
+        def gradients(problem):
+            d_q, _ = backward.d_queries(problem, by_query, tiles, config)
+            if passes == 2:
+                return d_q, *backward.d_keys(problem, by_key, tiles, config)[:2]
+            d_k, *_ = backward.d_keys(problem, by_key, tiles, config, with_v=False)
+            _, d_v, _ = backward.d_keys(problem, by_key, tiles, config, with_k=False)
+            return d_q, d_k, d_v
+
+        with _compat.interpreter("8.0"):
+            once = jax.block_until_ready(gradients(problem))
+            again = jax.block_until_ready(gradients(problem))
+        for x, y, want in zip(once, again, reference(problem, tiles), strict=True):
+            np.testing.assert_array_equal(*(z.astype(jnp.float32) for z in (x, y)))
+            error = jnp.linalg.norm(x.astype(jnp.float32) - want)
+            assert float(error) <= 2**-7 * float(jnp.linalg.norm(want))
+
+    def test_the_interpreter_notices_a_piece_that_is_overwritten_too_early(self, monkeypatch):
+        problem, _, by_key = self.problem()
+        whole = stream.Stream
+        monkeypatch.setattr(stream, "Stream", lambda *parts: whole(*parts[:4]))
+        with (
+            pytest.raises(RuntimeError, match="data race|RACE DETECTED"),
+            _compat.interpreter("8.0"),
+        ):
+            jax.block_until_ready(backward.d_keys(problem, by_key, Tiles(128, 128, 0.1))[:2])
+
+
+def reference(problem, tiles):
+    """The gradients by q, k and v in f32, over the pairs of `TestGradients.problem`."""
+    q, k, v, d_out = (x[0].astype(jnp.float32) for x in problem[:4])
+    listed = np.ones((2, 256, 256), bool)
+    listed[1, :128, 128:] = False
+    logits = jnp.einsum("qhd,kd->hqk", q, k[:, 0]) * tiles.scale
+    probs = jnp.where(listed, jnp.exp(logits - problem.lse2[0, ..., None] / LOG2_E), 0.0)
+    d_probs = jnp.einsum("qhd,kd->hqk", d_out, v[:, 0])
+    d_raw = probs * (d_probs - problem.delta[0, ..., None]) * tiles.scale
+    d_q = jnp.einsum("hqk,kd->qhd", d_raw, k[:, 0])
+    d_k, d_v = (jnp.einsum("hqk,qhd->kd", x, y) for x, y in ((d_raw, q), (probs, d_out)))
+    return d_q[None], d_k[None, :, None], d_v[None, :, None]
 
 
 class TestChoice:

@@ -1,5 +1,6 @@
 """The Mosaic kernel for Blackwell in JAX's interpreter, tensor memory included."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.attention import kernels
+from jsparse.attention import kernels, triton
 from jsparse.attention import mosaic as adapter
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
@@ -170,7 +171,10 @@ def test_gradients_of_everything_that_changes_logits():
 
 
 @interpreted
-def test_gradients_of_other_tiles_are_those_of_the_triton_kernels():
+@pytest.mark.parametrize("refused", [None, "it cannot."], ids=["triton", "xla"])
+def test_gradients_of_other_tiles_are_the_triton_kernels_or_those_of_xla(refused, monkeypatch):
+    problem_refusal = triton.problem_refusal
+    monkeypatch.setattr(triton, "problem_refusal", lambda *x: refused or problem_refusal(*x))
     q, k, v = qkv(128, 64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     plan = hopper.lists(128, 64, block_q=128, block_kv=64, density=1.0)
 
@@ -182,7 +186,7 @@ def test_gradients_of_other_tiles_are_those_of_the_triton_kernels():
         jax.block_until_ready(outputs)
     cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), outputs)
     cotangents = cotangents[0].astype(q.dtype), cotangents[1]
-    with _compat.triton_interpreter():
+    with contextlib.nullcontext() if refused else _compat.triton_interpreter():
         found = jax.block_until_ready(pullback(cotangents))
     exact = (x.astype(jnp.float32) for x in (q, k, v))
     _, pullback = jax.vjp(functools.partial(call, implementation="reference"), *exact)
