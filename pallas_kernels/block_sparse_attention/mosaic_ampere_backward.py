@@ -232,7 +232,7 @@ def _sum(
     shape, parts, shares = (HEIGHT, columns), met.block // columns, own.block // rows
     heights = range(0, rows, HEIGHT)
     together, with_d_probs, lse_inside = len(wanted) == 2, 0 in wanted, tiles.rule is None
-    # what is read last for the sums comes last, so that the other is not kept waiting for it
+    # an array that a sum reads again comes last, and is there until the next one has come
     arrival = (1, 0) if wanted == (0,) else (0, 1)
     programs = sides.order(lists)
     given = [x for x in lists if x is not None]
@@ -252,7 +252,6 @@ def _sum(
         program, share = divmod_i32(lax.axis_index("program"), shares)
         owner = sides.owner(order_ref[program])
         start = owner.block * own.block + share * rows
-        own_head = owner.head
 
         def width(array, head):
             return pl.ds(head * widths[array], widths[array])
@@ -281,7 +280,7 @@ def _sum(
             @pl.when(which == 0)
             def first():
                 own_rows = [
-                    ref.at[owner.batch, pl.ds(start, rows), width(n, own_head)]
+                    ref.at[owner.batch, pl.ds(start, rows), width(n, owner.head)]
                     for n, ref in enumerate(own_refs)
                 ]
                 arriving.begin(list(zip(own_rows, own_tiles, strict=False)))
@@ -312,12 +311,12 @@ def _sum(
                     pieces[array] = arriving.wait(arrival.index(array), step)
                     # they start from -lse and -delta, so that no register holds those beside them
                     if array:
-                        zeros = [-x for x in terms(delta_ref, met_tokens)]
+                        starts = [-x for x in terms(delta_ref, met_tokens)]
                     elif lse_inside:
-                        zeros = [x * (-1 / tiles.to_base_2) for x in terms(lse_ref, met_tokens)]
+                        starts = [x * (-1 / tiles.to_base_2) for x in terms(lse_ref, met_tokens)]
                     else:
-                        zeros = [ops.tile(shape, 0.0) for _ in heights]
-                    return mma.add_nt(zeros, owned[array], pieces[array])
+                        starts = [ops.tile(shape, 0.0) for _ in heights]
+                    return mma.add_nt(starts, owned[array], pieces[array])
 
                 def at(n):
                     starts = (start + n, met_at) if q_axis == 0 else (met_at, start + n)
@@ -370,7 +369,7 @@ def _sum(
             factor = 1.0 if array else tiles.to_raw
             for n, acc in zip(heights, found, strict=True):
                 for m, x in enumerate(acc):
-                    lanes = pl.ds(own_head * widths[array] + m * LANES, LANES)
+                    lanes = pl.ds(owner.head * widths[array] + m * LANES, LANES)
                     target = ref.at[owner.batch, pl.ds(start + n, HEIGHT), lanes]
                     mma.store(target, (x * factor).astype(dtype))
 

@@ -233,10 +233,13 @@ class TestChoice:
 def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim, v_dim):
     sizes = block_q, block_kv, dim, v_dim
     default = mosaic_ampere.default_config(Tiles(block_q, block_kv), dim, v_dim)
-    found = mosaic_ampere.FORWARD.candidates(*sizes)
-    assert found[0] == default
-    assert len(set(found)) == len(found)
-    assert all(mosaic_ampere.layout_refusal(config, *sizes) is None for config in found)
+    for module, first, found in (
+        (mosaic_ampere, default, mosaic_ampere.FORWARD.candidates(*sizes)),
+        (backward, backward.default_config(dim, v_dim), backward.candidates(*sizes)),
+    ):
+        assert found[0] == first
+        assert len(set(found)) == len(found)
+        assert all(module.layout_refusal(config, *sizes) is None for config in found)
 
 
 @pytest.mark.parametrize(
@@ -252,3 +255,16 @@ def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim,
 )
 def test_what_cannot_be_laid_out_is_refused_in_a_sentence(change, reason):
     assert reason in mosaic_ampere.layout_refusal(Config(**change), 64, 64, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 128}, "at most a tile's 64"),
+        ({"columns": 128}, "columns must be 16, 32 or 64"),
+        ({"stages": 1}, "at least 2"),
+        ({"stages": 4, "columns": 64}, "bytes of shared memory"),
+    ],
+)
+def test_what_gradients_cannot_be_laid_out_by_is_refused_too(change, reason):
+    assert reason in backward.layout_refusal(backward.Config(**change), 64, 64, 128, 128)
