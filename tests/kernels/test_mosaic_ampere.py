@@ -16,7 +16,7 @@ from pallas_kernels import _compat, stream
 from pallas_kernels.block_sparse_attention import mosaic_ampere
 from pallas_kernels.block_sparse_attention import mosaic_ampere_backward as backward
 from pallas_kernels.block_sparse_attention.chip import Problem
-from pallas_kernels.block_sparse_attention.logits import LOG2_E, Tiles
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
 from pallas_kernels.block_sparse_attention.walk import Lists
 from tests.inputs import qkv
@@ -138,14 +138,16 @@ class TestGradients:
         compare_gradients(operands, call, "8.0")
 
     def problem(self):
-        """Two tiles of queries and of keys, whose second head meets one less."""
+        """Two tiles of queries and of keys, causal, whose second head meets one less."""
         q, k, v = qkv(256, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
         d_out = jax.random.normal(jax.random.key(5), q.shape, q.dtype)
         rows = jax.random.normal(jax.random.key(6), (2, 1, 2, 256))
-        ids, first, last = [[0, 1, 0, 1]], [[0, 2], [0, 2]], [[2, 4], [1, 4]]
-        by_query = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids * 2, first, last)))
-        ids, last = [[0, 1, 0, 1], [0, 1, 1, 1]], [[2, 4], [2, 3]]
-        by_key = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids, first, last)))
+        # of the last tile of queries, or of keys, the second head has but the first of the others
+        ids, first, last = [[0, 1, 0, 1]], [[0, 2]] * 2, [[2, 4], [2, 3]]
+        # the last tile of queries sees all of the first of keys
+        whole = [[0, 3]] * 2
+        by_query = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids * 2, first, last, whole)))
+        by_key = by_query._replace(whole=by_query.first)
         return Problem(q, k, v, d_out, rows[0] + 4.0, rows[1]), by_query, by_key
 
     @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ class TestGradients:
     )
     def test_are_right_by_any_layout_in_any_passes_and_the_same_again(self, config, passes):
         problem, by_query, by_key = self.problem()
-        tiles = Tiles(128, 128, 0.1)
+        tiles = Tiles(128, 128, 0.1, mask=Rule(hide_later))
 
         @jax.jit
         def gradients(problem):
@@ -187,11 +189,15 @@ class TestGradients:
             jax.block_until_ready(backward.d_keys(problem, by_key, Tiles(128, 128, 0.1))[:2])
 
 
+def hide_later(logits, q_index, kv_index, row_values, column_values):
+    return jnp.where(q_index >= kv_index, logits, -jnp.inf)
+
+
 def reference(problem, tiles):
     """The gradients by q, k and v in f32, over the pairs of `TestGradients.problem`."""
     q, k, v, d_out = (x[0].astype(jnp.float32) for x in problem[:4])
-    listed = np.ones((2, 256, 256), bool)
-    listed[1, :128, 128:] = False
+    listed = np.tril(np.ones((2, 256, 256), bool))
+    listed[1, 128:, 128:] = False
     logits = jnp.einsum("qhd,kd->hqk", q, k[:, 0]) * tiles.scale
     probs = jnp.where(listed, jnp.exp(logits - problem.lse2[0, ..., None] / LOG2_E), 0.0)
     d_probs = jnp.einsum("qhd,kd->hqk", d_out, v[:, 0])
