@@ -120,7 +120,7 @@ def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> G
 
 def _one_pass(tiles: Tiles, width: int) -> bool:
     """Whether registers hold the sums of d_k and d_v, `width` wide; found by compiling."""
-    return width <= 256 and not many_values(tiles)
+    return width <= 128 and not many_values(tiles)
 
 
 def d_queries(
