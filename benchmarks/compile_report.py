@@ -237,6 +237,20 @@ def instructions(ptx: str) -> tuple[int, int]:
     return len(re.findall(products, ptx)), len(re.findall(copies, ptx))
 
 
+def exponentials_in_flight(ptx: str) -> int:
+    """How many exponentials stand where wgmma products were started and not yet waited for."""
+    running = found = 0
+    steps = r"wgmma\.commit_group|wgmma\.wait_group\S*\s+(\d+)|\bex2\."
+    for step in re.finditer(steps, ptx):
+        if step.group(1) is not None:
+            running = min(running, int(step.group(1)))
+        elif step.group().startswith("wgmma"):
+            running += 1
+        else:
+            found += running > 0
+    return found
+
+
 def _title(key: tuple[str, ...]) -> str:
     return f"{key[0]}, {key[1]} ({key[2]})"
 

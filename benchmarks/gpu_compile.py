@@ -37,7 +37,7 @@ from benchmarks import compile_report  # noqa: E402
 from jsparse.attention import mosaic as adapter  # noqa: E402
 from jsparse.attention.attend import prepare  # noqa: E402
 from jsparse.attention.block_sparse import block_sparse_attention  # noqa: E402
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward  # noqa: E402
+from pallas_kernels.block_sparse_attention import walk  # noqa: E402
 
 # what XLA's CUDA compiler wants to know of an H200 when none is there
 H200 = """
@@ -210,24 +210,59 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
-    attention, gradients, inputs = programs(case, sharding, adapter.HOPPER)
-    width = [-(-n // 64) * 64 for n in (case.dim, case.v_dim)]
-    tile = case.block_q, case.block_kv
-    forward = mosaic.default_config(*tile, *width)
-    assert forward is not None
-    yield measure(
-        case,
-        "forward",
-        attention,
-        inputs,
-        {"stages": forward.stages, "smem": mosaic.shared_memory(*tile, *width, forward)},
+    for which in passes_taken(adapter.CHIPS["9"], case):
+        yield compiled_pass(adapter.CHIPS["9"], case, which, sharding, _gates)
+
+
+def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
+    """Which passes of a case the kernels of a chip take."""
+    sizes = case.block_q, case.block_kv, *widths(case)
+    if chip.forward.refusal(case.dtype, *sizes):
+        return []
+    return ["forward"] if chip.backward.refusal(*sizes) else ["forward", "gradients"]
+
+
+def widths(case: Case) -> tuple[int, int]:
+    """Those of q and v as a kernel gets them."""
+    padded = (-(-n // 64) * 64 for n in (case.dim, case.v_dim))
+    return next(padded), next(padded)
+
+
+def compiled_pass(
+    chip: adapter.Chip,
+    case: Case,
+    which: str,
+    sharding: Any,
+    gates: Callable[[dict[str, Any]], list[tuple[str, bool]]],
+) -> dict[str, Any]:
+    """Compiles a pass of a case by the kernels of a chip, and reads what is said of them.
+
+    Args:
+      chip: The kernels.
+      case: What is compiled.
+      which: "forward", or "gradients", which computes the forward pass too.
+      sharding: Puts it on such a device.
+      gates: What may be wrong with the chip's kernels.
+    """
+    layouts: list[tuple[int, int]] = []
+
+    # each pass tells how it is laid out, which may depend on what changes logits
+    def forward(q, k, v, lists, tiles, config):
+        sizes = tiles.block_q, tiles.block_kv, q.shape[3], v.shape[3]
+        layouts[:] = [(config.stages, chip.forward.shared_memory(*sizes, config))]
+        return chip.forward.compute(q, k, v, lists, tiles, config)
+
+    def gradients(problem, lists, inverse, tiles):
+        layouts[:] = chip.backward.layouts(tiles, problem.q.shape[3], problem.v.shape[3])
+        return chip.backward.gradients(problem, lists, inverse, tiles)
+
+    telling = chip._replace(
+        forward=chip.forward._replace(compute=forward),
+        backward=chip.backward._replace(gradients=gradients),
     )
-    if mosaic_backward.refusal(*tile, *width):
-        return
-    configs = [(t, mosaic_backward.default_config(*t, *width)) for t in (tile, tile[::-1])]
-    shared = [mosaic_backward.shared_memory(*t, *width, config) for t, config in configs]
-    stages = min(config.stages for _, config in configs)
-    yield measure(case, "gradients", gradients, inputs, {"stages": stages, "smem": max(shared)})
+    attention, with_gradients, inputs = programs(case, sharding, telling.passes)
+    function = attention if which == "forward" else with_gradients
+    return measure(case, which, function, inputs, layouts, gates)
 
 
 def measure(
@@ -235,8 +270,8 @@ def measure(
     name: str,
     function: Callable,
     inputs: list,
-    layout: dict[str, int],
-    gates: Callable[[dict[str, Any]], list[tuple[str, bool]]] | None = None,
+    layouts: list[tuple[int, int]],
+    gates: Callable[[dict[str, Any]], list[tuple[str, bool]]],
 ) -> dict[str, Any]:
     """Compiles a function of a case and reads what the compiler says of its kernels.
 
@@ -245,8 +280,8 @@ def measure(
       name: The name of the pass.
       function: Computes it.
       inputs: What it is lowered with.
-      layout: "stages" and bytes of shared memory, "smem"; read once all is lowered.
-      gates: What may be wrong with a chip's kernels; default Hopper's.
+      layouts: Stages and bytes of shared memory of its programs; read once all is lowered.
+      gates: What may be wrong with a chip's kernels.
     """
     before = _dumped()
     with _without_c_stderr():
@@ -261,35 +296,40 @@ def measure(
         "pass": name,
         "target": " ".join(sorted({_first(r"^\.target (\S+)", ptx) for ptx in kernels})),
         "tile": f"{case.block_q}x{case.block_kv}",
-        "stages": layout["stages"],
+        "stages": min(stages for stages, _ in layouts),
         "registers": [int(_first(r"Used (\d+) registers", report)) for report in reports],
         "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
         "serialized": sum("instructions are serialized" in report for report in reports),
-        "shared_memory": layout["smem"],
+        "shared_memory": max(needed for _, needed in layouts),
         "tensor_core": [products for products, _ in made_of],
         "bulk_copies": [copies for _, copies in made_of],
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }
-    found = [*(gates or _hopper_gates)(row), *_gates(row)]
+    # for the gates alone, which fail where it is too little
+    in_flight = min(compile_report.exponentials_in_flight(ptx) for ptx in kernels)
+    found = [*gates({**row, "in_flight": in_flight}), *_common_gates(row)]
     row["failed"] = [sentence for sentence, wrong in found if wrong]
     return row
 
 
-def _hopper_gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    # a forward kernel with two tiles in flight overlaps: a thread's exponentials of 64 x 64 logits
+    overlaps = row["pass"] == "forward" and row["stages"] > 1
     return [
+        ("no softmax while a product goes on", overlaps and row["in_flight"] < 32),
         ("no wgmma: a kernel's products are not on the tensor cores", min(row["tensor_core"]) == 0),
         ("no TMA: a kernel's loads are not the copy engine's", min(row["bulk_copies"]) == 0),
         (f"compiled for {row['target']}, not sm_90a", row["target"] != "sm_90a"),
         ("wgmma waits for wgmma: the compiler serialized a kernel's", row["serialized"] > 0),
         (
             f"{row['shared_memory']} bytes of shared memory, more than a program may have",
-            row["shared_memory"] > mosaic.SHARED_MEMORY,
+            row["shared_memory"] > walk.SHARED_MEMORY,
         ),
     ]
 
 
-def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
+def _common_gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         # padded copies, f32 outputs and lists, at most; a [q_len, kv_len] array would be far more

@@ -11,7 +11,7 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 # first: it says to jax what has to be said before that is loaded
 from benchmarks import gpu_compile as common  # isort: skip
@@ -22,11 +22,12 @@ from rich.progress import track
 
 from benchmarks import compile_report
 from benchmarks.chips import A100, L4, Chip
-from benchmarks.gpu_compile import CASES
+from benchmarks.gpu_compile import CASES, passes_taken
 from jsparse.attention import mosaic as adapter
 from pallas_kernels.block_sparse_attention import mosaic_ampere
 
 RESULTS = compile_report.RESULTS.with_name("gpu_compile_ampere.json")
+KERNELS = adapter.CHIPS["8"]
 # a kernel of each kind; what else differs between the chips is how much shared memory there is
 USUAL = frozenset({"dim 64", "dim 128", "dim 256, tiles 128 x 64", "causal", "score_mod (ALiBi)"})
 
@@ -38,52 +39,35 @@ def main() -> int:
     arguments = parser.parse_args()
     if jax.__version_info__ < (0, 11):
         parser.error(f"kernels for these chips need jax 0.11 or newer; this is {jax.__version__}")
-    wanted = [case.name for case in CASES if not arguments.only or arguments.only in case.name]
-    if not wanted:
+    chosen = [case for case in CASES if not arguments.only or arguments.only in case.name]
+    if not chosen:
         parser.error(f"no case has {arguments.only!r} in its name")
     console = Console(width=None if sys.stdout.isatty() else 125)
     rows = []
-    for chip, names in ((A100, wanted), (L4, [name for name in wanted if name in USUAL])):
+    for chip, cases in ((A100, chosen), (L4, [case for case in chosen if case.name in USUAL])):
+        wanted = [(case.name, which) for case in cases for which in passes_taken(KERNELS, case)]
+        if not wanted:
+            continue
         # a process of its own: Mosaic assembles for the first chip that a process compiles for
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            compiled = process.map(compile_case, names, itertools.repeat(chip))
+            compiled = process.map(compile_pass, *zip(*wanted, strict=True), itertools.repeat(chip))
             about = f"compiling for {chip.name}"
-            rows += track(compiled, about, total=len(names), console=console)
+            rows += track(compiled, about, total=len(wanted), console=console)
     console.print(common.table(rows))
     for row in rows:
         if row["failed"]:
-            console.print(f"[red]{row['name']} ({row['target']}): {'; '.join(row['failed'])}")
-    names = set(wanted) if arguments.only else None
+            about = f"{row['name']}, {row['pass']} ({row['target']})"
+            console.print(f"[red]{about}: {'; '.join(row['failed'])}")
+    names = {case.name for case in chosen} if arguments.only else None
     return compile_report.conclude(rows, arguments.report, names, update=arguments.update)
 
 
-class Reported(NamedTuple):
-    """The forward kernel in its shipped configuration, which it tells.
-
-    `layout` is where it writes "stages", and "smem" in bytes.
-    """
-
-    layout: dict[str, int]
-
-    def forward(self, q: Any, k: Any, v: Any, lists: Any, tiles: Any) -> Any:
-        """Computes attention, as the kernel does."""
-        widths = q.shape[-1], v.shape[-1]
-        config = mosaic_ampere.default_config(tiles, *widths)
-        self.layout["stages"] = config.stages
-        self.layout["smem"] = mosaic_ampere.shared_memory(*widths, config)
-        return mosaic_ampere.forward(q, k, v, lists, tiles, config=config)
-
-
-def compile_case(name: str, chip: Chip) -> dict[str, Any]:
-    """Compiles the forward pass of a case for a chip."""
+def compile_pass(name: str, which: str, chip: Chip) -> dict[str, Any]:
+    """Compiles a pass of a case for a chip."""
     (case,) = (case for case in CASES if case.name == name)
-    kernel = Reported({})
-    passes = adapter.AMPERE._replace(forward=partial(adapter.forward, kernel))
-    attention, _, inputs = common.programs(case, chip.sharding(), passes)
     with chip.lowering():
-        return common.measure(
-            case, "forward", attention, inputs, kernel.layout, partial(gates, chip)
-        )
+        checked = partial(gates, chip)
+        return common.compiled_pass(KERNELS, case, which, chip.sharding(), checked)
 
 
 def gates(chip: Chip, row: dict[str, Any]) -> list[tuple[str, bool]]:

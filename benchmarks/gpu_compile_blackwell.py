@@ -14,9 +14,6 @@ from typing import Any
 # first: it says to jax what has to be said before that is loaded
 from benchmarks import gpu_compile as common  # isort: skip
 
-import jax
-from jax.experimental import topologies
-
 from benchmarks.chips import B200
 from benchmarks.gpu_compile import CASES, Case
 from jsparse.attention import mosaic as adapter
@@ -26,23 +23,12 @@ from pallas_kernels.block_sparse_attention import (
     walk,
 )
 
+BLACKWELL = adapter.CHIPS["10"]
+
 
 def taken(cases: Sequence[Case]) -> list[tuple[str, str]]:
     """The names of the cases that the kernels take, and of their passes."""
-    found = []
-    for case in cases:
-        sizes = case.block_q, case.block_kv, *widths(case)
-        if mosaic_blackwell.refusal(case.dtype, *sizes) is None:
-            found.append((case.name, "forward"))
-            if mosaic_blackwell_backward.refusal(*sizes) is None:
-                found.append((case.name, "gradients"))
-    return found
-
-
-def widths(case: Case) -> tuple[int, int]:
-    """Those of q and v as a kernel gets them."""
-    padded = (-(-n // 64) * 64 for n in (case.dim, case.v_dim))
-    return next(padded), next(padded)
+    return [(case.name, which) for case in cases for which in common.passes_taken(BLACKWELL, case)]
 
 
 def compiled(wanted: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -57,34 +43,12 @@ def compiled(wanted: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
 def compile_pass(name: str, which: str) -> dict[str, Any]:
     """Compiles a pass of a case in this process."""
     (case,) = (case for case in CASES if case.name == name)
-    device = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=B200.name,
-        target_config=B200.description(),
-        topology="1x1x1",
-    ).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    attention, gradients, inputs = common.programs(case, sharding, adapter.BLACKWELL)
-    function = attention if which == "forward" else gradients
-    layout, columns = asked(case, which)
-    return common.measure(case, which, function, inputs, layout, partial(gates, columns))
-
-
-def asked(case: Case, which: str) -> tuple[dict[str, int], int]:
-    """Tiles in flight and shared memory of a pass, and its columns of tensor memory."""
-    dim, v_dim = widths(case)
-    sizes = case.block_q, case.block_kv, dim, v_dim
-    if which == "forward":
-        config = mosaic_blackwell.default_config(*sizes)
-        assert config is not None
-        needed = mosaic_blackwell.shared_memory(*sizes, config)
-        columns = mosaic_blackwell.tensor_memory(case.block_kv, v_dim)
-    else:
-        config = mosaic_blackwell_backward.default_config(dim, v_dim)
-        assert config is not None
-        needed = mosaic_blackwell_backward.shared_memory(dim, v_dim, config)
+    dim, v_dim = common.widths(case)
+    columns = mosaic_blackwell.tensor_memory(case.block_kv, v_dim)
+    if which == "gradients":
         columns = mosaic_blackwell_backward.tensor_memory((dim, v_dim))
-    return {"stages": config.stages, "smem": needed}, columns
+    checked = partial(gates, columns)
+    return common.compiled_pass(BLACKWELL, case, which, B200.sharding(), checked)
 
 
 def gates(columns: int, row: dict[str, Any]) -> list[tuple[str, bool]]:

@@ -240,6 +240,15 @@ def layout_refusal(
     return None
 
 
+def candidates(
+    default: C | None, others: Iterable[C], refusal: Callable[[C], str | None]
+) -> tuple[C, ...]:
+    """The default and those of the others that are legal; none where there is no default."""
+    if default is None:
+        return ()
+    return (default, *(c for c in others if c != default and refusal(c) is None))
+
+
 def compiles(function: Callable[..., Any], *arrays: Any, **named_arrays: Any) -> None:
     """Compiles a function for arrays like these, traced ones too, and raises where that fails."""
     args, kwargs = jax.tree.map(

@@ -75,24 +75,33 @@ class Stream(NamedTuple):
     """Tiles of several arrays in turn, each array's in a ring of its own.
 
     Tile number `step` of an array is in slot step % stages. A tile may be read from `wait` for it
-    until `wait` for the next one in the stream, whatever array that is of.
+    until `wait` for the next one in the stream, whatever array that is of, or, where the tiles of a
+    step stay together, until the first `wait` of the next step.
 
     Attributes:
       copies: What copies them.
       source: `source(array, step)` is a reference to a tile in device memory.
       slots: Shared memory of each array, made by `ring.tiles`.
       steps: How many tiles there are of each array.
+      together: Whether the tiles of a step stay together; there are 2 slots or more then.
     """
 
     copies: Copies | InterpretedCopies
     source: Callable[[int, jax.Array], Ref]
     slots: Sequence[Ref]
     steps: jax.Array
+    together: bool = False
 
     @property
-    def capacity(self) -> int:
-        """How many tiles there are slots for."""
-        return len(self.slots) * self.slots[0].shape[0]
+    def stages(self) -> int:
+        """How many tiles of an array there are slots for."""
+        return self.slots[0].shape[0]
+
+    @property
+    def ahead(self) -> int:
+        """How many tiles are on their way before the first is waited for."""
+        arrays = len(self.slots)
+        return arrays * self.stages - (arrays if self.together else 1)
 
     def begin(self, own: Sequence[tuple[Ref, Ref]]) -> None:
         """Copies tiles that stay, and starts to copy the first of the others.
@@ -102,22 +111,27 @@ class Stream(NamedTuple):
         """
         for source, target in own:
             self.copies.start(source, target)
-        ahead = self.capacity - 1
-        for number in range(ahead):
+        for number in range(self.ahead):
             step, array = divmod(number, len(self.slots))
             self._start(array, jnp.int32(step))
-        started = jnp.minimum(len(self.slots) * self.steps, ahead)
-        for later in range(len(own) - 1, -1, -1):
-            self._wait(started + later, ahead + later)
+        if own:
+            self._wait(jnp.minimum(len(self.slots) * self.steps, self.ahead), self.ahead)
 
     def wait(self, array: int, step: jax.Array) -> Ref:
-        """Waits for a tile, and starts to copy another to where the one before it was."""
-        later = len(self.slots) * (self.steps - step) - array - 1
-        most = self.capacity - 2
+        """Waits for a tile, and starts to copy others to where those before it were."""
+        arrays = len(self.slots)
+        later = arrays * (self.steps - step) - array - 1
+        most = self.ahead - 1
+        if self.together and array > 0:
+            # those of the next step were started at the first wait
+            most += arrays - array
         self._wait(jnp.minimum(later, most), most)
-        # all threads have come here: none reads the tile before any more
-        before = (array or len(self.slots)) - 1
-        self._start(before, step + self.slots[0].shape[0] - (array == 0))
+        # all threads have come here: none reads what came before any more
+        if not self.together:
+            self._start((array or arrays) - 1, step + self.stages - (array == 0))
+        elif array == 0:
+            for each in range(arrays):
+                self._start(each, step + self.stages - 1)
         return self._slot(array, step)
 
     def _wait(self, running: jax.Array, most: int) -> None:

@@ -27,6 +27,25 @@ def compare(*new, old=None, names=None):
     return compile_report.differences([row()] if old is None else old, new, names)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        ("product wait softmax product wait", 0),
+        ("product product wait-1 softmax wait", 64),
+        ("product wait product softmax wait softmax", 64),
+    ],
+)
+def test_what_is_computed_while_products_go_on_is_counted(schedule, found):
+    ptx = {
+        "product": "wgmma.mma_async.sync.aligned.m64n8k16 {%f1};\nwgmma.commit_group.sync.aligned;",
+        "wait": "wgmma.wait_group.sync.aligned 0;",
+        "wait-1": "wgmma.wait_group.sync.aligned \t1;",
+        "softmax": "ex2.approx.ftz.f32 \t%f2, %f3;\n" * 64,
+    }
+    text = "\n".join(ptx[step] for step in schedule.split())
+    assert compile_report.exponentials_in_flight(text) == found
+
+
 def test_equal_reports_have_no_differences():
     # where a buffer lies is not what kernels are made of; fewer registers are no loss
     assert compare(row(temp_bytes=2, registers=[168, 232])) == []

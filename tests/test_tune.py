@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jsparse.attention import tuning
+from jsparse.attention.mosaic import CHIPS
 from jsparse.cli import main
 from pallas_kernels import configurations
 from pallas_kernels.block_sparse_attention import mosaic
@@ -15,6 +16,7 @@ from pallas_kernels.configurations import Key
 
 KEY = Key("forward", False, "Some GPU", "bfloat16", 64, 64, 64, 64)
 CONFIGS = tuple(mosaic.Config(stages) for stages in (1, 2, 3))
+KERNELS = tuple(tuning._kernels(CHIPS["9"]))
 QUICK = tuning.Effort(0.0, 1)
 
 
@@ -107,7 +109,7 @@ def test_what_was_timed_otherwise_is_timed_anew(tmp_path, monkeypatch, change):
 
 
 def dry_run(capsys, monkeypatch, tmp_path, kernels):
-    monkeypatch.setattr(tuning, "_KERNELS", kernels)
+    monkeypatch.setattr(tuning, "_kernels", lambda chip: kernels)
     monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "tuned.json"
     main(["tune", "--dry-run", "--output", str(path)])
@@ -125,7 +127,7 @@ def dry_run(capsys, monkeypatch, tmp_path, kernels):
 
 
 def test_a_dry_run_goes_through_the_motions(capsys, monkeypatch, tmp_path):
-    path = dry_run(capsys, monkeypatch, tmp_path, tuning._KERNELS[:1])
+    path = dry_run(capsys, monkeypatch, tmp_path, KERNELS[:1])
     before = path.read_text()
     main(["tune", "--dry-run", "--output", str(path)])
     assert "2 of 2 were timed before; --again times them anew" in capsys.readouterr().out
@@ -134,7 +136,7 @@ def test_a_dry_run_goes_through_the_motions(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_of_every_kernel(capsys, monkeypatch, tmp_path):
-    dry_run(capsys, monkeypatch, tmp_path, tuning._KERNELS)
+    dry_run(capsys, monkeypatch, tmp_path, KERNELS)
 
 
 def test_every_kernel_has_jobs_for_every_shape():

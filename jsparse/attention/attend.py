@@ -224,7 +224,7 @@ def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
 _CALLS = {
     "reference": _reference,
     "xla": _xla,
-    "mosaic": partial(_by_kernels, mosaic.passes),
+    "mosaic": partial(_by_kernels, lambda: mosaic.chip().passes),
     "triton": partial(_by_kernels, lambda: triton.PASSES),
 }
 _REFUSES: dict[str, Callable[[Problem], str | None]] = {

@@ -1,8 +1,4 @@
-"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why.
-
-Hopper and Blackwell have kernels for both directions. For Ampere and Ada there is one for the
-forward pass; their gradients are the Triton kernels'.
-"""
+"""Block-sparse attention by the Mosaic GPU kernels; what they cannot do, and why."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +16,12 @@ from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
     mosaic,
     mosaic_ampere,
+    mosaic_ampere_backward,
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
 )
+from pallas_kernels.block_sparse_attention.chip import Backward, Forward, Problem
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
 
@@ -36,9 +34,8 @@ def refusal(
     if reason:
         return reason
     q, _, v = operands[:3]
-    reason = forward_kernel().refusal(
-        q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
-    )
+    widths = _padded_width(q), _padded_width(v)
+    reason = chip().forward.refusal(q.dtype, block_q, block_kv, *widths)
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
@@ -47,17 +44,14 @@ def refusal(
 
 
 def forward(
-    kernel: Any, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+    kernel: Forward, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles.
-
-    `kernel` is the module of the chip's forward kernel.
-    """
+    """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     q, k, v = operands[:3]
     parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
-    out, lse = kernel.forward(
+    out, lse = kernel(
         _pad_width(q),
         _pad_width(k),
         _pad_width(v),
@@ -68,7 +62,7 @@ def forward(
 
 
 def backward(
-    kernel: Any,
+    kernels_of_chip: Backward,
     otherwise: Callable[..., Operands],
     operands: Operands,
     lists: Lists,
@@ -80,13 +74,10 @@ def backward(
     rule: LogitRule,
     sizes: Sizes,
 ) -> Operands:
-    """Computes the gradient by every operand; `otherwise` does where kernels have no room.
-
-    `kernel` is the module of the chip's backward kernels.
-    """
+    """Computes the gradient by every operand; `otherwise` does where the kernels cannot."""
     q, k, v = operands[:3]
     block_sizes = sizes.block_q, sizes.block_kv
-    if kernel.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
+    if kernels_of_chip.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
         return otherwise(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> _Parts | str:
@@ -94,7 +85,7 @@ def backward(
 
     def compute(parts: _Parts):
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
-        problem = mosaic_backward.Problem(
+        problem = Problem(
             _pad_width(q),
             _pad_width(k),
             _pad_width(v),
@@ -102,7 +93,7 @@ def backward(
             lse2,
             delta,
         )
-        found = kernel.gradients(
+        found = kernels_of_chip.gradients(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
             whole_tiles.by_key(inverse, lists.mask, rule, sizes),
@@ -131,30 +122,36 @@ def backward_by_triton(
     return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
 
 
-HOPPER = Passes(
-    partial(forward, mosaic),
-    partial(backward, mosaic_backward, xla.backward),
-    xla.differentiable_forward,
-)
-AMPERE = Passes(partial(forward, mosaic_ampere), backward_by_triton, xla.differentiable_forward)
-BLACKWELL = Passes(
-    partial(forward, mosaic_blackwell),
-    partial(backward, mosaic_blackwell_backward, backward_by_triton),
-    xla.differentiable_forward,
-)
+class Chip(NamedTuple):
+    """What computes attention on a kind of chip, and the gradients that its kernels refuse."""
+
+    forward: Forward
+    backward: Backward
+    otherwise: Callable[..., Operands] = backward_by_triton
+
+    @property
+    def passes(self) -> Passes:
+        """The two passes, and what second derivatives go through."""
+        return Passes(
+            partial(forward, self.forward),
+            partial(backward, self.backward, self.otherwise),
+            xla.differentiable_forward,
+        )
 
 
-def passes() -> Passes:
-    """What computes attention on this machine's default device."""
-    return {mosaic: HOPPER, mosaic_ampere: AMPERE, mosaic_blackwell: BLACKWELL}[forward_kernel()]
+# by what their compute capabilities begin with
+CHIPS = {
+    "8": Chip(mosaic_ampere.FORWARD, mosaic_ampere_backward.BACKWARD),
+    "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward),
+    "10": Chip(mosaic_blackwell.FORWARD, mosaic_blackwell_backward.BACKWARD),
+}
 
 
-def forward_kernel() -> Any:
-    """The module of the forward kernel for this machine's default device."""
+def chip() -> Chip:
+    """That of this machine's default device; Hopper where there is none for it."""
     interpreting = _compat.interpreting()
     found = _compat.interpreted_capability() if interpreting else kernels.capability()
-    major = (found or "").split(".")[0]
-    return {"8": mosaic_ampere, "10": mosaic_blackwell}.get(major, mosaic)
+    return CHIPS.get((found or "").split(".")[0], CHIPS["9"])
 
 
 def device_refusal() -> str | None:

@@ -20,7 +20,8 @@ from jsparse.attention.logits import LogitRule
 from jsparse.types import BlockMask, InverseList
 from pallas_kernels import _compat as kernels
 from pallas_kernels import configurations
-from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward, walk
+from pallas_kernels.block_sparse_attention import walk
+from pallas_kernels.block_sparse_attention.chip import Forward, Problem, Tunable
 from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.configurations import Entry, Key
 from pallas_kernels.ring import LANES
@@ -144,20 +145,21 @@ def jobs(shapes: Sequence[Shape], sizes: Sizes, effort: Effort = FULL) -> list[J
     checks.multiple(of=sizes.kv_heads, heads=sizes.heads)
     checks.fractions(density=sizes.density)
     with effort.surrounding():
-        device = configurations.device_kind()
+        device, chip = configurations.device_kind(), adapter.chip()
     found = []
     for shape in dict.fromkeys(shapes):
         widths = shape.block_q, shape.block_kv, shape.dim, shape.v_dim
         checks.multiple(of=LANES, dim=shape.dim, v_dim=shape.v_dim)
-        checks.tunable(f"{shape}", adapter.forward_kernel().refusal(shape.dtype, *widths))
+        checks.tunable(f"{shape}", chip.forward.refusal(shape.dtype, *widths))
         checks.multiple(of=shape.block_q, length=sizes.length)
         checks.multiple(of=shape.block_kv, length=sizes.length)
-        for kernel in _kernels():
-            if kernel.backward and mosaic_backward.refusal(*widths):
+        refused = chip.backward.refusal(*widths)
+        for kernel in _kernels(chip):
+            if kernel.backward and refused:
                 continue
             candidates = kernel.candidates(*widths)[: effort.most]
             key = Key(kernel.operation, kernel.masked, device, *shape)
-            prepare = functools.partial(_prepare, kernel, shape, sizes)
+            prepare = functools.partial(_prepare, chip.forward, kernel, shape, sizes)
             found.append(Job(key, sizes, candidates, prepare))
     return found
 
@@ -291,7 +293,7 @@ def _causal(logits, q_index, kv_index, row_values, column_values):
 class _Inputs(NamedTuple):
     """Arrays of a problem, as the kernels of both directions read them."""
 
-    problem: mosaic_backward.Problem
+    problem: Problem
     lists: walk.Lists
     inverse: walk.Lists
 
@@ -314,58 +316,49 @@ class _Kernel(NamedTuple):
     call: Callable[..., Any]
 
 
-def _forward(module: Any) -> Callable[..., Any]:
+def _forwards(forward: Forward) -> Iterator[_Kernel]:
     def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
-        return module.forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
+        return forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
 
-    return call
-
-
-def _d_queries(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
-    return mosaic_backward.d_queries(inputs.problem, inputs.lists, tiles, config)
+    for masked in (False, True):
+        yield _Kernel("forward", masked, False, forward.candidates, call)
 
 
-def _d_keys(**wanted: bool) -> Callable[..., Any]:
-    def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
-        return mosaic_backward.d_keys(inputs.problem, inputs.inverse, tiles, config, **wanted)
+def _backwards(kernels: Tunable) -> Iterator[_Kernel]:
+    def d_queries(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+        return kernels.d_queries(inputs.problem, inputs.lists, tiles, config)
 
-    return call
+    def d_keys(**wanted: bool) -> Callable[..., Any]:
+        def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+            return kernels.d_keys(inputs.problem, inputs.inverse, tiles, config, **wanted)
 
+        return call
 
-def _own_keys(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Any, ...]:
-    return mosaic_backward.candidates(block_kv, block_q, dim, v_dim)
+    def own_keys(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Any, ...]:
+        return kernels.candidates(block_kv, block_q, dim, v_dim)
 
-
-def _forwards(module: Any) -> tuple[_Kernel, ...]:
-    return tuple(
-        _Kernel("forward", masked, False, module.candidates, _forward(module))
-        for masked in (False, True)
-    )
-
-
-# what attention and its gradient call on Hopper: with some rules, one gradient per pass over keys
-_KERNELS = (
-    *_forwards(mosaic),
-    _Kernel("d_q", False, True, mosaic_backward.candidates, _d_queries),
-    _Kernel("d_q", True, True, mosaic_backward.candidates, _d_queries),
-    _Kernel("d_k_d_v", False, True, _own_keys, _d_keys()),
-    _Kernel("d_k_d_v", True, True, _own_keys, _d_keys()),
-    _Kernel("d_k", True, True, _own_keys, _d_keys(with_v=False)),
-    _Kernel("d_v", True, True, _own_keys, _d_keys(with_k=False)),
-)
+    for masked in (False, True):
+        yield _Kernel("d_q", masked, True, kernels.candidates, d_queries)
+        yield _Kernel("d_k_d_v", masked, True, own_keys, d_keys())
+    # with some rules, one gradient per pass over keys
+    yield _Kernel("d_k", True, True, own_keys, d_keys(with_v=False))
+    yield _Kernel("d_v", True, True, own_keys, d_keys(with_k=False))
 
 
-def _kernels() -> tuple[_Kernel, ...]:
-    """Those for this machine's default device."""
-    module = adapter.forward_kernel()
-    return _KERNELS if module is mosaic else _forwards(module)
+def _kernels(chip: adapter.Chip) -> Iterator[_Kernel]:
+    """What attention and its gradient call, and what can be laid out in more than one way."""
+    yield from _forwards(chip.forward)
+    if chip.backward.tunable:
+        yield from _backwards(chip.backward.tunable)
 
 
-def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Callable[[], Any]]:
+def _prepare(
+    forward: Forward, kernel: _Kernel, shape: Shape, sizes: Sizes
+) -> Callable[[Any], Callable[[], Any]]:
     """Gives, for a configuration, a call that runs the kernel with it on the same inputs."""
     mask = Rule(_causal) if kernel.masked else None
     tiles = Tiles(shape.block_q, shape.block_kv, shape.dim**-0.5, mask=mask)
-    inputs = _inputs(shape, sizes, tiles, kernel.backward)
+    inputs = _inputs(forward if kernel.backward else None, shape, sizes, tiles)
 
     def run(config: Any) -> Callable[[], Any]:
         compiled = jax.jit(lambda inputs: kernel.call(inputs, tiles, config))
@@ -374,7 +367,8 @@ def _prepare(kernel: _Kernel, shape: Shape, sizes: Sizes) -> Callable[[Any], Cal
     return run
 
 
-def _inputs(shape: Shape, sizes: Sizes, tiles: Tiles, backward: bool) -> _Inputs:
+def _inputs(forward: Forward | None, shape: Shape, sizes: Sizes, tiles: Tiles) -> _Inputs:
+    """Those of kernels; `forward` leaves what the backward ones want besides."""
     widths = (sizes.heads, shape.dim), (sizes.kv_heads, shape.dim), (sizes.kv_heads, shape.v_dim)
     *keys, last = jax.random.split(jax.random.key(0), 4)
     q, k, v = (
@@ -416,11 +410,12 @@ def _inputs(shape: Shape, sizes: Sizes, tiles: Tiles, backward: bool) -> _Inputs
     if tiles.mask:
         # no tile is called whole, so that the mask is at work in all
         ways = tuple(way._replace(whole=way.first) for way in ways)
-    inputs = _Inputs(mosaic_backward.Problem(q, k, v, v, q, q), *ways)
-    if not backward:
+    inputs = _Inputs(Problem(q, k, v, v, q, q), *ways)
+    if forward is None:
         return inputs
-    config = mosaic.default_config(shape.block_q, shape.block_kv, shape.dim, shape.v_dim)
-    out, lse = jax.jit(lambda inputs: _forward(mosaic)(inputs, tiles, config))(inputs)
+    config = forward.default_config(tiles, shape.dim, shape.v_dim)
+    run = jax.jit(lambda q, k, v, lists: forward(q, k, v, lists, tiles, config=config))
+    out, lse = run(q, k, v, inputs.lists)
     d_out = jax.random.normal(last, out.shape, out.dtype)
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     return inputs._replace(

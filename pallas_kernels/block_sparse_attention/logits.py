@@ -136,6 +136,11 @@ class Tiles(NamedTuple):
         """The arrays that a kernel is given for rule and mask."""
         return sum((rule.values for rule in (self.rule, self.mask) if rule), ())
 
+    @property
+    def column_values(self) -> int:
+        """How many of them have a value per key."""
+        return sum(len(rule.column_values) for rule in (self.rule, self.mask) if rule)
+
     def bind(self, refs: Sequence[Any]) -> "Tiles":
         """The same with references, in a kernel, in the place of arrays."""
         count = len(self.rule.values) if self.rule else 0

@@ -10,7 +10,7 @@ softmax.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
+from pallas_kernels.block_sparse_attention.chip import Forward
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import (
@@ -61,15 +62,14 @@ def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Con
     return 2 * (block_q * (dim + out) + in_flight) + 4 * block_q
 
 
-def default_config(
-    block_q: int, block_kv: int, dim: int, v_dim: int, column_values: int = 0
-) -> Config | None:
+def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does.
 
     A ring of one tile has no room for the overlap: with tiles of 128 x 128, dim 192 and v_dim 128.
     """
+    block_q, block_kv = tiles.block_q, tiles.block_kv
     # vectors with a value per key are held for all keys at once, in every thread
-    columns = 64 if column_values > 2 else block_kv
+    columns = 64 if tiles.column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
         config = Config(stages=stages, columns=columns, overlap=stages > 1)
         if shared_memory(block_q, block_kv, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
@@ -91,104 +91,26 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
     return reason
 
 
-def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
-    """The configurations worth timing, the default first; none where nothing fits."""
-    default = default_config(block_q, block_kv, dim, v_dim)
-    if default is None:
-        return ()
-    others = (
+def others(block_q: int, block_kv: int) -> Iterator[Config]:
+    """Configurations that may be worth timing, where they are legal."""
+    return (
         Config(stages, columns, consumer, producer, overlap)
         for stages in (4, 3, 2, 1)
         for columns in sorted({64, block_kv}, reverse=True)
         for consumer, producer in ((240, 24), (232, 40))
         for overlap in (True, False)
     )
-    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
-    return (default, *(config for config in legal if config != default))
 
 
-def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why this kernel cannot take a problem, or None if it can.
-
-    Args:
-      dtype: Of q, k and v.
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k, padded to a multiple of 64.
-      v_dim: Width of v, padded to a multiple of 64.
-    """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if block_q not in (64, 128):
-        return f"it takes tiles of 64 or 128 queries, not {block_q}."
-    if block_kv not in (64, 128):
-        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
-    if default_config(block_q, block_kv, dim, v_dim) is None:
-        return (
-            f"tiles of {block_q} x {block_kv} with dim {dim} and v_dim {v_dim} do not fit in "
-            "shared memory; take smaller tiles."
-        )
-    return None
-
-
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lists: Lists,
-    tiles: Tiles,
-    *,
-    config: Config | None = None,
+def _compute(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, tiles: Tiles, chosen: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes attention over the listed tiles.
-
-    Args:
-      q: [batch, q_len, heads, dim], bf16 or f16; q_len a multiple of a tile's, dim of 64.
-      k: [batch, kv_len, kv_heads, dim]; kv_len a multiple of a tile's.
-      v: [batch, kv_len, kv_heads, v_dim]; v_dim a multiple of 64.
-      lists: For each tile of queries the tiles of keys.
-      tiles: Tile sizes, and what happens to logits.
-      config: How a program is laid out.
-
-    Returns:
-      `out [batch, q_len, heads, v_dim]` in q's dtype; `lse [batch, heads, q_len]`, natural log,
-      f32. A row that sees no key has `out = 0`, `lse = -inf`.
-
-    Raises:
-      NotImplementedError: if the kernel cannot take this problem.
-      ValueError: if it cannot be laid out by `config`.
-    """
-    batches, q_len, heads, dim = q.shape
+    batches, q_len, heads, _ = q.shape
     v_dim, dtype = v.shape[3], q.dtype
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    reason = refusal(dtype, block_q, block_kv, dim, v_dim)
-    if reason:
-        raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    column_values = sum(len(rule.column_values) for rule in (tiles.rule, tiles.mask) if rule)
-    sizes = block_q, block_kv, dim, v_dim
-    default = default_config(*sizes, column_values)
-    assert default is not None
-    # many vectors of keys ask for registers that what was timed had to spare
-    operation = "forward" if column_values <= 2 else "forward, many values"
-    chosen = config or configurations.chosen(
-        configurations.key(operation, tiles.changes, dtype, *sizes),
-        default,
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda q, k, v, lists, values: forward(
-                q, k, v, lists, tiles.bind(values), config=tuned
-            ),
-            *(q, k, v, lists, tiles.values),
-        ),
-    )
-    reason = layout_refusal(chosen, *sizes)
-    if reason:
-        raise ValueError(f"config={chosen} is not legal here: {reason}")
     columns = min(chosen.columns, block_kv)
     shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
-    in_place = v_dim <= dim  # the output takes the place of the queries
+    in_place = v_dim <= q.shape[3]  # the output takes the place of the queries
     ops = warpgroup()
 
     def consumer(program: Program):
@@ -363,3 +285,8 @@ def forward(
         ops=ops,
     )
     return out, lse
+
+
+FORWARD = Forward(
+    _compute, (64, 128), lambda *sizes: None, default_config, others, layout_refusal, shared_memory
+)

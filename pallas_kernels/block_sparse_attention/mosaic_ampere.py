@@ -8,7 +8,7 @@ before (see `stream`).
 import dataclasses
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _compat, configurations, mma, ring, stream
-from pallas_kernels.block_sparse_attention import walk
+from pallas_kernels import _compat, mma, ring, stream
+from pallas_kernels.block_sparse_attention.chip import Forward
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
 from pallas_kernels.block_sparse_attention.walk import Lists, Side, Sides, divmod_i32
@@ -47,9 +47,14 @@ class Config:
     hold_queries: bool = True
 
 
-def shared_memory(dim: int, v_dim: int, config: Config) -> int:
+def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for."""
     return 2 * (config.rows * dim + config.stages * config.columns * (dim + v_dim))
+
+
+def many_values(tiles: Tiles) -> bool:
+    """Whether values per query and per key, and what a rule computes from them, fill registers."""
+    return len(tiles.values) > 2 or bool(tiles.rule and tiles.rule.column_values)
 
 
 def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config:
@@ -63,29 +68,21 @@ def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config:
     # what is read of keys and values serves twice the rows, where registers suffice for them
     if tiles.block_q == 128 and max(dim, v_dim) == 64 and not tiles.rule:
         return Config(rows=128, hold_queries=False)
-    # values per query and per key are in registers too, as what a rule computes from them
-    full = len(tiles.values) > 2 or bool(tiles.rule and tiles.rule.column_values)
+    full = many_values(tiles)
     base = Config(
         columns=32 if dim + v_dim > 320 or full else 64,
         hold_queries=max(dim, v_dim) <= 128 and not full,
     )
     deeper = dataclasses.replace(base, stages=2)
-    return deeper if shared_memory(dim, v_dim, deeper) <= PAIRED - RESERVED else base
+    needed = shared_memory(tiles.block_q, tiles.block_kv, dim, v_dim, deeper)
+    return deeper if needed <= PAIRED - RESERVED else base
 
 
-def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why this kernel cannot take a problem, or None if it can.
-
-    Args:
-      dtype: Of q, k and v.
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k, padded to a multiple of 64.
-      v_dim: Width of v, padded to a multiple of 64.
-    """
-    if not _compat.HAS_MMA:
-        return f"its matrix products need jax 0.11 or newer; this is {jax.__version__}."
-    return walk.refusal(dtype, block_q, block_kv, dim, v_dim)
+def limit(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why this jax has no products for the chip, or None if it has."""
+    if _compat.HAS_MMA:
+        return None
+    return f"its matrix products need jax 0.11 or newer; this is {jax.__version__}."
 
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -96,70 +93,29 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
         return f"columns must be 16, 32, 64 or 128, at most {block_kv}, not {config.columns}."
     if config.stages < 1:
         return f"stages must be at least 1, not {config.stages}."
-    needed = shared_memory(dim, v_dim, config)
+    needed = shared_memory(block_q, block_kv, dim, v_dim, config)
     if needed > SHARED_MEMORY - RESERVED:
         return f"it asks for {needed} bytes of shared memory, of {SHARED_MEMORY - RESERVED}."
     return None
 
 
-def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
-    """The configurations worth timing, the default first."""
-    default = default_config(Tiles(block_q, block_kv), dim, v_dim)
-    others = (
+def others(block_q: int, block_kv: int) -> Iterator[Config]:
+    """Configurations that may be worth timing, where they are legal."""
+    return (
         Config(rows, columns, stages, held)
         for rows in sorted({64, block_q})
         for columns in (64, 32)
         for stages in (2, 1, 3)
         for held in (True, False)
     )
-    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
-    return (default, *(config for config in legal if config != default))
 
 
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lists: Lists,
-    tiles: Tiles,
-    *,
-    config: Config | None = None,
+def _compute(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, tiles: Tiles, chosen: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes attention over the listed tiles.
-
-    Args:
-      q: [batch, q_len, heads, dim], bf16 or f16; q_len a multiple of a tile's, dim of 64.
-      k: [batch, kv_len, kv_heads, dim]; kv_len a multiple of a tile's.
-      v: [batch, kv_len, kv_heads, v_dim]; v_dim a multiple of 64.
-      lists: For each tile of queries the tiles of keys.
-      tiles: Tile sizes, and what happens to logits.
-      config: How a program is laid out.
-
-    Returns:
-      `out [batch, q_len, heads, v_dim]` in q's dtype; `lse [batch, heads, q_len]`, natural log,
-      f32. A row that sees no key has `out = 0`, `lse = -inf`.
-
-    Raises:
-      NotImplementedError: if the kernel cannot take this problem.
-    """
     batches, q_len, heads, dim = q.shape
     v_dim, dtype = v.shape[3], q.dtype
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    sizes = block_q, block_kv, dim, v_dim
-    reason = refusal(dtype, *sizes)
-    if reason:
-        raise NotImplementedError("The Mosaic block-sparse forward for Ampere: " + reason)
-    chosen = config or configurations.chosen(
-        configurations.key("forward", tiles.changes, dtype, *sizes),
-        default_config(tiles, dim, v_dim),
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda q, k, v, lists, values: forward(
-                q, k, v, lists, tiles.bind(values), config=tuned
-            ),
-            *(q, k, v, lists, tiles.values),
-        ),
-    )
     rows, columns = min(chosen.rows, block_q), min(chosen.columns, block_kv)
     shape, parts, shares = (HEIGHT, columns), block_kv // columns, block_q // rows
     heights = range(0, rows, HEIGHT)
@@ -253,3 +209,6 @@ def forward(
         compiler_params=dataclasses.replace(ops.compiler_params, unsafe_no_auto_barriers=True),
     )(programs, positions, *flat, *given, *tiles.values)
     return out.reshape(batches, q_len, heads, v_dim), lse
+
+
+FORWARD = Forward(_compute, (64, 128), limit, default_config, others, layout_refusal, shared_memory)

@@ -7,9 +7,10 @@ bit.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations
+from pallas_kernels.block_sparse_attention.chip import (
+    Backward,
+    Gradients,
+    Problem,
+    Tunable,
+    choose,
+)
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.walk import (
     RESERVED,
@@ -48,21 +56,6 @@ class Config:
     producer_registers: int = 24
 
 
-class Problem(NamedTuple):
-    """The arrays that both kernels read; lengths are whole tiles.
-
-    `lse2` is the log-sum-exp in base 2, +inf where a row saw nothing. `delta` is the row sum of
-    `out * d_out`, less the gradient of the lse.
-    """
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    d_out: jax.Array
-    lse2: jax.Array
-    delta: jax.Array
-
-
 def shared_memory(own: int, other: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory: a program's own tile and the ring of the others, barriers apart."""
     return 2 * (dim + v_dim) * (own + config.stages * other) + 64 * own
@@ -90,17 +83,17 @@ def layout_refusal(config: Config, own: int, other: int, dim: int, v_dim: int) -
 
 def candidates(own: int, other: int, dim: int, v_dim: int) -> tuple[Config, ...]:
     """The configurations worth timing, the default first; none where nothing fits."""
-    default = default_config(own, other, dim, v_dim)
-    if default is None:
-        return ()
     others = (
         Config(stages, columns, consumer, producer)
         for stages in (3, 2, 1)
         for columns in sorted({64, other})
         for consumer, producer in ((240, 24), (232, 40))
     )
-    legal = (c for c in others if layout_refusal(c, own, other, dim, v_dim) is None)
-    return (default, *(config for config in legal if config != default))
+    return configurations.candidates(
+        default_config(own, other, dim, v_dim),
+        others,
+        lambda config: layout_refusal(config, own, other, dim, v_dim),
+    )
 
 
 def refusal(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -111,16 +104,6 @@ def refusal(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     if fits is None or default_config(block_kv, block_q, dim, v_dim) is None:
         return "the tiles of its gradients do not fit in shared memory; take smaller ones."
     return None
-
-
-class Gradients(NamedTuple):
-    """By each array of a problem and of its rule; None for values that are not f32."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    row_values: tuple[jax.Array | None, ...]
-    column_values: tuple[jax.Array | None, ...]
 
 
 def gradients(problem: Problem, lists: Lists, inverse: Lists, tiles: Tiles) -> Gradients:
@@ -194,16 +177,13 @@ def d_queries(
     sizes = tiles.block_q, block_kv, dim, problem.v.shape[3]
     default = default_config(*sizes)
     assert default is not None
-    chosen = config or configurations.chosen(
-        _key(problem, tiles, {"q": with_q, "values": bool(wanted)}),
+    chosen = config or choose(
+        key(problem, tiles, {"q": with_q, "values": bool(wanted)}),
         _spare(default) if tiles.rule else default,
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda problem, lists, values: d_queries(
-                problem, lists, tiles.bind(values), tuned, with_q=with_q, with_values=with_values
-            ),
-            *(problem, lists, tiles.values),
-        ),
+        lambda tuned: layout_refusal(tuned, *sizes),
+        functools.partial(d_queries, with_q=with_q, with_values=with_values),
+        (problem, lists),
+        tiles,
     )
     columns = min(chosen.columns, block_kv)
     shape, parts = (ROWS, columns), block_kv // columns
@@ -320,17 +300,13 @@ def d_keys(
     sizes = tiles.block_kv, block_q, dim, v_dim
     default = default_config(*sizes)
     assert default is not None
-    outputs = {"with_k": with_k, "with_v": with_v, "with_values": with_values}
-    chosen = config or configurations.chosen(
-        _key(problem, tiles, {"k": with_k, "v": with_v, "values": bool(wanted)}),
+    chosen = config or choose(
+        key(problem, tiles, {"k": with_k, "v": with_v, "values": bool(wanted)}),
         default if with_k and with_v else _spare(default),
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda problem, inverse, values: d_keys(
-                problem, inverse, tiles.bind(values), tuned, **outputs
-            ),
-            *(problem, inverse, tiles.values),
-        ),
+        lambda tuned: layout_refusal(tuned, *sizes),
+        functools.partial(d_keys, with_k=with_k, with_v=with_v, with_values=with_values),
+        (problem, inverse),
+        tiles,
     )
     columns = min(chosen.columns, block_q)
     shape, parts = (ROWS, columns), block_q // columns
@@ -447,7 +423,7 @@ def d_keys(
     return d_k, d_v, place(d_values, wanted, len(column_values))
 
 
-def _key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
+def key(problem: Problem, tiles: Tiles, outputs: dict[str, bool]) -> configurations.Key:
     """What a kernel with these outputs is chosen by."""
     operation = "_".join(f"d_{name}" for name, wanted in outputs.items() if wanted)
     dim, v_dim = problem.q.shape[-1], problem.v.shape[-1]
@@ -497,3 +473,16 @@ def place(results, wanted, count: int) -> tuple[jax.Array | None, ...]:
     """Gradients in the places of the values that have one, None in the others."""
     found = dict(zip(wanted, results, strict=True))
     return tuple(found.get(n) for n in range(count))
+
+
+def layouts(tiles: Tiles, dim: int, v_dim: int) -> list[tuple[int, int]]:
+    """The stages and bytes of shared memory of programs that own queries, and keys."""
+    sizes = (
+        (tiles.block_q, tiles.block_kv, dim, v_dim),
+        (tiles.block_kv, tiles.block_q, dim, v_dim),
+    )
+    configs = [(some, default_config(*some)) for some in sizes]
+    return [(config.stages, shared_memory(*some, config)) for some, config in configs if config]
+
+
+BACKWARD = Backward(gradients, refusal, layouts, Tunable(d_queries, d_keys, candidates))

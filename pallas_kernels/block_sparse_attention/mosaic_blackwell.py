@@ -12,7 +12,8 @@ grown so much that probabilities would leave their range.
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, configurations, ring
+from pallas_kernels.block_sparse_attention.chip import Forward
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
 from pallas_kernels.block_sparse_attention.walk import (
@@ -74,11 +76,11 @@ def tensor_memory(block_kv: int, v_dim: int) -> int:
     return block_kv // COLUMNS * (COLUMNS + COLUMNS // 2 + v_dim)
 
 
-def default_config(block_q: int, block_kv: int, dim: int, v_dim: int) -> Config | None:
+def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
     """The deepest ring that fits, or None where not even one kv tile does."""
     for stages in (4, 3, 2):
         config = Config(stages)
-        if layout_refusal(config, block_q, block_kv, dim, v_dim) is None:
+        if layout_refusal(config, tiles.block_q, tiles.block_kv, dim, v_dim) is None:
             return config
     return None
 
@@ -96,97 +98,31 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim:
     )
 
 
-def candidates(block_q: int, block_kv: int, dim: int, v_dim: int) -> tuple[Config, ...]:
-    """The configurations worth timing, the default first; none where nothing fits."""
-    default = default_config(block_q, block_kv, dim, v_dim)
-    if default is None:
-        return ()
-    others = (
+def others(block_q: int, block_kv: int) -> Iterator[Config]:
+    """Configurations that may be worth timing, where they are legal."""
+    return (
         Config(stages, consumer, producer)
         for stages in (4, 3, 2)
         for consumer, producer in ((224, 56), (232, 40), (240, 24))
     )
-    legal = (c for c in others if layout_refusal(c, block_q, block_kv, dim, v_dim) is None)
-    return (default, *(config for config in legal if config != default))
 
 
-def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why this kernel cannot take a problem, or None if it can.
-
-    Args:
-      dtype: Of q, k and v.
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k, padded to a multiple of 64.
-      v_dim: Width of v, padded to a multiple of 64.
-    """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if block_q != ROWS:
-        return f"on Blackwell it takes tiles of {ROWS} queries, not {block_q}."
-    if block_kv not in (64, 128):
-        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
-    if tensor_memory(block_kv, v_dim) > TENSOR_MEMORY:
-        return (
-            f"tiles of {block_kv} keys with v_dim {v_dim} do not fit in tensor memory; take tiles "
-            "of 64 keys."
-        )
-    if default_config(block_q, block_kv, dim, v_dim) is None:
-        return (
-            f"tiles of {block_q} x {block_kv} with dim {dim} and v_dim {v_dim} do not fit in "
-            "shared memory; take smaller tiles."
-        )
-    return None
+def limit(block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why tensor memory has no room, or None if it has."""
+    if tensor_memory(block_kv, v_dim) <= TENSOR_MEMORY:
+        return None
+    return (
+        f"tiles of {block_kv} keys with v_dim {v_dim} do not fit in tensor memory; take tiles of "
+        "64 keys."
+    )
 
 
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lists: Lists,
-    tiles: Tiles,
-    *,
-    config: Config | None = None,
+def _compute(
+    q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, tiles: Tiles, chosen: Config
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes attention over the listed tiles.
-
-    Args:
-      q: [batch, q_len, heads, dim], bf16 or f16; q_len a multiple of a tile's, dim of 64.
-      k: [batch, kv_len, kv_heads, dim]; kv_len a multiple of a tile's.
-      v: [batch, kv_len, kv_heads, v_dim]; v_dim a multiple of 64.
-      lists: For each tile of queries the tiles of keys.
-      tiles: Tile sizes, and what happens to logits.
-      config: How a program is laid out.
-
-    Returns:
-      `out [batch, q_len, heads, v_dim]` in q's dtype; `lse [batch, heads, q_len]`, natural log,
-      f32. A row that sees no key has `out = 0`, `lse = -inf`.
-
-    Raises:
-      NotImplementedError: if the kernel cannot take this problem.
-    """
-    batches, q_len, heads, dim = q.shape
+    batches, q_len, heads, _ = q.shape
     v_dim, dtype = v.shape[3], q.dtype
     block_q, block_kv = tiles.block_q, tiles.block_kv
-    reason = refusal(dtype, block_q, block_kv, dim, v_dim)
-    if reason:
-        raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
-    sizes = block_q, block_kv, dim, v_dim
-    default = default_config(*sizes)
-    assert default is not None
-    chosen = config or configurations.chosen(
-        configurations.key("forward", tiles.changes, dtype, *sizes),
-        default,
-        refusal=lambda tuned: layout_refusal(tuned, *sizes),
-        trial=lambda tuned: configurations.compiles(
-            lambda q, k, v, lists, values: forward(
-                q, k, v, lists, tiles.bind(values), config=tuned
-            ),
-            *(q, k, v, lists, tiles.values),
-        ),
-    )
     shape, consumers, ops = (ROWS, COLUMNS), block_kv // COLUMNS, Blackwell
     widths = range(0, v_dim, COLUMNS)
 
@@ -317,3 +253,6 @@ def forward(
         sharing=consumers,
     )
     return out, lse
+
+
+FORWARD = Forward(_compute, (ROWS,), limit, default_config, others, layout_refusal, shared_memory)

@@ -18,11 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention.chip import Backward, Gradients, Problem
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.mosaic_backward import (
     Config,
-    Gradients,
-    Problem,
     add_sums,
     floats,
     place,
@@ -264,9 +263,8 @@ def _launch(
 
         def one_visit(which, steps):
             visit = program.visit(which, steps)
-            first, last = visit.first * parts, visit.last * parts
-            whole = None if visit.whole is None else visit.whole * parts
-            pieces = visit._replace(first=first, whole=whole, last=last)
+            pieces = visit.in_pieces(parts)
+            first, last = pieces.first, pieces.last
 
             def at(number):
                 entry, part = divmod_i32(number, parts)
@@ -353,3 +351,12 @@ def _launch(
         ops=ops,
     )
     return results[: len(factors)], results[len(factors) :]
+
+
+def layouts(tiles: Tiles, dim: int, v_dim: int) -> list[tuple[int, int]]:
+    """The stages and bytes of shared memory of programs that own queries, or keys."""
+    config = default_config(dim, v_dim)
+    return [(config.stages, shared_memory(dim, v_dim, config))] if config else []
+
+
+BACKWARD = Backward(gradients, refusal, layouts)

@@ -191,6 +191,12 @@ class Visit(NamedTuple):
         whole = None if self.whole is None else jnp.maximum(self.whole, first)
         return self._replace(first=first, whole=whole, before=self.before + 1)
 
+    def in_pieces(self, parts: int) -> "Visit":
+        """The same where each entry is so many pieces, and all numbers count those."""
+        whole = None if self.whole is None else self.whole * parts
+        first, last, before = (x * parts for x in (self.first, self.last, self.before))
+        return self._replace(first=first, whole=whole, last=last, before=before)
+
     def tiles(self, tile: Callable[[jax.Array, Carry, bool], Carry], carry: Carry) -> Carry:
         """Runs `tile(entry, carry, masked)` for each entry."""
         if self.whole is None:
@@ -260,27 +266,6 @@ class Program(NamedTuple):
     def numbers(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, heads, tokens]."""
         return self.batch, self.head, pl.ds(self.start, self.ops.height)
-
-
-def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why kernels over listed tiles cannot take a problem, or None if they can.
-
-    Args:
-      dtype: Of q, k and v.
-      block_q: Queries per tile.
-      block_kv: Keys per tile.
-      dim: Width of q and k, padded to a multiple of 64.
-      v_dim: Width of v, padded to a multiple of 64.
-    """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if block_q not in (64, 128):
-        return f"it takes tiles of 64 or 128 queries, not {block_q}."
-    if block_kv not in (64, 128):
-        return f"it takes tiles of 64 or 128 keys, not {block_kv}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
-    return None
 
 
 def launch(

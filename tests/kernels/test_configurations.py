@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import _compat, configurations
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.chip import Problem
 from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.mosaic import Config
 from pallas_kernels.block_sparse_attention.walk import Lists
@@ -17,7 +18,7 @@ from pallas_kernels.configurations import Entry, Key
 
 SIZES = 64, 64, 64, 64  # block_q, block_kv, dim, v_dim
 KEY = Key("forward", False, "Some GPU", "bfloat16", 64, 64, 64, 64)
-DEFAULT = mosaic.default_config(*SIZES)
+DEFAULT = mosaic.default_config(Tiles(64, 64), 64, 64)
 TUNED = dataclasses.replace(DEFAULT, stages=2)
 
 
@@ -125,14 +126,24 @@ def test_registers_are_shared_by_all_warpgroups():
 
 @pytest.mark.parametrize("sizes", [(64, 64, 64, 64), (128, 128, 128, 128), (128, 64, 256, 256)])
 def test_candidates_are_legal_differ_and_begin_with_the_default(sizes):
-    for module in (mosaic, mosaic_backward):
-        found = module.candidates(*sizes)
-        if module.default_config(*sizes) is None:
+    for default, found, refusal in (
+        (
+            mosaic.default_config(Tiles(*sizes[:2]), *sizes[2:]),
+            mosaic.FORWARD.candidates(*sizes),
+            mosaic.layout_refusal,
+        ),
+        (
+            mosaic_backward.default_config(*sizes),
+            mosaic_backward.candidates(*sizes),
+            mosaic_backward.layout_refusal,
+        ),
+    ):
+        if default is None:
             assert found == ()
             continue
-        assert found[0] == module.default_config(*sizes)
+        assert found[0] == default
         assert len(set(found)) == len(found)
-        assert not [c for c in found if module.layout_refusal(c, *sizes)]
+        assert not [c for c in found if refusal(c, *sizes)]
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
@@ -171,9 +182,9 @@ def test_the_kernels_take_what_was_tuned_under_jit_and_grad(file, monkeypatch):
     q, lists = arrays()
     tiles = Tiles(64, 64)
     with _compat.interpreter(detect_races=False):
-        jax.eval_shape(lambda q: mosaic.forward(q, q, q, lists, tiles), q)
+        jax.eval_shape(lambda q: mosaic.FORWARD(q, q, q, lists, tiles), q)
         rows = jnp.zeros((1, 1, 64))
-        problem = mosaic_backward.Problem(q, q, q, q, rows, rows)
+        problem = Problem(q, q, q, q, rows, rows)
         jax.eval_shape(lambda p: mosaic_backward.gradients(p, lists, lists, tiles), problem)
     assert taken == list(zip(keys, [TUNED, backward, backward], strict=True))
 
@@ -185,7 +196,7 @@ def test_one_that_really_does_not_compile_is_the_default_with_one_warning(file):
     k, lists = arrays()
 
     def attention(q):
-        return mosaic.forward(q, k, k, lists, Tiles(64, 64))[0].sum()
+        return mosaic.FORWARD(q, k, k, lists, Tiles(64, 64))[0].sum()
 
     # the caller is inside two transformations, and its own kernel is for the interpreter
     with (

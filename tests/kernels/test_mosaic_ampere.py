@@ -3,7 +3,7 @@
 What the interpreter lacks, mma.sync and cp.async, has forms of its own there; see `mma`, `stream`.
 """
 
-import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +11,27 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.attention import kernels, mosaic, triton
+from jsparse.attention import kernels, mosaic
 from pallas_kernels import _compat, stream
-from pallas_kernels.block_sparse_attention import mosaic as mosaic_hopper
 from pallas_kernels.block_sparse_attention import mosaic_ampere
-from pallas_kernels.block_sparse_attention.logits import Tiles
+from pallas_kernels.block_sparse_attention import mosaic_ampere_backward as backward
+from pallas_kernels.block_sparse_attention.chip import Problem
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
+from pallas_kernels.block_sparse_attention.walk import Lists
 from tests.inputs import qkv
-from tests.kernels.test_mosaic_block_sparse import compare, lists
+from tests.kernels.test_mosaic_block_sparse import compare as compare_with_reference
+from tests.kernels.test_mosaic_block_sparse import compare_gradients, lists
 
 needs_mma = pytest.mark.skipif(
     not _compat.HAS_MMA, reason=f"mma.sync needs jax 0.11 or newer; this is {jax.__version__}"
 )
 
 
-@pytest.fixture
-def ampere(monkeypatch):
-    """Calls by name go to the kernel for such a GPU."""
-    monkeypatch.setattr(mosaic, "forward_kernel", lambda: mosaic_ampere)
+compare = functools.partial(compare_with_reference, capability="8.0")
 
 
 @needs_mma
-@pytest.mark.usefixtures("ampere")
 class TestForward:
     def test_lists_per_head_grouped_heads_and_an_empty_row(self):
         q, k, v = qkv(128, 192, heads=4, kv_heads=2, dim=64, v_dim=128, dtype=jnp.bfloat16)
@@ -43,12 +42,13 @@ class TestForward:
         [
             Config(rows=64, columns=64, stages=1, hold_queries=True),
             Config(rows=128, columns=64, stages=2, hold_queries=False),
-            Config(rows=128, columns=128, stages=3, hold_queries=True),
+            Config(rows=128, columns=32, stages=3, hold_queries=True),
         ],
         ids=str,
     )
     def test_pieces_stream_through_rings_of_any_depth(self, config, monkeypatch):
-        monkeypatch.setattr(mosaic_ampere, "default_config", lambda *_: config)
+        forward = mosaic_ampere.FORWARD._replace(default_config=lambda *_: config)
+        monkeypatch.setitem(mosaic.CHIPS, "8", mosaic.CHIPS["8"]._replace(forward=forward))
         q, k, v = qkv(128, 256, heads=1, kv_heads=1, dim=128, v_dim=64, dtype=jnp.float16)
         plan = lists(128, 256, block_q=128, block_kv=128, density=1.0)
         compare(q, k, v, plan, mask=js.masks.causal())
@@ -87,28 +87,124 @@ class TestForward:
         with pytest.raises(RuntimeError, match="data race|RACE DETECTED"):
             compare(q, k, v, plan)
 
-    @pytest.mark.parametrize("refused", [None, "it cannot."], ids=["triton", "xla"])
-    def test_gradients_are_the_triton_kernels_or_those_of_xla(self, refused, monkeypatch):
-        problem_refusal = triton.problem_refusal
-        monkeypatch.setattr(triton, "problem_refusal", lambda *x: refused or problem_refusal(*x))
-        q, k, v = qkv(64, 128, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-        plan, mask = lists(64, 128, block_q=64, block_kv=64, heads=2), js.masks.causal()
-        d_out = jax.random.normal(jax.random.key(3), q.shape, jnp.float32)
 
-        def attend(q, k, v, implementation):
-            out = js.attend(q, k, v, plan, mask=mask, implementation=implementation)
-            return out.astype(jnp.float32)
+@needs_mma
+class TestGradients:
+    def test_of_q_k_v_and_through_the_lse(self):
+        q, k, v = qkv(192, 64, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
+        # a head of the group after the other, and rows without tiles
+        plan = lists(192, 64, block_q=64, block_kv=64, heads=2, density=1.0)
+        # the first tile of queries is partly hidden, the last seen entirely
+        hidden = jnp.zeros(192, jnp.int32).at[:9].set(-1)
+        mask = js.masks.segments(hidden, jnp.zeros(64, jnp.int32))
 
-        with _compat.interpreter():
-            out, pullback = jax.vjp(lambda *x: attend(*x, "mosaic"), q, k, v)
-            jax.block_until_ready(out)
-        with contextlib.nullcontext() if refused else _compat.triton_interpreter():
-            got = pullback(d_out)
-        exact = (x.astype(jnp.float32) for x in (q, k, v))
-        want = jax.vjp(lambda *x: attend(*x, "reference"), *exact)[1](d_out)
-        for x, y in zip(got, want, strict=True):
-            # inputs of the products are rounded to 8 bits, at random, and so is the result
-            assert jnp.linalg.norm(x.astype(jnp.float32) - y) <= 2**-7 * jnp.linalg.norm(y)
+        def call(x, implementation):
+            q, k, v = (x[name] for name in "qkv")
+            options = {"mask": mask, "return_lse": True, "implementation": implementation}
+            return js.attend(q, k, v, plan, **options)
+
+        compare_gradients({"q": q, "k": k, "v": v}, call, "8.0")
+
+    @pytest.mark.slow_interpreter
+    def test_of_everything_that_changes_logits(self):
+        q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+        rng = np.random.default_rng(2)
+        operands = {
+            **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
+            "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
+            "table": jnp.asarray(rng.normal(size=70), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+            "sinks": jnp.asarray([0.5, -1.0]),
+        }
+
+        def call(x, implementation):
+            def score_mod(logit, batch, head, q_index, kv_index):
+                far = (q_index - kv_index).astype(jnp.float32)
+                return logit + x["slopes"][head] * far * 0.05 + x["table"][kv_index] * logit
+
+            return js.attend(
+                x["q"],
+                x["k"],
+                x["v"],
+                lists(64, 70, block_q=64, block_kv=64, density=1.0),
+                mask=js.masks.causal(),
+                score_mod=score_mod,
+                softcap=20.0,
+                return_lse=True,
+                implementation=implementation,
+                **{name: x[name] for name in ("bias", "scale", "sinks")},
+            )
+
+        compare_gradients(operands, call, "8.0")
+
+    def problem(self):
+        """Two tiles of queries and of keys, causal, whose second head meets one less."""
+        q, k, v = qkv(256, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
+        d_out = jax.random.normal(jax.random.key(5), q.shape, q.dtype)
+        rows = jax.random.normal(jax.random.key(6), (2, 1, 2, 256))
+        # of the last tile of queries, or of keys, the second head has but the first of the others
+        ids, first, last = [[0, 1, 0, 1]], [[0, 2]] * 2, [[2, 4], [2, 3]]
+        # the last tile of queries sees all of the first of keys
+        whole = [[0, 3]] * 2
+        by_query = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids * 2, first, last, whole)))
+        by_key = by_query._replace(whole=by_query.first)
+        return Problem(q, k, v, d_out, rows[0] + 4.0, rows[1]), by_query, by_key
+
+    @pytest.mark.parametrize(
+        ("config", "passes"),
+        [
+            (backward.Config(rows=64, columns=32, stages=3), 2),
+            (backward.Config(rows=128, columns=64, stages=2, hold=True), 3),
+        ],
+    )
+    def test_are_right_by_any_layout_in_any_passes_and_the_same_again(self, config, passes):
+        problem, by_query, by_key = self.problem()
+        tiles = Tiles(128, 128, 0.1, mask=Rule(hide_later))
+
+        @jax.jit
+        def gradients(problem):
+            d_q, _ = backward.d_queries(problem, by_query, tiles, config)
+            if passes == 2:
+                return d_q, *backward.d_keys(problem, by_key, tiles, config)[:2]
+            d_k, *_ = backward.d_keys(problem, by_key, tiles, config, with_v=False)
+            _, d_v, _ = backward.d_keys(problem, by_key, tiles, config, with_k=False)
+            return d_q, d_k, d_v
+
+        with _compat.interpreter("8.0"):
+            once = jax.block_until_ready(gradients(problem))
+            again = jax.block_until_ready(gradients(problem))
+        for x, y, want in zip(once, again, reference(problem, tiles), strict=True):
+            np.testing.assert_array_equal(*(z.astype(jnp.float32) for z in (x, y)))
+            error = jnp.linalg.norm(x.astype(jnp.float32) - want)
+            assert float(error) <= 2**-7 * float(jnp.linalg.norm(want))
+
+    def test_the_interpreter_notices_a_piece_that_is_overwritten_too_early(self, monkeypatch):
+        problem, _, by_key = self.problem()
+        whole = stream.Stream
+        monkeypatch.setattr(stream, "Stream", lambda *parts: whole(*parts[:4]))
+        with (
+            pytest.raises(RuntimeError, match="data race|RACE DETECTED"),
+            _compat.interpreter("8.0"),
+        ):
+            jax.block_until_ready(backward.d_keys(problem, by_key, Tiles(128, 128, 0.1))[:2])
+
+
+def hide_later(logits, q_index, kv_index, row_values, column_values):
+    return jnp.where(q_index >= kv_index, logits, -jnp.inf)
+
+
+def reference(problem, tiles):
+    """The gradients by q, k and v in f32, over the pairs of `TestGradients.problem`."""
+    q, k, v, d_out = (x[0].astype(jnp.float32) for x in problem[:4])
+    listed = np.tril(np.ones((2, 256, 256), bool))
+    listed[1, 128:, 128:] = False
+    logits = jnp.einsum("qhd,kd->hqk", q, k[:, 0]) * tiles.scale
+    probs = jnp.where(listed, jnp.exp(logits - problem.lse2[0, ..., None] / LOG2_E), 0.0)
+    d_probs = jnp.einsum("qhd,kd->hqk", d_out, v[:, 0])
+    d_raw = probs * (d_probs - problem.delta[0, ..., None]) * tiles.scale
+    d_q = jnp.einsum("hqk,kd->qhd", d_raw, k[:, 0])
+    d_k, d_v = (jnp.einsum("hqk,qhd->kd", x, y) for x, y in ((d_raw, q), (probs, d_out)))
+    return d_q[None], d_k[None, :, None], d_v[None, :, None]
 
 
 class TestChoice:
@@ -119,17 +215,15 @@ class TestChoice:
 
     def test_each_device_has_its_kernel(self, found, monkeypatch):
         monkeypatch.setattr(_compat, "HAS_MMA", True)
-        hopper = found == "9.0"
         assert mosaic.device_refusal() is None
-        assert mosaic.forward_kernel() is (mosaic_hopper if hopper else mosaic_ampere)
-        assert mosaic.passes() is (mosaic.HOPPER if hopper else mosaic.AMPERE)
+        assert mosaic.chip() is mosaic.CHIPS[found[0]]
 
     def test_older_jax_has_none_before_hopper(self, found, monkeypatch):
         monkeypatch.setattr(_compat, "HAS_MMA", False)
         reason = mosaic.device_refusal()
         assert (reason is None) == (found == "9.0")
         assert reason is None or (found in reason and "jax 0.11" in reason)
-        assert "jax 0.11" in mosaic_ampere.refusal(jnp.bfloat16, 64, 64, 64, 64)
+        assert "jax 0.11" in mosaic_ampere.FORWARD.refusal(jnp.bfloat16, 64, 64, 64, 64)
 
     def test_others_are_refused(self, monkeypatch):
         for capability in ("7.5", "unknown", None):
@@ -145,10 +239,13 @@ class TestChoice:
 def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim, v_dim):
     sizes = block_q, block_kv, dim, v_dim
     default = mosaic_ampere.default_config(Tiles(block_q, block_kv), dim, v_dim)
-    found = mosaic_ampere.candidates(*sizes)
-    assert found[0] == default
-    assert len(set(found)) == len(found)
-    assert all(mosaic_ampere.layout_refusal(config, *sizes) is None for config in found)
+    for module, first, found in (
+        (mosaic_ampere, default, mosaic_ampere.FORWARD.candidates(*sizes)),
+        (backward, backward.default_config(dim, v_dim), backward.candidates(*sizes)),
+    ):
+        assert found[0] == first
+        assert len(set(found)) == len(found)
+        assert all(module.layout_refusal(config, *sizes) is None for config in found)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +261,16 @@ def test_shipped_configurations_are_legal_and_come_first(block_q, block_kv, dim,
 )
 def test_what_cannot_be_laid_out_is_refused_in_a_sentence(change, reason):
     assert reason in mosaic_ampere.layout_refusal(Config(**change), 64, 64, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 128}, "at most a tile's 64"),
+        ({"columns": 128}, "columns must be 16, 32 or 64"),
+        ({"stages": 1}, "at least 2"),
+        ({"stages": 4, "columns": 64}, "bytes of shared memory"),
+    ],
+)
+def test_what_gradients_cannot_be_laid_out_by_is_refused_too(change, reason):
+    assert reason in backward.layout_refusal(backward.Config(**change), 64, 64, 128, 128)

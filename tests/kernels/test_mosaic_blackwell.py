@@ -1,5 +1,6 @@
 """The Mosaic kernel for Blackwell in JAX's interpreter, tensor memory included."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.attention import kernels
+from jsparse.attention import kernels, triton
 from jsparse.attention import mosaic as adapter
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
@@ -16,6 +17,7 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_blackwell,
     mosaic_blackwell_backward,
 )
+from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
 from tests.inputs import qkv
 from tests.kernels import test_mosaic_block_sparse as hopper
@@ -44,9 +46,10 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
 @interpreted
 @pytest.mark.parametrize("block_kv", [64, 128])
 def test_a_ring_that_is_used_again_whole_tiles_and_a_mask(block_kv, monkeypatch):
-    monkeypatch.setattr(
-        mosaic_blackwell, "default_config", lambda *sizes: mosaic_blackwell.Config(2)
+    forward = mosaic_blackwell.FORWARD._replace(
+        default_config=lambda *_: mosaic_blackwell.Config(2)
     )
+    monkeypatch.setitem(adapter.CHIPS, "10", adapter.CHIPS["10"]._replace(forward=forward))
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
     plan = hopper.lists(128, 384, block_q=128, block_kv=block_kv, density=1.0)
     compare(q, k, v, plan, mask=js.masks.causal())
@@ -168,7 +171,10 @@ def test_gradients_of_everything_that_changes_logits():
 
 
 @interpreted
-def test_gradients_of_other_tiles_are_those_of_the_triton_kernels():
+@pytest.mark.parametrize("refused", [None, "it cannot."], ids=["triton", "xla"])
+def test_gradients_of_other_tiles_are_the_triton_kernels_or_those_of_xla(refused, monkeypatch):
+    problem_refusal = triton.problem_refusal
+    monkeypatch.setattr(triton, "problem_refusal", lambda *x: refused or problem_refusal(*x))
     q, k, v = qkv(128, 64, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     plan = hopper.lists(128, 64, block_q=128, block_kv=64, density=1.0)
 
@@ -180,7 +186,7 @@ def test_gradients_of_other_tiles_are_those_of_the_triton_kernels():
         jax.block_until_ready(outputs)
     cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), outputs)
     cotangents = cotangents[0].astype(q.dtype), cotangents[1]
-    with _compat.triton_interpreter():
+    with contextlib.nullcontext() if refused else _compat.triton_interpreter():
         found = jax.block_until_ready(pullback(cotangents))
     exact = (x.astype(jnp.float32) for x in (q, k, v))
     _, pullback = jax.vjp(functools.partial(call, implementation="reference"), *exact)
@@ -219,7 +225,7 @@ def test_softmaxes_over_some_keys_each_merge_to_that_over_all():
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "bfloat16 or float16, not float32"),
-        ({"block_q": 64}, "on Blackwell it takes tiles of 128 queries, not 64"),
+        ({"block_q": 64}, "it takes tiles of 128 queries, not 64"),
         ({"block_kv": 32}, "64 or 128 keys, not 32"),
         ({"dim": 320}, "up to 256, not 320"),
         ({"block_kv": 128, "dim": 256}, "v_dim 256 do not fit in tensor memory"),
@@ -243,19 +249,17 @@ def test_layouts_that_would_wait_for_ever_or_do_not_fit_are_refused():
     ]
     assert "stages must be at least 2" in refusals[0]
     assert "bytes of shared memory" in refusals[1]
-    candidates = mosaic_blackwell.candidates(*sizes)
-    assert candidates[0] == mosaic_blackwell.default_config(*sizes)
+    candidates = mosaic_blackwell.FORWARD.candidates(*sizes)
+    assert candidates[0] == mosaic_blackwell.default_config(Tiles(*sizes[:2]), *sizes[2:])
     assert len(set(candidates)) == len(candidates) > 1
     assert all(mosaic_blackwell.layout_refusal(c, *sizes) is None for c in candidates)
 
 
-@pytest.mark.parametrize(
-    ("capability", "passes"), [("9.0", adapter.HOPPER), ("10.0", adapter.BLACKWELL)]
-)
-def test_the_chip_decides_which_kernels_run(capability, passes, monkeypatch):
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_the_chip_decides_which_kernels_run(capability, monkeypatch):
     monkeypatch.setattr(kernels, "capability", lambda: capability)
     assert adapter.device_refusal() is None
-    assert adapter.passes() is passes
+    assert adapter.chip() is adapter.CHIPS[capability.split(".")[0]]
 
 
 @pytest.mark.parametrize("capability", ["7.5", "12.0", None])

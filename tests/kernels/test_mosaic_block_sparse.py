@@ -12,8 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jsparse as js
+from jsparse.attention import mosaic as adapter
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
+from pallas_kernels.block_sparse_attention.chip import Problem
 from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.walk import Lists, order
 from tests.inputs import qkv
@@ -67,11 +69,9 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
-    monkeypatch.setattr(
-        mosaic,
-        "default_config",
-        lambda *sizes: mosaic.Config(stages, columns=64, overlap=stages > 1),
-    )
+    config = mosaic.Config(stages, columns=64, overlap=stages > 1)
+    forward = mosaic.FORWARD._replace(default_config=lambda *_: config)
+    monkeypatch.setitem(adapter.CHIPS, "9", adapter.CHIPS["9"]._replace(forward=forward))
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=128, v_dim=64, dtype=jnp.float16)
     compare(
         q, k, v, lists(128, 384, block_q=128, block_kv=128, density=1.0), mask=js.masks.causal()
@@ -208,8 +208,8 @@ def test_tiles_that_are_whole_skip_the_mask_and_no_others():
 
     def results(by_query, by_key, tiles):
         with _compat.interpreter():
-            out, lse = jax.block_until_ready(mosaic.forward(q, k, v, by_query, tiles))
-            problem = mosaic_backward.Problem(q, k, v, out, lse * LOG2_E, lse)
+            out, lse = jax.block_until_ready(mosaic.FORWARD(q, k, v, by_query, tiles))
+            problem = Problem(q, k, v, out, lse * LOG2_E, lse)
             found = mosaic_backward.gradients(problem, by_query, by_key, tiles)
             return jax.tree.map(np.asarray, jax.block_until_ready((out, lse, found)))
 
