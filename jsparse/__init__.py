@@ -22,6 +22,8 @@ from jsparse.attention.explain import explain as explain
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
+from jsparse.masks.fna import fna as fna
+from jsparse.masks.gna import gna as gna
 from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming
