@@ -122,7 +122,7 @@ class TokenTiles(NamedTuple):
         token = 0
         for axis, (residue, position) in enumerate(self.coordinates(index)):
             length, dilation = self.shape[axis], self.dilation[axis]
-            position = jnp.minimum(position, (length - 1 - residue) // dilation)
+            position = position.clip(max=(length - 1 - residue) // dilation)
             token = token * length + position * dilation + residue
         return token
 

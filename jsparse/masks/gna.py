@@ -1,6 +1,5 @@
 """GNA: windows on a grid that groups of queries share. Hassani et al. 2025, arXiv:2504.16922."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -74,7 +73,9 @@ def simulate(
 
     Differs from the paper:
       Its simulator is not released; whether it takes the mean over tiles of queries or the largest
-      is not known, so there are both.
+      is not known, so there are both. Whether tiles are whole is found from the window of each
+      query of an axis: its closed form overlooks some, and errs where a tile of keys does not
+      divide one of queries.
 
     Raises:
       ValueError: if a number is out of range, or there are not as many as axes.

@@ -1,9 +1,11 @@
 """Attention in neighborhoods: tokens by tiles of the grid, and a box of key tiles for each."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -58,27 +60,15 @@ def windows_of_tiles(
 
 
 def fully_block_sparse(axis: Axis, q_tile: int, kv_tile: int) -> bool:
-    """Whether along this axis no tile of keys is seen in part; then nothing in a tile is hidden.
-
-    The last tile of keys may still be short of keys. Sound, but says False of a few axes of which
-    it holds.
-    """
-    if axis.is_causal:
-        return False
-    w, s = axis.window, axis.stride
-    left, center = w // 2, s // 2
-    for residue in {0, axis.dilation - 1}:
+    """Whether along an axis every tile of keys is seen by all of a tile of queries, or by none."""
+    for residue in {0, axis.dilation - 1}:  # the longest class and the shortest
         length = axis.class_length(residue)
-        groups = -(-length // s)
-        first_of_last, _ = axis.window_of(
-            np.asarray(min(length // s * s + center, length - 1)), length
-        )
-        aligned = s % q_tile == 0 and w % kv_tile == 0
-        at_end = length % s == 0 or first_of_last % kv_tile == 0
-        inside = (left - center) % kv_tile == 0 or (
-            length % kv_tile == 0 and groups == 2 and s + center >= length - w
-        )
-        if length != w and not (aligned and at_end and inside):
+        position = np.arange(length)
+        first, last = axis.window_of(position, length)
+        tile_first = position // q_tile * q_tile
+        shared = (first == first[tile_first]) & (last == last[tile_first])
+        aligned = (first % kv_tile == 0) & ((last == length - 1) | ((last + 1) % kv_tile == 0))
+        if not (shared & aligned).all():
             return False
     return True
 
@@ -127,6 +117,7 @@ class Layout(NamedTuple):
         own = Neighborhood(self.axes, self.q_order, self.kv_order)
         return own if given is None else given & own
 
+    @functools.partial(jax.jit, static_argnums=0)
     def plan(self) -> BlockMask:
         """The tiles that windows touch: of each tile of queries a box, which is listed as it is."""
         sizes = zip(self.axes, self.q_tile, self.kv_tile, strict=True)
@@ -277,8 +268,8 @@ class Neighborhoods(NamedTuple):
         self,
         params: Any,
         q: Float[Array, "*batch tokens heads dim"],
-        k: Float[Array, "*batch tokens kv_heads dim"],
-        v: Float[Array, "*batch tokens kv_heads v_dim"],
+        k: Float[Array, "*batch kv_tokens kv_heads dim"],
+        v: Float[Array, "*batch kv_tokens kv_heads v_dim"],
         *,
         x: Any = None,
         positions: Any = None,
