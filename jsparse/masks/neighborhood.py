@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.core.token_tiles import Span, TokenTiles
-from jsparse.types import Frame, Mask, TileBounds, pytree_dataclass, static_field
+from jsparse.types import Frame, Mask, TileBounds, array_field, pytree_dataclass, static_field
 from jsparse.types.mask import Index, Range
 
 
@@ -48,12 +50,17 @@ class Axis(NamedTuple):
 
 
 class _Field(NamedTuple):
-    """One condition on a pair: `first <= column <= last`, all of them below `size`."""
+    """One condition on pairs: `first <= column <= last`, all of them below `size`."""
 
-    first: Array
-    last: Array
-    column: Array
+    first: Int[np.ndarray, " queries"]
+    last: Int[np.ndarray, " queries"]
+    column: Int[np.ndarray, " keys"]
     size: int
+
+    @property
+    def bits(self) -> int:
+        """How many bits it takes, with one to borrow from above them."""
+        return (self.size - 1).bit_length() + 1
 
 
 @pytree_dataclass
@@ -62,25 +69,54 @@ class Neighborhood(Mask):
 
     `q_order` and `kv_order` say which token of the grid stands where. What an order adds to fill
     whole tiles is seen by nobody, and sees what the last query of its residue does.
+
+    Windows are numbers per query, several axes side by side in one word. A guard bit above each
+    axis's bits is set before subtracting, and cleared where the difference is below zero.
     """
 
     axes: tuple[Axis, ...] = static_field()
     q_order: TokenTiles = static_field()
     kv_order: TokenTiles = static_field()
+    guards: tuple[int, ...] = static_field()
+    bounds: Int[Array, "words 2 q_len"] = array_field(core_ndim=3)
+    columns: Int[Array, "words kv_len"] = array_field(core_ndim=2)
+
+    @classmethod
+    def of(
+        cls, axes: tuple[Axis, ...], q_order: TokenTiles, kv_order: TokenTiles
+    ) -> "Neighborhood":
+        """Works out every token's numbers, in time proportional to the tokens."""
+        queries = q_order.coordinates(np.arange(q_order.length))
+        keys = kv_order.coordinates(np.arange(kv_order.length))
+        words: list[list[_Field]] = [[]]
+        for number, axis in enumerate(axes):
+            residue, position = _in_class(axis, q_order.dilation[number], *queries[number])
+            kv_residue, column = _in_class(axis, kv_order.dilation[number], *keys[number])
+            window = axis.window_of(position, axis.class_length(residue))
+            size = kv_order.counts[number] * kv_order.tile[number]
+            fields = [_Field(*window, column, size)]
+            if axis.dilation > 1:
+                fields.append(_Field(residue, residue, kv_residue, axis.dilation))
+            for field in fields:
+                if sum(other.bits for other in words[-1]) + field.bits > 31:
+                    words.append([])
+                words[-1].append(field)
+        guards = tuple(_packed([1 << (f.bits - 1) for f in word], word) for word in words)
+        bounds = [[_packed([f[side] for f in word], word) for side in (0, 1)] for word in words]
+        columns = [_packed([f.column for f in word], word) for word in words]
+        # known where the mask is made under jit as well, so that the width of lists is
+        with jax.ensure_compile_time_eval():
+            arrays = jnp.asarray(bounds, jnp.int32), jnp.asarray(columns, jnp.int32)
+        return cls(axes, q_order, kv_order, guards, *arrays)
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
-        queries = self.q_order.coordinates(jnp.asarray(q_index))
-        keys = self.kv_order.coordinates(jnp.asarray(kv_index))
-        fields = []
-        for number, axis in enumerate(self.axes):
-            residue, position = _in_class(axis, self.q_order.dilation[number], *queries[number])
-            column = _in_class(axis, self.kv_order.dilation[number], *keys[number])
-            first, last = axis.window_of(position, axis.class_length(residue))
-            size = self.kv_order.counts[number] * self.kv_order.tile[number]
-            fields.append(_Field(first, last, column[1], size))
-            if axis.dilation > 1:
-                fields.append(_Field(residue, residue, column[0], axis.dilation))
-        return _all_hold(fields)
+        seen = jnp.asarray(True)
+        for word, guards in enumerate(self.guards):
+            first, last = (self.bounds[0, word, side, q_index] for side in (0, 1))
+            column = self.columns[0, word, kv_index]
+            inside = ((column | guards) - first) & ((last | guards) - column)
+            seen &= (inside & guards) == guards
+        return seen
 
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         queries, keys = self.q_order.spans(*q_range), self.kv_order.spans(*kv_range)
@@ -129,32 +165,12 @@ def _spans_in_class(axis: Axis, dilation: int, residue: Span, position: Span) ->
     return residues, (first // axis.dilation, last // axis.dilation)
 
 
-def _all_hold(fields: list[_Field]) -> Bool[Array, "..."]:
-    """Whether all conditions hold, several of them side by side in one word.
-
-    Each has its bits and above them one that is set, which a difference below zero clears.
-    """
-    hold, words = jnp.asarray(True), [[]]
-    for field in fields:
-        if sum(_bits(other) for other in [*words[-1], field]) > 31:
-            words.append([])
-        words[-1].append(field)
-    for word in words:
-        first, last, column, guards = jnp.int32(0), jnp.int32(0), jnp.int32(0), 0
-        for field in word:
-            shift = _bits(field)
-            first, last, column = (
-                so_far << shift | x
-                for so_far, x in zip((first, last, column), field[:3], strict=True)
-            )
-            guards = guards << shift | 1 << (shift - 1)
-        both = ((column | guards) - first) & ((last | guards) - column)
-        hold &= (both & guards) == guards
-    return hold
-
-
-def _bits(field: _Field) -> int:
-    return (field.size - 1).bit_length() + 1
+def _packed(values: Sequence[Any], word: list[_Field]) -> Any:
+    """One value of each field, the last in the lowest bits."""
+    packed = 0
+    for value, field in zip(values, word, strict=True):
+        packed = packed << field.bits | value
+    return packed
 
 
 def axes_of(
@@ -221,4 +237,4 @@ def neighborhood(
     """
     axes = axes_of(grid, window=window, stride=stride, dilation=dilation, is_causal=is_causal)
     order = TokenTiles.row_major(tuple(grid))
-    return Neighborhood(axes, order, order)
+    return Neighborhood.of(axes, order, order)

@@ -114,7 +114,7 @@ class Layout(NamedTuple):
                 )
         if not self.hides_in_tiles:
             return given
-        own = Neighborhood(self.axes, self.q_order, self.kv_order)
+        own = Neighborhood.of(self.axes, self.q_order, self.kv_order)
         return own if given is None else given & own
 
     @functools.partial(jax.jit, static_argnums=0)
