@@ -78,8 +78,8 @@ class Neighborhood(Mask):
     q_order: TokenTiles = static_field()
     kv_order: TokenTiles = static_field()
     guards: tuple[int, ...] = static_field()
-    bounds: Int[Array, "words 2 q_len"] = array_field(core_ndim=3)
-    columns: Int[Array, "words kv_len"] = array_field(core_ndim=2)
+    bounds: Int[Array, "*batch words 2 q_len"] = array_field(core_ndim=3)
+    columns: Int[Array, "*batch words kv_len"] = array_field(core_ndim=2)
 
     @classmethod
     def of(

@@ -7,6 +7,7 @@ import pytest
 
 import jsparse as js
 from jsparse.masks.neighborhood import Axis
+from jsparse.types import Frame
 from tests.inputs import qkv
 from tests.oracles import fna as oracle
 
@@ -39,6 +40,14 @@ def windows(length, **settings):
     return first, last + 1
 
 
+def pairs(grid, **settings):
+    """bool [tokens, tokens] by the mask."""
+    tokens = int(np.prod(grid))
+    mask = js.masks.neighborhood(grid, **settings).flatten_batch(())
+    index, frame = jnp.arange(tokens), Frame(tokens, tokens)
+    return np.asarray(jax.jit(lambda i, j: mask.visible(i, j, frame))(index[:, None], index))
+
+
 def test_windows_and_outputs_of_the_specification():
     starts, ends = windows(8, window=4)
     assert starts.tolist() == [0, 0, 0, 1, 2, 3, 4, 4]
@@ -55,9 +64,7 @@ def test_dilated_neighbors_and_outputs_of_the_specification():
     found = [set(oracle.neighbors(i, length=7, window=3, dilation=2)) for i in range(7)]
     odd = {1, 3, 5}
     assert found == [{0, 2, 4}, odd, {0, 2, 4}, odd, {2, 4, 6}, odd, {2, 4, 6}]
-    mask = js.masks.neighborhood((7,), window=3, dilation=2).flatten_batch(())
-    index = jnp.arange(7)
-    seen = np.asarray(jax.jit(lambda i, j: mask.visible(i, j, None))(index[:, None], index))
+    seen = pairs((7,), window=3, dilation=2)
     assert [set(np.flatnonzero(row).tolist()) for row in seen] == found
     out = run(js.fna(window=3, dilation=2), *line(7), scale=1.0, **PLAIN)[:, 0, 0]
     expected = [2.8889, 3.6667, 2.8889, 3.6667, 4.5333, 3.6667, 4.5333]
@@ -100,10 +107,9 @@ def test_it_is_gna_with_groups_of_one():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_windows_of_whole_axes_are_plain_attention(is_causal):
     q, k, v = qkv(50)
-    seen = np.tri(50) if is_causal else np.ones((50, 50))
     out = run(js.fna(window=50, is_causal=is_causal), q, k, v, **PLAIN)
-    mask = js.masks.dense(jnp.asarray(seen, bool)[None])
-    np.testing.assert_allclose(out, js.attend(q, k, v, mask=mask, **PLAIN), atol=2e-6)
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
     if not is_causal:
         whole = run(js.fna(grid=(5, 10), window=(5, 10)), q, k, v, **PLAIN)
         np.testing.assert_allclose(whole, out, atol=2e-6)
@@ -122,11 +128,6 @@ def test_a_dilation_is_the_same_on_every_so_manieth_token():
 
 def test_axes_are_independent():
     settings = {"window": (3, 4), "dilation": (2, 1), "is_causal": (False, True)}
-
-    def pairs(grid, **settings):
-        mask = js.masks.neighborhood(grid, **settings).flatten_batch(())
-        index = jnp.arange(int(np.prod(grid)))
-        return np.asarray(jax.jit(lambda i, j: mask.visible(i, j, None))(index[:, None], index))
 
     rows, columns = (
         pairs((length,), **{name: values[axis] for name, values in settings.items()})
