@@ -459,6 +459,16 @@ def test_whole_tiles_are_attended_to_without_a_mask(monkeypatch):
     np.testing.assert_allclose(everything, dense(q, k, v, np.ones((96, 96)))[0], atol=2e-6)
 
 
+def test_whole_tiles_hide_places_that_no_key_fills():
+    settings = {"window": (10, 6), "stride": (1, 2)}
+    method = js.gna(grid=(10, 12), q_tile=(4, 2), kv_tile=(4, 2), **settings)
+    q, k, v = qkv(120)
+    assert simulate((10, 12), q_tile=(4, 2), kv_tile=(4, 2), **settings).fully_block_sparse
+    out = run(method, q, k, v, **PLAIN)
+    expected = dense(q, k, v, oracle.pairs((10, 12), **settings))
+    np.testing.assert_allclose(out, expected[0], atol=2e-6)
+
+
 def test_a_causal_window_of_all_tokens_is_causal_attention():
     q, k, v = qkv(100)
     out = run(js.gna(is_causal=True, stride=7), q, k, v, **PLAIN)
