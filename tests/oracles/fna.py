@@ -1,6 +1,5 @@
 """Neighborhood attention in its gathered form: each query and its list of neighbors."""
 
-import itertools
 import math
 
 import numpy as np
@@ -25,7 +24,8 @@ def neighborhood(query, grid, window, dilation, is_causal):
         neighbors(i, length=n, window=w, dilation=d, is_causal=c)
         for i, n, w, d, c in zip(at, grid, window, dilation, is_causal, strict=True)
     ]
-    return [int(np.ravel_multi_index(x, grid)) for x in itertools.product(*per_axis)]
+    tokens = np.arange(math.prod(grid)).reshape(grid)
+    return tokens[np.ix_(*per_axis)].reshape(-1).tolist()
 
 
 def attention(q, k, v, grid, window, dilation, is_causal, scale):

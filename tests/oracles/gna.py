@@ -1,6 +1,5 @@
 """Generalized neighborhood attention, axis by axis and pair by pair."""
 
-import itertools
 import math
 
 import numpy as np
@@ -61,9 +60,9 @@ def order(grid, tile, dilation):
     """Original token at each place, -1 for places that were added."""
     rest = [-(-n // (t * d)) for n, t, d in zip(grid, tile, dilation, strict=True)]
     found = []
-    for residue in itertools.product(*map(range, dilation)):
-        for block in itertools.product(*map(range, rest)):
-            for place in itertools.product(*map(range, tile)):
+    for residue in np.ndindex(*dilation):
+        for block in np.ndindex(*rest):
+            for place in np.ndindex(*tile):
                 at = [
                     (b * t + p) * d + r
                     for b, t, p, d, r in zip(block, tile, place, dilation, residue, strict=True)
