@@ -25,6 +25,8 @@ from jsparse.evaluation.density import density_report as density_report
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
+from jsparse.masks.fna import fna as fna
+from jsparse.masks.gna import gna as gna
 from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming

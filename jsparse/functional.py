@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.core.merging import merge
 from jsparse.masks import causal, dense, lengths, sliding_window
 from jsparse.types import Mask, Method
 
@@ -20,6 +21,8 @@ def sparse_attention(
     *,
     params: Any = (),
     mask: Mask | None = None,
+    extra_k: Float[Array, "*batch extra_len kv_heads dim"] | None = None,
+    extra_v: Float[Array, "*batch extra_len kv_heads v_dim"] | None = None,
     x: Float[Array, "*batch q_len features"] | None = None,
     positions: Int[Array, "*batch q_len"] | None = None,
     state: Any = None,
@@ -28,6 +31,9 @@ def sparse_attention(
 ) -> Any:
     """Plans, attends and corrects in one call.
 
+    Tokens of another kind that every query sees, such as a picture's caption, may stand beside the
+    keys: the result is one softmax over both.
+
     Args:
       q: Queries.
       k: Keys.
@@ -35,6 +41,8 @@ def sparse_attention(
       method: What `js.xattention(...)` or another factory returns.
       params: The method's parameters, from `method.init`; `()` where it has none.
       mask: Who may see whom; the method plans within it.
+      extra_k: Keys of further tokens, which method, mask, bias and score_mod leave alone.
+      extra_v: Their values.
       x: Hidden states, for methods that look at them.
       positions: Where each query stands among the keys, consecutive per sequence; default the last
         `q_len` of them. A mask of one's own is aligned by its `offset`.
@@ -49,10 +57,16 @@ def sparse_attention(
     Raises:
       ValueError: if arguments do not fit each other; the sentence names the remedy.
     """
-    out, _ = method.attend(
-        params, q, k, v, x=x, positions=positions, mask=mask, state=state, key=key, **options
-    )
-    return out
+    given = {"x": x, "positions": positions, "mask": mask, "state": state, "key": key, **options}
+    checks.both_or_neither(extra_k=extra_k, extra_v=extra_v)
+    if extra_k is None or extra_v is None:
+        return method.attend(params, q, k, v, **given)[0]
+    # a sink is in one of the two sums, so it is in the merged one
+    of_both = {name: options.get(name) for name in ("softcap", "scale", "implementation")}
+    (own, own_lse), _ = method.attend(params, q, k, v, **{**given, "return_lse": True})
+    further = attend(q, extra_k, extra_v, return_lse=True, **of_both)
+    out, lse = merge([(own, own_lse), further])
+    return (out, lse) if options.get("return_lse", False) else out
 
 
 def dot_product_attention(

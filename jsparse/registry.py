@@ -6,6 +6,8 @@ from typing import NamedTuple
 from jsparse.estimators import mean_pooled, minference, pbs_attn, xattention
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
+from jsparse.masks.fna import fna
+from jsparse.masks.gna import gna
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
@@ -29,13 +31,14 @@ class Row(NamedTuple):
       control_traced: Whether `control` may be a traced array, so that one compiled program serves
         all settings.
       settings: Values of `control` worth comparing, sparsest first.
-      keeps_all: The value of `control` at which nothing is left out; None where there is none.
+      keeps_all: The value of `control` at which nothing is left out; None is one as well.
       per_head: The argument of which a table of `jsparse.planning` holds a value per query head;
         None where there is none.
       kinds: What those values are, where they are not numbers.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
         depends on tokens after it; what is in them does not.
+      needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
     """
@@ -57,6 +60,7 @@ class Row(NamedTuple):
     kinds: tuple[type, ...] = ()
     by_kv_head: bool = False
     by_last_queries: bool = False
+    needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
 
@@ -115,6 +119,34 @@ METHODS: tuple[Row, ...] = (
         settings=(1, 4, 16),
         keeps_all=2**20,
         by_kv_head=True,
+    ),
+    Row(
+        name="fna",
+        family="masks",
+        factory=fna,
+        summary="each token's neighbors on a grid",
+        paper="arXiv:2403.04690",
+        year=2024,
+        causal=False,
+        bidirectional=True,
+        training_free=False,
+        control="window",
+        settings=(16, 64, 256),
+        needs_all_queries=True,
+    ),
+    Row(
+        name="gna",
+        family="masks",
+        factory=gna,
+        summary="windows on a grid, shared by groups of queries",
+        paper="arXiv:2504.16922",
+        year=2025,
+        causal=False,
+        bidirectional=True,
+        training_free=True,
+        control="window",
+        settings=(16, 64, 256),
+        needs_all_queries=True,
     ),
     Row(
         name="mean_pooled",

@@ -1,11 +1,14 @@
 """Argument checks. Every sentence that an error of jsparse says is written here."""
 
 from jsparse.checks.attention import attention_inputs as attention_inputs
+from jsparse.checks.attention import axes_need_a_grid as axes_need_a_grid
 from jsparse.checks.attention import batch_fits as batch_fits
 from jsparse.checks.attention import bias_array as bias_array
 from jsparse.checks.attention import block_lists as block_lists
 from jsparse.checks.attention import blocks_exist as blocks_exist
+from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
+from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import features as features
 from jsparse.checks.attention import interval_bounds as interval_bounds
@@ -17,6 +20,7 @@ from jsparse.checks.attention import mask_heads as mask_heads
 from jsparse.checks.attention import mask_length as mask_length
 from jsparse.checks.attention import mask_type as mask_type
 from jsparse.checks.attention import merge_parts as merge_parts
+from jsparse.checks.attention import neighborhood_axis as neighborhood_axis
 from jsparse.checks.attention import no_dropout as no_dropout
 from jsparse.checks.attention import not_given as not_given
 from jsparse.checks.attention import one_per_head as one_per_head
@@ -36,6 +40,7 @@ from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
+from jsparse.checks.attention import whole_grid as whole_grid
 from jsparse.checks.files import applicable_methods as applicable_methods
 from jsparse.checks.files import captured_inputs as captured_inputs
 from jsparse.checks.files import captured_layer as captured_layer

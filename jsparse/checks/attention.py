@@ -1,12 +1,14 @@
 """Checks of what attention is called with: operands, plans, masks, layers."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jsparse import _compat
-from jsparse.checks.values import integers, positive
+from jsparse.checks.values import at_most, integers, positive
 
 
 def tile_grid(grid: Any) -> None:
@@ -385,3 +387,56 @@ def jax_alone(plan: Any, method: Any) -> None:
         raise ValueError(
             "implementation='cudnn' takes neither plan nor method; leave it at None for those."
         )
+
+
+def neighborhood_axis(number: int, axis: Any) -> None:
+    """Window, stride and dilation fit an axis of the grid."""
+    # the whole of an axis of one token is one token
+    if axis.window < min(2, axis.length):
+        raise ValueError(f"window={axis.window} on axis {number} must be at least 2.")
+    most = axis.length // axis.dilation
+    if axis.window > most:
+        raise ValueError(
+            f"window={axis.window} on axis {number} must be at most {most}: the axis has "
+            f"{axis.length} tokens, and with dilation={axis.dilation} a window spans "
+            f"{axis.window * axis.dilation}. window=None takes as many as there are."
+        )
+    at_most(axis.window, stride=axis.stride)
+
+
+def axes_need_a_grid(grid: Any, **values: Any) -> None:
+    """Numbers for several axes come with the size of each."""
+    for name, value in values.items():
+        if grid is None and isinstance(value, Sequence) and len(value) != 1:
+            raise ValueError(
+                f"{name}={value} is for {len(value)} axes; pass grid, the size of each of them."
+            )
+
+
+def default_tile(name: str, grid: Any, most: int) -> None:
+    """A grid has not more axes than there are tiles for."""
+    if not 1 <= len(grid) <= most:
+        raise ValueError(
+            f"{name}=None: a grid of {len(grid)} axes has no default tile; give one size per axis."
+        )
+
+
+def whole_grid(grid: Any, q_len: int, kv_len: int) -> None:
+    """Queries and keys are the tokens of one grid."""
+    if q_len != kv_len:
+        raise ValueError(
+            f"q has {q_len} tokens and k {kv_len}; neighborhoods are of one grid of tokens, so "
+            "they must be the same. Pass tokens outside the grid as extra_k and extra_v."
+        )
+    if grid is not None and math.prod(grid) != q_len:
+        raise ValueError(
+            f"grid={tuple(grid)} has {math.prod(grid)} tokens; q and k have {q_len}. Give the "
+            "grid's size along each axis."
+        )
+
+
+def both_or_neither(**values: Any) -> None:
+    """Of several arguments that go together, none is missing."""
+    missing = [name for name, value in values.items() if value is None]
+    if missing and len(missing) < len(values):
+        raise ValueError(f"{missing[0]}=None: {' and '.join(values)} go together; pass both.")

@@ -1,6 +1,7 @@
 """From a mask to the list of tiles that it touches."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 from jsparse import _compat, checks
 from jsparse.types import BlockMask, Frame, Mask, TileGrid
 from jsparse.types.block_mask import dense_to_lists
+from jsparse.types.pytree import entry, flatten_batch
 
 # rows of tiles classified at once: enough to fill vector units, little enough to stay in cache
 _ROWS_AT_ONCE = 64
@@ -58,6 +60,52 @@ def block_mask(
         kv_indices, jnp.minimum(counts, width), overflowed, q_len, kv_len, block_q, block_kv
     )
     return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
+
+
+def restrict(plan: BlockMask, mask: Mask) -> BlockMask:
+    """Drops the tiles of a plan in which `mask` leaves nothing to see.
+
+    Costs time proportional to the listed tiles; lists keep their width.
+
+    Raises:
+      ValueError: if the heads of one are no multiple of the other's, or a mask's array has another
+        length.
+    """
+    mask.check_lengths(plan.q_len, plan.kv_len)
+    heads = max(plan.list_heads, mask.heads)
+    checks.multiple(of=plan.list_heads, heads=heads)
+    batch_shape = jnp.broadcast_shapes(plan.batch_shape, mask.batch_shape)
+    lists = _listed_and_visible(
+        flatten_batch(plan, batch_shape), mask.flatten_batch(batch_shape), batch_shape, heads
+    )
+    counts = jnp.repeat(plan.kv_num_blocks, heads // plan.list_heads, axis=-2)
+    lost = jnp.repeat(plan.overflowed, heads // plan.list_heads, axis=-1)
+    return BlockMask.from_lists(
+        lists,
+        jnp.broadcast_to(counts, lists.shape[:-1]),
+        **plan.grid._asdict(),
+        overflowed=jnp.broadcast_to(lost, lists.shape[:-2]),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _listed_and_visible(
+    plan: BlockMask, mask: Mask, batch_shape: tuple[int, ...], heads: int
+) -> Int[Array, "*batch heads q_blocks width"]:
+    """A flattened plan's entries, -1 where the flattened mask leaves nothing to see."""
+    grid, classify = plan.grid, mask.classifier(plan.grid)
+    rows = math.prod(batch_shape) * heads * grid.q_blocks
+
+    def one_row(row):
+        row, q_block = jnp.divmod(row, grid.q_blocks)
+        batch, head = jnp.divmod(row, heads)
+        list_head = head // (heads // plan.list_heads)
+        listed = plan.kv_indices[entry(len(plan.kv_indices), batch), list_head, q_block]
+        some = classify(q_block, listed, Frame(grid.q_len, grid.kv_len, batch, head)).some
+        return jnp.where(some, listed, -1)
+
+    lists = jax.lax.map(one_row, jnp.arange(rows), batch_size=min(rows, _ROWS_AT_ONCE))
+    return lists.reshape(*batch_shape, heads, grid.q_blocks, -1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -71,7 +71,8 @@ def density_report(
     batch_shape, (q_len, heads, _), kv_len = q.shape[:-3], q.shape[-3:], k.shape[-3]
     method = dense if method is None else method
     plan, info = method.plan(params, q, k, v=v, mask=mask, **given)
-    tiles = visible_density(plan, follow(mask, Orders.of(info), heads), heads)
+    in_order = follow(mask, Orders.of(info), heads, (q_len, kv_len))
+    tiles = visible_density(plan, in_order, heads)
     attended = pairs_attended(method, q, k, v, params=params, mask=mask, **given)
     visible = pairs_visible(mask, q_len, kv_len, heads, batch_shape)
     # one list of tiles, several that are executed in parts, or none

@@ -8,6 +8,7 @@ from jsparse.masks.head_windows import head_windows as head_windows
 from jsparse.masks.intervals import intervals as intervals
 from jsparse.masks.lengths import lengths as lengths
 from jsparse.masks.lengths import prefix_lm as prefix_lm
+from jsparse.masks.neighborhood import neighborhood as neighborhood
 from jsparse.masks.reordered import reordered as reordered
 from jsparse.masks.segments import segments as segments
 from jsparse.masks.strides import dilated as dilated
