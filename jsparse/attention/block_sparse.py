@@ -1,7 +1,7 @@
 """Block-sparse attention as a differentiable function, whatever computes its two passes.
 
-Nothing is saved for the backward pass but the output and its log-sum-exp; it walks the inverse
-list. Memory is that of the inputs and of the lists.
+Nothing is saved for the backward pass but the output and its log-sum-exp. Kernels sum d_k and d_v
+over the inverse list; XLA's loops add them up. Memory is that of the inputs and of the lists.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,8 @@ class Sizes(NamedTuple):
 class Passes(NamedTuple):
     """What computes the two passes; all lengths are whole tiles.
 
-    `forward(operands, lists, rule, sizes) -> (out, lse)` in f32. `backward(operands, lists,
-    inverse, out, lse, d_out, d_lse, rule, sizes)` gives the gradient by the operands.
+    `forward(operands, lists, rule, sizes) -> (out, lse)` in f32. `backward(operands, lists, out,
+    lse, d_out, d_lse, rule, sizes)` gives the gradient by the operands.
     `differentiable` is a `forward` that JAX can differentiate: second derivatives go through it.
     """
 
@@ -111,8 +111,8 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
         lambda operands, lists: passes.forward(operands, lists, rule, sizes)
     )
     backward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists, inverse, out, lse, d_out, d_lse: passes.backward(
-            operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes
+        lambda operands, lists, out, lse, d_out, d_lse: passes.backward(
+            operands, lists, out, lse, d_out, d_lse, rule, sizes
         )
     )
 
@@ -133,8 +133,7 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
 
     @jax.custom_vjp
     def gradient(operands, lists, out, lse, d_out, d_lse):
-        inverse = _inverse(lists, sizes)
-        return backward_loop(operands, lists, inverse, out, lse, d_out, d_lse)
+        return backward_loop(operands, lists, out, lse, d_out, d_lse)
 
     def gradient_fwd(operands, lists, out, lse, d_out, d_lse):
         result = gradient(operands, lists, out, lse, d_out, d_lse)
@@ -166,7 +165,8 @@ def _no_tangents(tree):
     return jax.tree.map(zero, tree)
 
 
-def _inverse(lists: Lists, sizes: Sizes) -> InverseList:
+def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:
+    """For each tile of keys the tiles of queries that list it."""
     plan = BlockMask(
         lists.kv_indices,
         lists.kv_num_blocks,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse.attention import kernels, triton, whole_tiles, xla
-from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
-from jsparse.types import InverseList, Mask
+from jsparse.types import Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
     mosaic,
@@ -66,7 +66,6 @@ def backward(
     otherwise: Callable[..., Operands],
     operands: Operands,
     lists: Lists,
-    inverse: InverseList,
     out: Float[Array, "batch q_len heads v_dim"],
     lse: Float[Array, "batch heads q_len"],
     d_out: Float[Array, "batch q_len heads v_dim"],
@@ -78,7 +77,7 @@ def backward(
     q, k, v = operands[:3]
     block_sizes = sizes.block_q, sizes.block_kv
     if kernels_of_chip.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
-        return otherwise(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+        return otherwise(operands, lists, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> _Parts | str:
         return _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
@@ -96,7 +95,7 @@ def backward(
         found = kernels_of_chip.gradients(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
-            whole_tiles.by_key(inverse, lists.mask, rule, sizes),
+            whole_tiles.by_key(inverse_of(lists, sizes), lists.mask, rule, sizes),
             _tiles(parts, rule, sizes),
         )
         d_values = (found.row_values, found.column_values, ()) if parts.modify else ()
@@ -108,7 +107,6 @@ def backward(
 def backward_by_triton(
     operands: Operands,
     lists: Lists,
-    inverse: InverseList,
     out: Float[Array, "batch q_len heads v_dim"],
     lse: Float[Array, "batch heads q_len"],
     d_out: Float[Array, "batch q_len heads v_dim"],
@@ -119,7 +117,7 @@ def backward_by_triton(
     """Computes the gradient by every operand by the Triton kernels, or else by XLA's loops."""
     refused = triton.problem_refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
     passes = xla.PASSES if refused else triton.PASSES
-    return passes.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    return passes.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
 
 
 class Chip(NamedTuple):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse.attention import kernels, xla
-from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
-from jsparse.types import InverseList, Mask
+from jsparse.types import Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton
 
@@ -52,7 +52,6 @@ def forward(
 def backward(
     operands: Operands,
     lists: Lists,
-    inverse: InverseList,
     out: Float[Array, "batch q_len heads v_dim"],
     lse: Float[Array, "batch heads q_len"],
     d_out: Float[Array, "batch q_len heads v_dim"],
@@ -76,6 +75,7 @@ def backward(
         cotangents = triton.Cotangents(padded, lse2, delta)
         found = lists.kv_indices, lists.kv_num_blocks
         d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
+        inverse = inverse_of(lists, sizes)
         turned = inverse.offsets, inverse.q_indices
         d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
         if parts is None:
@@ -93,7 +93,7 @@ def backward(
     if not by_pair:
         return result
     # values per pair have theirs from the loops of XLA, which drops these where nobody asks
-    looped = xla.backward(operands, lists, inverse, out, lse, d_out, d_lse, rule, sizes)
+    looped = xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
     return looped._replace(q=result.q, k=result.k, v=result.v)
 
 

@@ -34,7 +34,7 @@ from jsparse.attention.logits import LogitRule, Operands
 
 
 def backward(
-    operands: Operands, lists: Lists, inverse, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes
+    operands: Operands, lists: Lists, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes
 ) -> Operands:
     """Computes the gradient by the operands."""
     s = sizes
