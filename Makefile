@@ -21,12 +21,13 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-all test-newest check format bench gpu gpu-compile clean
+.PHONY: help demo notebook test test-all test-newest check format bench gpu gpu-compile clean
 # the parts of gpu-compile
 .PHONY: gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
 
 help:
 	@echo "make demo         methods compared on a language model: a table, build/compare.html"
+	@echo "make notebook     run the notebook's script, write examples/choose_what_to_compute.ipynb"
 	@echo "make test         the tests; make test-all adds the slow ones"
 	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
 	@echo "make check        lint, types, import contracts"
@@ -59,6 +60,9 @@ $(VENV)/.bench: $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.compare
+
+notebook: $(VENV)/.test
+	$(BIN)/python -m examples.notebook examples/choose_what_to_compute.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests $(PARALLEL)
