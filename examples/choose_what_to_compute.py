@@ -302,7 +302,7 @@ for column, (what, colors) in enumerate(
     {"density": "Blues", "recalled mass": "Greens", "output error": "Oranges"}.items()
 ):
     top = 1.0 if what == "recalled mass" else max(float(f[what].max()) for f in figures.values())
-    low = min(float(f[what].min()) for f in figures.values())  # of all methods, as is the top
+    low = min(float(f[what].min()) for f in figures.values())
     for row, name in enumerate(methods):
         axis, values = axes[row, column], np.asarray(figures[name][what])
         shown = axis.imshow(values, cmap=colors, vmin=low, vmax=top, aspect="auto")
@@ -390,7 +390,8 @@ axis.legend(swatches, kinds, loc="center left", bbox_to_anchor=(1, 0.5), frameon
 plt.show()
 
 # %% [markdown]
-# The table is JSON, for any model of that shape. Loaded again, it becomes a method per layer.
+# The table is JSON, for any model of that shape. Loaded again, it becomes a method per layer. Compare
+# with the same pattern in all heads, above: the search maximises recall, not the model's own cost.
 
 # %%
 path = clone / "build" / "plan.json"
