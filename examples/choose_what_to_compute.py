@@ -390,8 +390,9 @@ axis.legend(swatches, kinds, loc="center left", bbox_to_anchor=(1, 0.5), frameon
 plt.show()
 
 # %% [markdown]
-# The table is JSON, for any model of that shape. Loaded again, it becomes a method per layer. Compare
-# with the same pattern in all heads, above: the search maximises recall, not the model's own cost.
+# The table is JSON, for any model of that shape. Loaded again, it becomes a method per layer.
+# Compare with the same pattern in all heads, above: the search maximises recall, not the model's
+# own cost.
 
 # %%
 path = clone / "build" / "plan.json"
