@@ -50,7 +50,8 @@ def attend_reordered(
         full = (*batch_shape, heads, q_len, kv_len)
         bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
         checks.broadcasts("bias", bias.shape, full)
-        bias = _reorder_pairs(_reorder_pairs(bias, q_order, -2), kv_order, -1)
+        for axis, order in ((-2, q_order), (-1, kv_order)):
+            bias = _reorder_pairs(bias, order, axis, heads)
     if score_mod is not None:
         places = [_original_place(x, heads, batch_shape) for x in (q_order, kv_order)]
         score_mod = _at(places, score_mod)
@@ -66,12 +67,12 @@ def attend_reordered(
     return (out, lse) if return_lse else out
 
 
-def _reorder_pairs(bias: Array, order: Array | None, axis: int) -> Array:
+def _reorder_pairs(bias: Array, order: Array | None, axis: int, heads: int) -> Array:
     """A bias with one of its two token axes in another order, if it has tokens there."""
     if order is None or bias.shape[axis] == 1:
         return bias
-    if 1 < order.shape[-2] < bias.shape[-3]:
-        order = jnp.repeat(order, bias.shape[-3] // order.shape[-2], axis=-2)
+    if order.shape[-2] > 1:
+        order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
     index = jnp.expand_dims(order, -3 - axis)
     return jnp.take_along_axis(
         bias, index.reshape((1,) * (bias.ndim - index.ndim) + index.shape), axis

@@ -46,6 +46,7 @@ from jsparse.checks.files import captured_inputs as captured_inputs
 from jsparse.checks.files import captured_layer as captured_layer
 from jsparse.checks.files import drawing_library as drawing_library
 from jsparse.checks.files import file_place as file_place
+from jsparse.checks.files import finite_layers as finite_layers
 from jsparse.checks.files import known_methods as known_methods
 from jsparse.checks.files import longer_than_a_tile as longer_than_a_tile
 from jsparse.checks.files import one_sequence as one_sequence

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.checks.attention import attention_inputs
 
@@ -63,6 +64,17 @@ def one_sequence(path: Any, layer: int, tensors: Any) -> None:
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{tensor} holds {x.dtype}; it must hold floating-point numbers.")
+
+
+def finite_layers(layers: Any) -> None:
+    """Captured layers hold numbers, nothing infinite among them."""
+    for index, layer in enumerate(layers):
+        for name, x in zip(("q", "k", "v"), layer, strict=True):
+            if not np.isfinite(np.asarray(x, np.float32)).all():
+                raise ValueError(
+                    f"Layer {index} has {name} with numbers that are not finite; find what made "
+                    "them in the model, and capture it again."
+                )
 
 
 def same_layers(layers: Any) -> None:

@@ -79,7 +79,7 @@ def density_report(
     parts = jax.tree.leaves(plan, is_leaf=lambda part: isinstance(part, BlockMask))
     overflowed = jnp.asarray([part.overflowed.any() for part in parts], bool).any()
     tiles = jnp.broadcast_to(tiles, (*batch_shape, heads))
-    return DensityReport(tiles, attended / visible, overflowed)
+    return DensityReport(tiles, attended / jnp.maximum(visible, 1.0), overflowed)
 
 
 def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityReport]:

@@ -74,7 +74,7 @@ def visible_density(
     for part in parts_of(plan):
         tiles = part.kv_num_blocks.sum(-1) * _share(part, widest)
         computed = computed + jnp.repeat(tiles, heads // part.list_heads, axis=-1)
-    return computed / visible.sum((-1, -2))
+    return computed / jnp.maximum(visible.sum((-1, -2)), 1)
 
 
 def tile_shares(

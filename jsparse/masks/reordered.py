@@ -99,8 +99,10 @@ def reordered(
         places that were added to fill whole tiles may name any token.
 
     Raises:
-      ValueError: if orders are not of integers, or their heads do not divide `heads`.
+      ValueError: if orders are not of integers, their heads do not divide `heads`, or the mask has
+        neither one head nor as many.
     """
+    checks.mask_heads(mask.heads, heads)
 
     def expand(**orders: Array | None) -> Array | None:
         ((name, order),) = orders.items()

@@ -124,6 +124,7 @@ def search_patterns(
     """
     candidates = scaled(CANDIDATES) if candidates is None else tuple(candidates)
     checks.same_layers(layers)
+    checks.finite_layers(layers)
     checks.positive(candidates=len(candidates))
     checks.fractions(budget=budget)
     checks.non_negative(start=start)
@@ -132,7 +133,8 @@ def search_patterns(
     # factories check their arguments: better now than after the first candidates
     methods = [minference(patterns=pattern, **arguments) for pattern in candidates]
     tensors = (x for layer in layers for x in layer)
-    told = candidates, budget, start, score.__name__, sorted(arguments.items())
+    name = getattr(score, "__name__", repr(score))
+    told = candidates, budget, start, name, sorted(arguments.items())
     store = Store(partial, fingerprint(tensors, "patterns", *told))
     dense_attention = jax.jit(functools.partial(attend, mask=causal(), return_lse=True))
     runs = [_programs(method) for method in methods]
@@ -158,7 +160,7 @@ def search_patterns(
         chosen.append(_choose(candidates, figures, budget))
     store.discard()
     search = {"budget": budget, "start": start, "candidates": [_name(p) for p in candidates]}
-    provenance = Provenance(source, q_len, kv_len, score.__name__, search)
+    provenance = Provenance(source, q_len, kv_len, name, search)
     return Table("minference", arguments, tuple(chosen), provenance)
 
 

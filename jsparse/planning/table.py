@@ -98,7 +98,7 @@ def save_table(table: Table, path: str | Path) -> None:
         "provenance": table.provenance._asdict(),
         "layers": layers,
     }
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1, default=_number) + "\n")
 
 
 def load_table(path: str | Path) -> Table:
@@ -138,6 +138,11 @@ def _row(name: Any, path: str | Path = "The table") -> Row:
     known = {row.name: row for row in METHODS if row.per_head}
     checks.table_method(path, name, known)
     return known[name]
+
+
+def _number(value: Any) -> Any:
+    """A NumPy or JAX number as Python's own."""
+    return value.item()
 
 
 def _as_json(value: Any) -> Any:

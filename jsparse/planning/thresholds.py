@@ -73,6 +73,7 @@ def search_thresholds(
       ValueError: if there is no layer, layers differ in shape, or a number is out of range.
     """
     checks.same_layers(layers)
+    checks.finite_layers(layers)
     checks.fractions(coverage=coverage)
     arguments = {"stride": stride, "block_size": block_size}
     xattention(**arguments)  # says what is wrong before the first layer

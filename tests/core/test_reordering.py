@@ -119,7 +119,13 @@ def test_attention_in_any_order_is_attention(name, order_heads):
 
 @pytest.mark.parametrize(
     ("shape", "order_heads", "batch"),
-    [((45, 45), 4, (2,)), ((4, 1, 45), 2, ()), ((2, 4, 45, 1), 2, (2,)), ((4, 45, 45), 2, (2,))],
+    [
+        ((45, 45), 4, (2,)),
+        ((45, 45), 2, ()),
+        ((4, 1, 45), 2, ()),
+        ((2, 4, 45, 1), 2, (2,)),
+        ((4, 45, 45), 2, (2,)),
+    ],
     ids=str,
 )
 def test_what_changes_logits_is_told_the_tokens_own_places(shape, order_heads, batch):
@@ -188,6 +194,12 @@ def test_a_segment_wise_order_keeps_causal_tiles_sparse():
         (
             lambda: js.masks.reordered(CAUSAL, heads=4, q_order=orders(3, 8)),
             "heads=4 must be a multiple of 3",
+        ),
+        (
+            lambda: js.masks.reordered(
+                js.masks.dense(jnp.ones((2, 8, 8), bool)), heads=4, kv_order=orders(4, 8)
+            ),
+            "The mask has 2 heads; expected 1 or heads=4",
         ),
         (
             lambda: attend_reordered(*qkv(8), None, kv_order=orders(1, 8), bias=jnp.zeros((8, 7))),

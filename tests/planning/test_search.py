@@ -202,3 +202,10 @@ def test_thresholds_refuse_what_the_method_refuses(layer):
         search_thresholds([layer], coverage=2.0)
     with pytest.raises(ValueError, match="block_size=100 must be a multiple of 16"):
         search_thresholds([layer], block_size=100)
+
+
+def test_broken_numbers_are_named_before_the_search(layer):
+    broken = layer._replace(k=layer.k.at[3].set(jnp.nan))
+    for search in (search_patterns, search_thresholds):
+        with pytest.raises(ValueError, match="Layer 1 has k with numbers that are not finite"):
+            search([layer, broken])
