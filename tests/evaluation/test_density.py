@@ -30,6 +30,13 @@ def test_a_window_hides_pairs_inside_its_tiles():
     assert not found.overflowed
 
 
+def test_of_nothing_visible_nothing_is_computed():
+    nothing = js.masks.dense(jnp.zeros((1, 16, 16), bool))
+    found = js.density_report(None, *qkv(16), mask=nothing)
+    assert not found.tiles.any()
+    assert not found.pairs.any()
+
+
 @pytest.mark.parametrize(
     "method",
     [

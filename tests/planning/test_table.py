@@ -33,6 +33,12 @@ def test_what_is_saved_is_loaded(table, tmp_path):
     assert (content["schema"], content["version"]) == ("jsparse heads", 1)
 
 
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    path = tmp_path / "plan.json"
+    save_table(PATTERNS._replace(arguments={"block_size": np.int64(32)}), path)
+    assert load_table(path) == PATTERNS
+
+
 def test_methods_are_those_of_each_layer():
     q, k, _ = qkv(300, heads=2, kv_heads=1)
     for method, layer in zip(methods_of(THRESHOLDS), THRESHOLDS.layers, strict=True):
