@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.mapped import as_one_batch
 from jsparse.types import BlockMask, InverseList, Mask
 
 
@@ -106,21 +107,14 @@ def _pad_bias(bias: Array | None, grid) -> Array | None:
 
 def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
     """Builds the differentiable function for one rule and one set of sizes."""
-    # a vmapped call becomes a loop: batching the loops themselves would drag every carry along
-    forward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists: passes.forward(operands, lists, rule, sizes)
-    )
-    backward_loop = jax.custom_batching.sequential_vmap(
-        lambda operands, lists, out, lse, d_out, d_lse: passes.backward(
-            operands, lists, out, lse, d_out, d_lse, rule, sizes
-        )
-    )
+    forward_pass = as_one_batch(passes.forward, rule, sizes)
+    backward_pass = as_one_batch(passes.backward, rule, sizes, gradient=True)
 
     @jax.custom_vjp
     def attention(operands: Operands, lists: Lists):
-        return forward_loop(operands, lists)
+        return forward_pass(operands, lists)
 
-    # calling the function itself, not its loop, gives an outer derivative a rule to follow
+    # calling the function itself, not its pass, gives an outer derivative a rule to follow
     def attention_fwd(operands, lists):
         out, lse = attention(operands, lists)
         return (out, lse), (operands, lists, out, lse)
@@ -133,7 +127,7 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
 
     @jax.custom_vjp
     def gradient(operands, lists, out, lse, d_out, d_lse):
-        return backward_loop(operands, lists, out, lse, d_out, d_lse)
+        return backward_pass(operands, lists, out, lse, d_out, d_lse)
 
     def gradient_fwd(operands, lists, out, lse, d_out, d_lse):
         result = gradient(operands, lists, out, lse, d_out, d_lse)

@@ -83,6 +83,10 @@ class Predicate(Mask):
     def heads(self) -> int:
         return self.head_count
 
+    @property
+    def by_batch_index(self) -> bool:
+        return True
+
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         def on_scalars(*scalars):
             (seen,) = self.function(self.captured, *scalars)

@@ -120,6 +120,11 @@ class Mask:
         return max([1, *(child.heads for child in self._children())])
 
     @property
+    def by_batch_index(self) -> bool:
+        """Whether more depends on the sequence than which entry of an array is read."""
+        return any(child.by_batch_index for child in self._children())
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch axes that the mask's arrays carry, broadcast against each other."""
         shapes = [child.batch_shape for child in self._children()]

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.attention.attend import prepare
+from jsparse.attention.block_sparse import block_sparse_attention
+from jsparse.attention.xla import PASSES
 from tests.inputs import qkv
 
 CAUSAL = js.masks.causal()
@@ -115,3 +118,71 @@ def test_sharding_over_heads():
 
     sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     np.testing.assert_array_equal(jax.jit(sharded)(q, k, v), jax.jit(run)(q, k, v))
+
+
+def test_a_mapped_call_is_one_call_with_a_longer_batch():
+    """No loop over calls: both passes see all sequences at once, lists that are shared once."""
+    q, k, v = qkv(24, dim=8, batch=(2,))
+    ran = []
+
+    def spy(compute):
+        def computed(operands, lists, *rest):
+            sizes = rest[-1].batches, len(operands.q), len(operands.k), len(lists.kv_indices)
+            jax.debug.callback(lambda: ran.append(sizes))
+            return compute(operands, lists, *rest)
+
+        return computed
+
+    passes = PASSES._replace(forward=spy(PASSES.forward), backward=spy(PASSES.backward))
+
+    def attention(q):
+        problem = prepare(q, k, v, None, mask=CAUSAL)
+        plan = js.block_mask(CAUSAL, 24, 24, block_q=8, block_kv=8)
+        plan = jax.tree.map(lambda x: x[None], plan)
+        return block_sparse_attention(problem.operands, plan, CAUSAL, problem.rule, passes)[0]
+
+    def loss(q):
+        return jnp.sin(attention(q)).sum()
+
+    def expected(q):
+        return jnp.sin(js.attend(q, k, v, mask=CAUSAL, implementation="reference")).sum()
+
+    qs = jnp.stack([jnp.stack([q, -q, 2 * q])] * 2)
+    got = jax.vmap(jax.vmap(jax.grad(loss)))(qs)
+    close(got[1], jax.vmap(jax.grad(expected))(qs[1]))
+    jax.effects_barrier()
+    assert ran == [(12, 12, 12, 1)] * 2, "a forward and a backward pass"
+
+
+def test_what_knows_its_sequence_keeps_it_when_mapped():
+    """Batch indices count the sequences of one call, and each call has its own gradients."""
+    q, k, v = qkv(24, dim=8, batch=(2,))
+    rng = np.random.default_rng(0)
+    bias = jnp.asarray(rng.normal(size=(1, 4, 24, 24)), jnp.float32)
+    slope = jnp.asarray([0.5, -1.0])
+    window = js.masks.predicate(lambda b, h, i, j: (i - j < 5 + 7 * b) & (j <= i))
+    options = {
+        "bias": ({}, bias),
+        "score_mod": ({"score_mod": lambda s, b, h, i, j: s * (b + 1) - h}, bias),
+        "captured": ({"score_mod": lambda s, b, h, i, j: s * slope[b]}, bias),
+        "predicate": ({"mask": window}, bias),
+        "scale": ({"scale": jnp.asarray(0.3)}, bias[:, :, :1]),
+    }
+
+    def gradients(q, bias, implementation, **options):
+        def loss(q, bias):
+            return jnp.sin(
+                js.attend(q, k, v, bias=bias, implementation=implementation, **options)
+            ).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(q, bias)
+
+    qs = jnp.stack([q, -q, 2 * q])
+    for name, (option, bias) in options.items():
+        got = jax.jit(jax.vmap(lambda q: gradients(q, bias, "xla", **option)))(qs)  # noqa: B023
+        for n in range(3):
+            one = jax.tree.map(lambda x: x[n], got)  # noqa: B023
+            try:
+                close(one, gradients(qs[n], bias, "reference", **option))
+            except AssertionError as error:
+                raise AssertionError(name) from error
