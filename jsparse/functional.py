@@ -61,6 +61,7 @@ def sparse_attention(
     checks.both_or_neither(extra_k=extra_k, extra_v=extra_v)
     if extra_k is None or extra_v is None:
         return method.attend(params, q, k, v, **given)[0]
+    checks.attention_inputs(q, extra_k, extra_v, names=("q", "extra_k", "extra_v"))
     # a sink is in one of the two sums, so it is in the merged one
     of_both = {name: options.get(name) for name in ("softcap", "scale", "implementation")}
     (own, own_lse), _ = method.attend(params, q, k, v, **{**given, "return_lse": True})

@@ -124,7 +124,7 @@ def prepare(
         full = (*batch_shape, heads, q_len, kv_len)
         bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
         checks.broadcasts("bias", bias.shape, full)
-        bias = flatten_axes(jnp.asarray(bias), 3, batch_shape)
+        bias = flatten_axes(_no_wider_than_logits(jnp.asarray(bias)), 3, batch_shape)
     captured: tuple[Array, ...] = ()
     if score_mod is not None:
         score_mod, captured = hoist(score_mod)
@@ -145,6 +145,10 @@ def prepare(
     flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     operands = Operands(*flat, bias=bias, scale=traced_scale, captured=captured)
     return Problem(operands, plan, mask, rule, batch_shape)
+
+
+def _no_wider_than_logits(bias: Array) -> Array:
+    return bias.astype(jnp.float32) if bias.dtype.itemsize > 4 else bias
 
 
 def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: int) -> P:

@@ -87,9 +87,10 @@ def pooled_columns(pooled_k: Any, pooled_v: Any, log_count: Any, block_mask: Any
         )
 
 
-def attention_inputs(q: Any, k: Any, v: Any) -> None:
-    """Query, key and value fit each other."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def attention_inputs(q: Any, k: Any, v: Any, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    """Query, key and value fit each other; `names` are what the caller calls them."""
+    of_q, of_k, of_v = names
+    for name, x in zip(names, (q, k, v), strict=True):
         if not hasattr(x, "ndim") or x.ndim < 3:
             raise ValueError(
                 f"{name} has shape {getattr(x, 'shape', None)}; expected [*batch, length, heads, "
@@ -101,26 +102,33 @@ def attention_inputs(q: Any, k: Any, v: Any) -> None:
             )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"q, k, v hold {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype first."
+            f"{of_q}, {of_k}, {of_v} hold {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype "
+            "first."
         )
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ValueError(
-            f"q, k, v have batch axes {q.shape[:-3]}, {k.shape[:-3]}, {v.shape[:-3]}; they must "
-            "be the same."
+            f"{of_q}, {of_k}, {of_v} have batch axes {q.shape[:-3]}, {k.shape[:-3]}, "
+            f"{v.shape[:-3]}; they must be the same."
         )
     if k.shape[-3] != v.shape[-3]:
-        raise ValueError(f"k has {k.shape[-3]} tokens and v {v.shape[-3]}; they must agree.")
+        raise ValueError(
+            f"{of_k} has {k.shape[-3]} tokens and {of_v} {v.shape[-3]}; they must agree."
+        )
     if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"k has {k.shape[-2]} heads and v {v.shape[-2]}; they must agree.")
+        raise ValueError(
+            f"{of_k} has {k.shape[-2]} heads and {of_v} {v.shape[-2]}; they must agree."
+        )
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q has dim {q.shape[-1]} and k {k.shape[-1]}; they must agree.")
+        raise ValueError(f"{of_q} has dim {q.shape[-1]} and {of_k} {k.shape[-1]}; they must agree.")
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"q has {q.shape[-2]} heads and k {k.shape[-2]}; the first must be a multiple of the "
-            "second."
+            f"{of_q} has {q.shape[-2]} heads and {of_k} {k.shape[-2]}; the first must be a "
+            "multiple of the second."
         )
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: no axis may be empty.")
+        raise ValueError(
+            f"{of_q} {q.shape}, {of_k} {k.shape}, {of_v} {v.shape}: no axis may be empty."
+        )
 
 
 def list_heads(count: int, heads: int, kv_heads: int) -> None:

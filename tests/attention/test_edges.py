@@ -230,3 +230,7 @@ def test_sixty_four_bit_numbers_elsewhere_change_nothing():
         assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float32")}
         second = jax.grad(lambda q: (jax.grad(total)(q, bias, "xla") ** 2).sum())(q)
         assert second.dtype == jnp.float32
+        # a bias may be of them, and has its gradient in its own dtype
+        wide = jax.value_and_grad(total, (0, 1))(q, bias.astype(jnp.float64), "xla")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wide, got)
+        assert wide[1][1].dtype == jnp.float64

@@ -533,3 +533,5 @@ def test_tokens_that_are_not_the_grid_are_refused():
         js.sparse_attention(q, k, v, method, mask=js.masks.segments(jnp.zeros(60, jnp.int32)))
     with pytest.raises(ValueError, match="extra_v=None: extra_k and extra_v go together"):
         js.sparse_attention(q, k, v, method, extra_k=k)
+    with pytest.raises(ValueError, match="extra_k has 3 tokens and extra_v 2; they must agree"):
+        js.sparse_attention(q, k, v, method, extra_k=k[:3], extra_v=v[:2])
