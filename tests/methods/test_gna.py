@@ -518,7 +518,7 @@ def test_bad_input_is_named(arguments, message):
         js.gna(**arguments)
 
 
-def test_tokens_that_are_not_the_grid_are_refused():
+def test_tokens_that_are_not_the_grid_are_refused(without_shape_checks):
     q, k, v = qkv(64)
     method = js.gna(grid=(8, 8), window=4)
     with pytest.raises(ValueError, match="q has 60 tokens and k 64"):
