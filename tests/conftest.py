@@ -1,5 +1,7 @@
 """Every test is also a shape test: jsparse is imported through jaxtyping's hook."""
 
+import contextlib
+import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +15,27 @@ import jax
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+
+# tests compile much and compute little: XLA's former code generator, with few optimizations, takes
+# half the time. Later versions have it no more; with them the tests see what users see
+COMPILE_QUICKLY = importlib.metadata.version("jaxlib").startswith("0.10.")
+
+
+@contextlib.contextmanager
+def xla_flags(flags: str):
+    """Flags for this process alone: XLA reads them once, and they are gone for what it starts."""
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{given or ''} {flags}"
+    yield
+    if given is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = given
+
+
+with xla_flags("--xla_cpu_use_fusion_emitters=false" if COMPILE_QUICKLY else ""):
+    jax.jit(lambda: 0)()
+jax.config.update("jax_disable_most_optimizations", COMPILE_QUICKLY)
 
 install_import_hook("jsparse", "beartype.beartype")
 
