@@ -12,6 +12,7 @@ from jsparse import checks
 from jsparse.attention import mosaic, reference, triton, xla
 from jsparse.attention.block_sparse import Passes, block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
+from jsparse.attention.packing import pack, unpack
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
@@ -193,32 +194,40 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
     return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
 
 
+def _packed(
+    operands: Operands, plan: BlockMask, mask: Mask | None, rule: LogitRule, passes: Passes
+) -> tuple[Array, Array]:
+    operands, plan, rule = pack(operands, plan, rule)
+    return unpack(*block_sparse_attention(operands, plan, mask, rule, passes), rule.group)
+
+
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
-_compiled = jax.jit(block_sparse_attention, static_argnames=("rule", "passes"))
+_compiled = jax.jit(_packed, static_argnames=("rule", "passes"))
 
 
 def _xla(problem: Problem) -> tuple[Array, Array]:
     plan = with_plan(problem)
     # a score_mod is a new function at every call, and a cache would only keep it alive
     keeps = problem.rule.score_mod is None
-    call = _compiled if keeps else block_sparse_attention
+    call = _compiled if keeps else _packed
     return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
 
 
 def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
-    return block_sparse_attention(
-        problem.operands, with_plan(problem), problem.mask, problem.rule, passes()
-    )
+    return _packed(problem.operands, with_plan(problem), problem.mask, problem.rule, passes())
 
 
 def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
     reason = _xla_refuses(problem)
     if reason:
         return reason
+    operands, plan, mask, rule, _ = problem
     block_q = block_kv = DEFAULT_BLOCK
-    if isinstance(problem.plan, BlockMask):
-        block_q, block_kv = problem.plan.block_q, problem.plan.block_kv
-    return adapter.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
+    if isinstance(plan, BlockMask):
+        described = jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)
+        operands, plan, rule = pack(operands._replace(q=described), plan, rule)
+        block_q, block_kv = plan.block_q, plan.block_kv
+    return adapter.refusal(operands, mask, rule, block_q, block_kv)
 
 
 _CALLS = {

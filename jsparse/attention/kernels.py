@@ -82,7 +82,8 @@ def modifier(operands: Operands, rule: LogitRule) -> Callable[..., Array]:
     def modify(logit, q_index, kv_index, batch, head):
         extra = None
         if bias is not None:
-            position = (batch, head, q_index, kv_index)
+            query, true_head = rule.owner(q_index, head)
+            position = (batch, true_head, query, kv_index)
             at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
             extra = bias[at]
         return rule.modify(

@@ -7,6 +7,7 @@ same number of tiles: with n rows at a time, the turns that rows sit out are few
 longest list in all.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -303,28 +304,49 @@ def on_columns(x: Array) -> Shaped[Array, "lanes parts 1 column_part"]:
 
 
 class Bias(NamedTuple):
-    """A bias, each axis 1 or full, tile by tile."""
+    """A bias, each axis 1 or full, tile by tile.
+
+    A tile's rows are `stored` queries times heads of a group, each 1 or all that there are.
+    """
 
     tiles: Float[Array, "bias_batch bias_heads rows columns q_size kv_size"] | None
+    stored: tuple[int, int] = (1, 1)
+    full: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, bias: Array | None, sizes: Sizes) -> "Bias":
-        """From a bias with four axes, lengths being whole tiles."""
+    def of(cls, bias: Array | None, sizes: Sizes, group: int) -> "Bias":
+        """From a bias with four axes, lengths being whole tiles, heads packed in groups."""
         if bias is None:
             return cls(None)
-        q_size = sizes.block_q if bias.shape[2] > 1 else 1
+        full = sizes.block_q // group, group
+        q_size = full[0] if bias.shape[2] > 1 else 1
+        members = group if bias.shape[1] > 1 else 1
         kv_size = sizes.block_kv if bias.shape[3] > 1 else 1
+        batches, heads = bias.shape[0], bias.shape[1] // members
         rows, columns = bias.shape[2] // q_size, bias.shape[3] // kv_size
-        tiles = bias.reshape(*bias.shape[:2], rows, q_size, columns, kv_size)
-        return cls(jnp.swapaxes(tiles, 3, 4))
+        tiles = bias.reshape(batches, heads, members, rows, q_size, columns, kv_size)
+        tiles = jnp.transpose(tiles, (0, 1, 3, 5, 4, 2, 6))
+        tiles = tiles.reshape(*tiles.shape[:4], q_size * members, kv_size)
+        return cls(tiles, (q_size, members), full)
 
     def load(self, queries: Rows, keys: Columns) -> Float[Array, "lanes parts q_size _"] | None:
-        """The lanes' tiles, to go with `scores`."""
+        """The lanes' tiles; `on_rows` of them go with `scores`."""
         if self.tiles is None:
             return None
         tiles = at(self.tiles, *self._position(queries, keys))
         tiles = jnp.swapaxes(tiles, 1, 2).reshape(len(tiles), tiles.shape[2], -1)
         return cut(tiles, 2)
+
+    def on_rows(self, tiles: Array | None) -> Float[Array, "lanes parts _ _"] | None:
+        """What `load` gave, for every row or for all alike."""
+        stored, full = math.prod(self.stored), math.prod(self.full)
+        if tiles is None or stored in (1, full):
+            return tiles
+        lanes, parts, _, part = tiles.shape
+        tiles = tiles.reshape(lanes, parts, *self.stored, part)
+        return jnp.broadcast_to(tiles, (lanes, parts, *self.full, part)).reshape(
+            lanes, parts, full, part
+        )
 
     def add(self, sums: Array, queries: Rows, keys: Columns, tiles: Array) -> Array:
         """Adds what `load` gave to sums in the order of `tiles`; lanes may meet."""
@@ -337,7 +359,8 @@ class Bias(NamedTuple):
 
     def like(self, sums: Array, bias: Array) -> Array:
         """Sums in the order and dtype of the bias."""
-        return jnp.swapaxes(sums, 3, 4).reshape(bias.shape).astype(bias.dtype)
+        sums = sums.reshape(*sums.shape[:4], *self.stored, sums.shape[-1])
+        return jnp.transpose(sums, (0, 1, 5, 2, 4, 3, 6)).reshape(bias.shape).astype(bias.dtype)
 
     def _position(self, queries: Rows, keys: Columns):
         """Where the tiles are; an axis of 1 is the same for all."""

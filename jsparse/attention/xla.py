@@ -40,7 +40,7 @@ def _walk_rows(
     """Attention by running softmax; `repeat(longest, step, state)` makes the steps of a group."""
     s = sizes
     q, k, v = operands.q, operands.k, operands.v
-    bias = Bias.of(operands.bias, s)
+    bias = Bias.of(operands.bias, s, rule.group)
     groups = by_count(row_counts(lists, s), at_once)
     together = tiles_together(lists, s)
 
@@ -61,7 +61,7 @@ def _walk_rows(
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
                 scores(queries, there.columns(k, s.block_kv)),
-                bias.load(here, there),
+                bias.on_rows(bias.load(here, there)),
                 operands.scale,
                 operands.captured,
                 *where,

@@ -46,7 +46,7 @@ def backward(
     row_blocks = (s.batches, s.heads, s.q_blocks, s.block_q)
     delta, safe_lse = delta.reshape(row_blocks), safe_lse.reshape(row_blocks)
     d_out = d_out.astype(v.dtype)
-    bias = Bias.of(operands.bias, s)
+    bias = Bias.of(operands.bias, s, rule.group)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands.captured]
     floats = tuple(x for x, is_float in zip(operands.captured, inexact, strict=True) if is_float)
 
@@ -59,7 +59,7 @@ def backward(
             next(of_floats) if is_float else x
             for x, is_float in zip(operands.captured, inexact, strict=True)
         )
-        return unscaled.modify(logits, bias_tiles, scale, captured, *where)
+        return unscaled.modify(logits, bias.on_rows(bias_tiles), scale, captured, *where)
 
     groups = by_count(row_counts(lists, s), lane_count(lists, s))
     together = tiles_together(lists, s)
