@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
     Bias,
-    Columns,
+    Blocks,
     Lanes,
     Rows,
     at,
@@ -57,11 +57,11 @@ def _walk_rows(
             first = number * together
             index = list_batch, list_head, here.block, lanes.entries(first, together).T
             kv_blocks = at(lists.kv_indices, *index).T
-            there = Columns(here.batch, here.head // s.group, kv_blocks)
+            there = Blocks(here.batch, here.head // s.group, kv_blocks)
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
                 scores(queries, there.columns(k, s.block_kv)),
-                bias.on_rows(bias.load(here, there)),
+                bias.on_rows(bias.load(here.alone, there)),
                 operands.scale,
                 operands.captured,
                 *where,
