@@ -12,6 +12,9 @@ from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import Mask
 
+# tiles of so many queries are what kernels take
+LEAST_QUERIES = 16
+
 
 def capability() -> str | None:
     """The compute capability of this machine's default device, such as "9.0"; None if no GPU."""

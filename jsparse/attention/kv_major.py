@@ -30,15 +30,33 @@ from jsparse.attention.lanes import (
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.tile_gradient import Differentiated, OwnRows, Terms
 from jsparse.attention.xla import differentiable_forward
+from jsparse.types import BlockMask
 from jsparse.types.inverse_list import column_ranks
 
 # rows of a product
 _ROWS = 64
+# tiles of keys must have that many keys, and that many times the queries of a tile ...
+_LEAST_KEYS = 16
+_LEAST_RATIO = 8
+# ... and be listed by so many queries, on average, where lists are full
+_LEAST_LISTED = 32
 # chunks of rows that a span of queries gives a tile of keys, on average
-_CHUNKS = 4
+_CHUNKS = 2
 # logits at work in one step
 _LOGITS = {"cpu": 2**19}
 _LOGITS_OF_ACCELERATORS = 2**23
+
+
+def pays(plan: BlockMask) -> bool:
+    """Whether this is the faster way for lists of these sizes, whatever they hold.
+
+    The walk by rows reads a tile of keys for each tile that a row of tiles lists, this one a tile
+    of queries; what it keeps and sums costs about a tile of a few keys more.
+    """
+    grid = plan.grid
+    listed = grid.q_blocks * grid.block_q * plan.width / grid.kv_blocks
+    wide = grid.block_kv >= max(_LEAST_KEYS, _LEAST_RATIO * grid.block_q)
+    return wide and listed >= _LEAST_LISTED
 
 
 class Cut(NamedTuple):

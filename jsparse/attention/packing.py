@@ -13,17 +13,17 @@ from jaxtyping import Array, Float
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.types import BlockMask
 
-# from so many queries on a tile fills the rows of a product by itself
-_ENOUGH_ROWS = 16
-
 Packed = tuple[Operands, BlockMask, LogitRule]
 
 
-def pack(operands: Operands, plan: BlockMask, rule: LogitRule) -> Packed:
-    """The problem with each group of query heads as one head, where that pays; else as it is."""
+def pack(operands: Operands, plan: BlockMask, rule: LogitRule, least_queries: int) -> Packed:
+    """The problem with each group of query heads as one head; as it is where that does not pay.
+
+    Tiles of `least_queries` fill the rows of a product by themselves.
+    """
     heads, kv_heads = operands.q.shape[-2], operands.k.shape[-2]
     group = heads // kv_heads
-    if group == 1 or plan.list_heads > kv_heads or plan.block_q >= _ENOUGH_ROWS:
+    if group == 1 or plan.list_heads > kv_heads or plan.block_q >= least_queries:
         return operands, plan, rule
     q = operands.q
     # arrays that are only described are packed too: whether a kernel takes them is asked first

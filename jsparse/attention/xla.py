@@ -28,6 +28,9 @@ from jsparse.attention.lanes import (
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.xla_backward import backward
 
+# tiles of fewer queries leave the time to the reading of keys
+LEAST_QUERIES = 64
+
 
 def _walk_rows(
     operands: Operands,

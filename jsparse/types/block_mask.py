@@ -144,6 +144,26 @@ class BlockMask:
         exists = (self.kv_indices >= 0) & (self.kv_indices < self.grid.kv_blocks)
         return exists & (jnp.arange(self.width) < self.kv_num_blocks[..., None])
 
+    def without_missing_blocks(self) -> "BlockMask":
+        """The plan as it counts: entries that name no block are padding, as if they were past it.
+
+        Lists that have none such are only read.
+        """
+
+        @jax.custom_batching.sequential_vmap
+        def cleaned(lists: Array, counts: Array) -> tuple[Array, Array]:
+            plan = dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+            counted = jnp.arange(self.width) < counts[..., None]
+            clean = (counts <= self.width).all() & (plan.entries() == counted).all()
+            return jax.lax.cond(
+                clean,
+                lambda: (lists, counts),
+                lambda: _ascending_and_unique(lists, plan.entries(), self.grid.kv_blocks),
+            )
+
+        lists, counts = cleaned(self.kv_indices, self.kv_num_blocks)
+        return dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+
     def to_dense(self) -> Bool[Array, "*batch list_heads q_blocks kv_blocks"]:
         """One bool per tile, True where it is computed."""
         grid = self.grid
