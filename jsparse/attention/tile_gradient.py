@@ -24,15 +24,15 @@ from jsparse.types import Mask
 class Modifiers(NamedTuple):
     """What changes logits and has a gradient: tiles of the bias, the scale, captured floats."""
 
-    bias: Array | None
-    scale: Array | None
+    bias: Any  # an array, or None where there is none; and so the scale
+    scale: Any
     captured: tuple[Array, ...]
 
     def add(self, step: "Modifiers", bias: Bias, queries: Blocks, keys: Blocks) -> "Modifiers":
         """Sums with those of a step added; the sums of the bias are kept tile by tile."""
         return Modifiers(
-            None if self.bias is None else bias.add(self.bias, queries, keys, step.bias),
-            None if self.scale is None else self.scale + step.scale,
+            None if step.bias is None else bias.add(self.bias, queries, keys, step.bias),
+            None if step.scale is None else self.scale + step.scale,
             jax.tree.map(jnp.add, self.captured, step.captured),
         )
 

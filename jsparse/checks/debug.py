@@ -1,5 +1,6 @@
 """`debug_checks`: lists are read entry by entry before they are used."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,15 +37,19 @@ def listed_entries(plan: Any) -> None:
     if not _checking.value:
         return
     lists, counts, blocks = plan.kv_indices, plan.kv_num_blocks, plan.grid.kv_blocks
-    first = jax.tree.map(jnp.asarray, _first_bad(lists, counts, blocks))
 
     def report(*numbers: Any) -> None:
         _raise_if_bad(*map(np.asarray, numbers), shape=lists.shape, blocks=blocks)
 
-    if _compat.is_traced(first):
-        jax.debug.callback(report, *first)
-    else:
-        report(*first)
+    when_known(report, *_first_bad(lists, counts, blocks))
+
+
+def when_known(report: Callable[..., None], *numbers: Array) -> None:
+    """Calls `report` with numbers: now, or if they are traced under `debug_checks`, later."""
+    if not _compat.is_traced(numbers):
+        report(*numbers)
+    elif _checking.value:
+        jax.debug.callback(report, *numbers)
 
 
 def _first_bad(lists: Array, counts: Array, blocks: int) -> tuple[Array, ...]:
