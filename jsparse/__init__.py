@@ -35,5 +35,8 @@ from jsparse.types import BlockPyramid as BlockPyramid
 from jsparse.types import Method as Method
 from jsparse.types import TokenGroups as TokenGroups
 
+# for finding what is wrong
+from jsparse.checks import debug_checks as debug_checks
+
 # for tests of one's own kernels
 from jsparse import testing as testing

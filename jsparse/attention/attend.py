@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention import mosaic, reference, triton, xla
+from jsparse.attention import kernels, kv_major, mosaic, reference, triton, xla
 from jsparse.attention.block_sparse import Passes, block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
+from jsparse.attention.packing import pack, unpack
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
@@ -156,6 +157,7 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
     lists = plan.block_mask if isinstance(plan, BlockPyramid) else plan
     checks.list_heads(lists.list_heads, heads, kv_heads)
     checks.batch_fits("plan", lists.batch_shape, batch_shape)
+    checks.listed_entries(lists)
     return flatten_batch(plan, batch_shape)
 
 
@@ -197,21 +199,48 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
     return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
 
 
+def _executed(
+    operands: Operands,
+    plan: BlockMask,
+    mask: Mask | None,
+    rule: LogitRule,
+    passes: Callable[[BlockMask], Passes],
+    least_queries: int,
+) -> tuple[Array, Array]:
+    plan = plan.without_missing_blocks()
+    operands, plan, rule = pack(operands, plan, rule, least_queries)
+    out, lse = block_sparse_attention(operands, plan, mask, rule, passes(plan))
+    return unpack(out, lse, rule.group)
+
+
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
-_compiled = jax.jit(block_sparse_attention, static_argnames=("rule", "passes"))
+_compiled = jax.jit(_executed, static_argnames=("rule", "passes", "least_queries"))
+
+
+def _xla_passes(plan: BlockMask) -> Passes:
+    return kv_major.PASSES if kv_major.pays(plan) else xla.PASSES
 
 
 def _xla(problem: Problem) -> tuple[Array, Array]:
     plan = with_plan(problem)
     # a score_mod is a new function at every call, and a cache would only keep it alive
     keeps = problem.rule.score_mod is None
-    call = _compiled if keeps else block_sparse_attention
-    return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
+    call = _compiled if keeps else _executed
+    return call(
+        problem.operands,
+        plan,
+        problem.mask,
+        rule=problem.rule,
+        passes=_xla_passes,
+        least_queries=xla.LEAST_QUERIES,
+    )
 
 
 def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
-    return block_sparse_attention(
-        problem.operands, with_plan(problem), problem.mask, problem.rule, passes()
+    operands, _, mask, rule, _ = problem
+    of_any = passes()
+    return _executed(
+        operands, with_plan(problem), mask, rule, lambda plan: of_any, kernels.LEAST_QUERIES
     )
 
 
@@ -219,10 +248,15 @@ def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
     reason = _xla_refuses(problem)
     if reason:
         return reason
+    operands, plan, mask, rule, _ = problem
     block_q = block_kv = DEFAULT_BLOCK
-    if isinstance(problem.plan, BlockMask):
-        block_q, block_kv = problem.plan.block_q, problem.plan.block_kv
-    return adapter.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
+    if isinstance(plan, BlockMask):
+        described = jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)
+        operands, plan, rule = pack(
+            operands._replace(q=described), plan, rule, kernels.LEAST_QUERIES
+        )
+        block_q, block_kv = plan.block_q, plan.block_kv
+    return adapter.refusal(operands, mask, rule, block_q, block_kv)
 
 
 _CALLS = {

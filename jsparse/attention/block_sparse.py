@@ -86,7 +86,7 @@ def block_sparse_attention(
         q=_pad_tokens(operands.q, grid.q_blocks * grid.block_q),
         k=_pad_tokens(operands.k, grid.kv_blocks * grid.block_kv),
         v=_pad_tokens(operands.v, grid.kv_blocks * grid.block_kv),
-        bias=_pad_bias(operands.bias, grid),
+        bias=_pad_bias(operands.bias, grid, rule.group),
     )
     out, lse = _attention(rule, sizes, passes)(padded, lists)
     return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
@@ -97,10 +97,10 @@ def _pad_tokens(x: Array, length: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
-def _pad_bias(bias: Array | None, grid) -> Array | None:
+def _pad_bias(bias: Array | None, grid, group: int) -> Array | None:
     if bias is None:
         return None
-    q_missing = grid.q_blocks * grid.block_q - grid.q_len if bias.shape[2] > 1 else 0
+    q_missing = (grid.q_blocks * grid.block_q - grid.q_len) // group if bias.shape[2] > 1 else 0
     kv_missing = grid.kv_blocks * grid.block_kv - grid.kv_len if bias.shape[3] > 1 else 0
     return jnp.pad(bias, ((0, 0), (0, 0), (0, q_missing), (0, kv_missing)))
 

@@ -12,6 +12,9 @@ from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
 from jsparse.types import Mask
 
+# tiles of so many queries are what kernels take
+LEAST_QUERIES = 16
+
 
 def capability() -> str | None:
     """The compute capability of this machine's default device, such as "9.0"; None if no GPU."""
@@ -82,7 +85,8 @@ def modifier(operands: Operands, rule: LogitRule) -> Callable[..., Array]:
     def modify(logit, q_index, kv_index, batch, head):
         extra = None
         if bias is not None:
-            position = (batch, head, q_index, kv_index)
+            query, true_head = rule.owner(q_index, head)
+            position = (batch, true_head, query, kv_index)
             at = tuple(i if n > 1 else 0 for i, n in zip(position, bias.shape, strict=True))
             extra = bias[at]
         return rule.modify(

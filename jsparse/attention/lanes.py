@@ -7,6 +7,7 @@ same number of tiles: with n rows at a time, the turns that rows sit out are few
 longest list in all.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -153,14 +154,19 @@ class Rows(NamedTuple):
         """The token indices of the tiles."""
         return self.block[:, None] * size + indices(size)
 
+    @property
+    def alone(self) -> "Blocks":
+        """The same, a block per lane."""
+        return Blocks(self.batch, self.head, self.block[:, None])
+
     def list_of(self, lists_shape: tuple[int, ...], sizes: Sizes):
         """Which list a query head reads: lists are shared over batch, heads or a group."""
         batch = self.batch if lists_shape[0] > 1 else jnp.zeros_like(self.batch)
         return batch, self.head // (sizes.heads // lists_shape[1])
 
 
-class Columns(NamedTuple):
-    """Batch, kv head and blocks of the keys that lanes take in one step; their tokens together."""
+class Blocks(NamedTuple):
+    """Batch, head and blocks of tokens that lanes take in one step, the tokens end to end."""
 
     batch: Int[Array, " lanes"]
     head: Int[Array, " lanes"]
@@ -172,8 +178,14 @@ class Columns(NamedTuple):
         tiles = at(in_blocks(x, size), *index)
         return tiles.reshape(tiles.shape[0], -1, x.shape[-1])
 
+    def rows(self, x: Array, size: int) -> Float[Array, "lanes dim_parts tokens dim_part"]:
+        """The same with the last axis cut, as the rows of `scores`."""
+        tiles = self.tiles(x, size)
+        tiles = tiles.reshape(*tiles.shape[:-1], parts_of(x.shape[-1]), -1)
+        return jnp.moveaxis(tiles, 2, 1)
+
     def columns(self, x: Array, size: int) -> Float[Array, "lanes dim_parts parts tokens dim_part"]:
-        """The same with both axes cut, as the columns of `scores`."""
+        """The tiles with both axes cut, as the columns of `scores`."""
         blocks = in_blocks(x, size)
         inner = parts_of(x.shape[-1])
         blocks = blocks.reshape(*blocks.shape[:-1], inner, -1)
@@ -210,7 +222,7 @@ class ColumnSums(NamedTuple):
         return cls(jnp.zeros((batch, length // size, heads, *tile), jnp.float32))
 
     def add(
-        self, there: Columns, tiles: Float[Array, "lanes parts dim column_part"]
+        self, there: Blocks, tiles: Float[Array, "lanes parts dim column_part"]
     ) -> "ColumnSums":
         """Adds a step's tiles; lanes may meet."""
         if self._one_at_a_time:
@@ -303,49 +315,82 @@ def on_columns(x: Array) -> Shaped[Array, "lanes parts 1 column_part"]:
 
 
 class Bias(NamedTuple):
-    """A bias, each axis 1 or full, tile by tile."""
+    """A bias, each axis 1 or full, tile by tile.
+
+    A tile's rows are `stored` queries times heads of a group, each 1 or all that there are.
+    """
 
     tiles: Float[Array, "bias_batch bias_heads rows columns q_size kv_size"] | None
+    stored: tuple[int, int] = (1, 1)
+    full: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, bias: Array | None, sizes: Sizes) -> "Bias":
-        """From a bias with four axes, lengths being whole tiles."""
+    def of(cls, bias: Array | None, sizes: Sizes, group: int) -> "Bias":
+        """From a bias with four axes, lengths being whole tiles, heads packed in groups."""
         if bias is None:
             return cls(None)
-        q_size = sizes.block_q if bias.shape[2] > 1 else 1
+        full = sizes.block_q // group, group
+        q_size = full[0] if bias.shape[2] > 1 else 1
+        members = group if bias.shape[1] > 1 else 1
         kv_size = sizes.block_kv if bias.shape[3] > 1 else 1
+        batches, heads = bias.shape[0], bias.shape[1] // members
         rows, columns = bias.shape[2] // q_size, bias.shape[3] // kv_size
-        tiles = bias.reshape(*bias.shape[:2], rows, q_size, columns, kv_size)
-        return cls(jnp.swapaxes(tiles, 3, 4))
+        tiles = bias.reshape(batches, heads, members, rows, q_size, columns, kv_size)
+        tiles = jnp.transpose(tiles, (0, 1, 3, 5, 4, 2, 6))
+        tiles = tiles.reshape(*tiles.shape[:4], q_size * members, kv_size)
+        return cls(tiles, (q_size, members), full)
 
-    def load(self, queries: Rows, keys: Columns) -> Float[Array, "lanes parts q_size _"] | None:
-        """The lanes' tiles, to go with `scores`."""
+    def load(self, queries: Blocks, keys: Blocks) -> Float[Array, "lanes parts _ _"] | None:
+        """The lanes' tiles, below each other or side by side; `on_rows` of them is for `scores`."""
         if self.tiles is None:
             return None
-        tiles = at(self.tiles, *self._position(queries, keys))
-        tiles = jnp.swapaxes(tiles, 1, 2).reshape(len(tiles), tiles.shape[2], -1)
-        return cut(tiles, 2)
+        where = self._position(queries, keys)
+        tiles = at(self.tiles, *where)
+        down, across = self._repeats(where)
+        tiles = tiles.reshape(len(tiles), down, across, *tiles.shape[-2:])
+        tiles = jnp.swapaxes(tiles, 2, 3)
+        return cut(tiles.reshape(len(tiles), down * tiles.shape[2], -1), 2)
 
-    def add(self, sums: Array, queries: Rows, keys: Columns, tiles: Array) -> Array:
+    def on_rows(self, tiles: Array | None) -> Float[Array, "lanes parts _ _"] | None:
+        """What `load` gave, for every row or for all alike."""
+        if tiles is None or tiles.shape[2] == 1 or self.stored == self.full:
+            return tiles
+        lanes, parts, rows, part = tiles.shape
+        blocks = rows // math.prod(self.stored)
+        tiles = tiles.reshape(lanes, parts, blocks, *self.stored, part)
+        tiles = jnp.broadcast_to(tiles, (lanes, parts, blocks, *self.full, part))
+        return tiles.reshape(lanes, parts, -1, part)
+
+    def add(self, sums: Array, queries: Blocks, keys: Blocks, tiles: Array) -> Array:
         """Adds what `load` gave to sums in the order of `tiles`; lanes may meet."""
         where = self._position(queries, keys)
-        lanes, together = where[3].shape
-        parts, q_size, part = tiles.shape[1:]
-        tiles = jnp.moveaxis(tiles, 1, 2).reshape(lanes, q_size, together, parts * part // together)
-        tiles = jnp.swapaxes(tiles, 1, 2)
+        down, across = self._repeats(where)
+        lanes, parts, rows, part = tiles.shape
+        tiles = jnp.moveaxis(tiles, 1, 2)
+        tiles = tiles.reshape(lanes, down, rows // down, across, parts * part // across)
+        tiles = jnp.swapaxes(tiles, 2, 3)
+        tiles = tiles.reshape(lanes, down * across, *tiles.shape[3:])
         return sums.at[where].add(tiles, mode="promise_in_bounds", wrap_negative_indices=False)
 
     def like(self, sums: Array, bias: Array) -> Array:
         """Sums in the order and dtype of the bias."""
-        return jnp.swapaxes(sums, 3, 4).reshape(bias.shape).astype(bias.dtype)
+        sums = sums.reshape(*sums.shape[:4], *self.stored, sums.shape[-1])
+        return jnp.transpose(sums, (0, 1, 5, 2, 4, 3, 6)).reshape(bias.shape).astype(bias.dtype)
 
-    def _position(self, queries: Rows, keys: Columns):
+    def _repeats(self, where: tuple[Array, ...]) -> tuple[int, int]:
+        """How many tiles a step has one below the other, and side by side."""
+        return where[2].shape[1], where[3].shape[1]
+
+    def _position(self, queries: Blocks, keys: Blocks):
         """Where the tiles are; an axis of 1 is the same for all."""
         assert self.tiles is not None
         shape = self.tiles.shape
-        # one bias for all keys needs no tile of each
-        blocks = keys.blocks if shape[3] > 1 or shape[5] > 1 else keys.blocks[:, :1]
-        index = *(i[:, None] for i in queries), blocks
+        # one bias for all queries or all keys needs no tile of each
+        all_queries = shape[2] == 1 and self.stored[0] == 1
+        all_keys = shape[3] == 1 and shape[5] == 1
+        q_blocks = queries.blocks[:, :1] if all_queries else queries.blocks
+        kv_blocks = keys.blocks[:, :1] if all_keys else keys.blocks
+        index = queries.batch[:, None], queries.head[:, None], q_blocks, kv_blocks
         return tuple(
             i if size > 1 else jnp.zeros_like(i) for i, size in zip(index, shape[:4], strict=True)
         )

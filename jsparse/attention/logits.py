@@ -4,7 +4,7 @@ Order: scale, softcap, score_mod, bias, mask.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,30 @@ class Operands(NamedTuple):
 
 
 class LogitRule(NamedTuple):
-    """The static part: which of the steps there are, and their constants."""
+    """The static part: which of the steps there are, and their constants.
+
+    Each query makes `group` rows, one per query head of its group; see `packing`.
+    """
 
     q_len: int
     kv_len: int
     scale: float | None
     softcap: float | None
     score_mod: ScoreMod | None
+    group: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits per head that executors see."""
+        return self.q_len * self.group
+
+    def owner(self, row: Any, head: Any) -> tuple[Any, Any]:
+        """The query and the query head that a row of an executor's head stands for."""
+        if self.group == 1:
+            return row, head
+        # not the operators, which round towards minus infinity at some cost: rows are not negative
+        query = jax.lax.div(row, jnp.int32(self.group))
+        return query, head * self.group + (row - query * self.group)
 
     @property
     def changes_logits(self) -> bool:
@@ -62,15 +79,19 @@ class LogitRule(NamedTuple):
         bias: Float[Array, "..."] | None,
         scale: Float[Array, ""] | None,
         captured: tuple[Array, ...],
-        q_index: Int[Array, "..."],
+        row: Int[Array, "..."],
         kv_index: Int[Array, "..."],
         batch: Int[Array, "..."] | int,
         head: Int[Array, "..."] | int,
     ) -> Float[Array, "..."]:
-        """Applies scale, softcap, score_mod and bias. Indices broadcast against the logits."""
+        """Applies scale, softcap, score_mod and bias. Rows and heads are an executor's.
+
+        Indices broadcast against the logits.
+        """
         logits = self.capped(self.scaled(logits, scale))
         if self.score_mod is not None:
-            logits = self.score_mod(captured, logits, batch, head, q_index, kv_index)
+            query, head = self.owner(row, head)
+            logits = self.score_mod(captured, logits, batch, head, query, kv_index)
         if bias is not None:
             logits = logits + bias
         return logits
@@ -79,7 +100,7 @@ class LogitRule(NamedTuple):
         self,
         logits: Float[Array, "..."],
         mask: Mask | None,
-        q_index: Int[Array, "..."],
+        row: Int[Array, "..."],
         kv_index: Int[Array, "..."],
         batch: Int[Array, "..."] | int,
         head: Int[Array, "..."] | int,
@@ -90,8 +111,9 @@ class LogitRule(NamedTuple):
         if ragged:
             logits = jnp.where(kv_index < self.kv_len, logits, -jnp.inf)
         if mask is not None:
+            query, head = self.owner(row, head)
             frame = Frame(self.q_len, self.kv_len, batch, head)
-            logits = jnp.where(mask.visible(q_index, kv_index, frame), logits, -jnp.inf)
+            logits = jnp.where(mask.visible(query, kv_index, frame), logits, -jnp.inf)
         return logits
 
 

@@ -39,7 +39,7 @@ def refusal(
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    parts = _split(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    parts = _split(operands, mask, rule, rule.rows, rule.kv_len, ragged)
     return parts if isinstance(parts, str) else None
 
 

@@ -32,7 +32,7 @@ def problem_refusal(
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    parts = _tile_rule(operands, mask, rule, rule.q_len, rule.kv_len, ragged)
+    parts = _tile_rule(operands, mask, rule, rule.rows, rule.kv_len, ragged)
     return parts if isinstance(parts, str) else None
 
 
@@ -117,7 +117,7 @@ def _tile_rule(
     kv_len: int,
     ragged: bool,
 ) -> Separated | str | None:
-    options: dict[str, Any] = {"operations": OPERATIONS, "pairs": rule.q_len * rule.kv_len}
+    options: dict[str, Any] = {"operations": OPERATIONS, "pairs": rule.rows * rule.kv_len}
     return kernels.tile_rule(operands, mask, rule, q_len, kv_len, ragged, **options)
 
 

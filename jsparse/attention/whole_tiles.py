@@ -68,7 +68,9 @@ def _classifier(
     mask: Mask | None, rule: LogitRule, sizes: Sizes, list_batches: int, list_heads: int
 ) -> Callable[..., Bool[Array, " entries"]]:
     """A function of (q_blocks, kv_blocks, list_batch, list_head): which tiles are seen entirely."""
-    grid = TileGrid(rule.q_len, rule.kv_len, sizes.block_q, sizes.block_kv)
+    # tiles of tokens: packed rows are several per token
+    block_q = sizes.block_q // rule.group
+    grid = TileGrid(rule.q_len, rule.kv_len, block_q, sizes.block_kv)
 
     def inside(q_blocks, kv_blocks, list_batch, list_head):
         # a last tile of keys that is not full has some to hide
@@ -78,7 +80,7 @@ def _classifier(
         return inside
     classify = mask.classifier(grid)
     # how many sequences and heads share a list, and how many of them the mask tells apart
-    per_list = sizes.batches // list_batches, sizes.heads // list_heads
+    per_list = sizes.batches // list_batches, sizes.heads * rule.group // list_heads
     told_apart = math.prod(mask.batch_shape), mask.heads
     batches, heads = (n if m > 1 else 1 for n, m in zip(per_list, told_apart, strict=True))
 

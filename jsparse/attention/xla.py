@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
     Bias,
-    Columns,
+    Blocks,
     Lanes,
     Rows,
     at,
@@ -28,6 +28,9 @@ from jsparse.attention.lanes import (
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.xla_backward import backward
 
+# tiles of fewer queries leave the time to the reading of keys
+LEAST_QUERIES = 64
+
 
 def _walk_rows(
     operands: Operands,
@@ -40,7 +43,7 @@ def _walk_rows(
     """Attention by running softmax; `repeat(longest, step, state)` makes the steps of a group."""
     s = sizes
     q, k, v = operands.q, operands.k, operands.v
-    bias = Bias.of(operands.bias, s)
+    bias = Bias.of(operands.bias, s, rule.group)
     groups = by_count(row_counts(lists, s), at_once)
     together = tiles_together(lists, s)
 
@@ -57,11 +60,11 @@ def _walk_rows(
             first = number * together
             index = list_batch, list_head, here.block, lanes.entries(first, together).T
             kv_blocks = at(lists.kv_indices, *index).T
-            there = Columns(here.batch, here.head // s.group, kv_blocks)
+            there = Blocks(here.batch, here.head // s.group, kv_blocks)
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
                 scores(queries, there.columns(k, s.block_kv)),
-                bias.load(here, there),
+                bias.on_rows(bias.load(here.alone, there)),
                 operands.scale,
                 operands.captured,
                 *where,

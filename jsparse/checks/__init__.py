@@ -41,6 +41,8 @@ from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
 from jsparse.checks.attention import whole_grid as whole_grid
+from jsparse.checks.debug import debug_checks as debug_checks
+from jsparse.checks.debug import listed_entries as listed_entries
 from jsparse.checks.files import applicable_methods as applicable_methods
 from jsparse.checks.files import captured_inputs as captured_inputs
 from jsparse.checks.files import captured_layer as captured_layer

@@ -1,9 +1,9 @@
 """The plans, the mask interface, and `Method`."""
 
 from jsparse.types.block_mask import BlockMask as BlockMask
-from jsparse.types.block_mask import InverseList as InverseList
 from jsparse.types.block_mask import parts_of as parts_of
 from jsparse.types.block_pyramid import BlockPyramid as BlockPyramid
+from jsparse.types.inverse_list import InverseList as InverseList
 from jsparse.types.mask import Frame as Frame
 from jsparse.types.mask import Mask as Mask
 from jsparse.types.mask import TileBounds as TileBounds

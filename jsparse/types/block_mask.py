@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import _compat, checks
+from jsparse.types.inverse_list import InverseList, invert
 from jsparse.types.mask import TileGrid
 from jsparse.types.pytree import array_field, pytree_dataclass, static_field
-
-
-class InverseList(NamedTuple):
-    """Per kv block the query blocks that use it, as one flat list per head (CSR).
-
-    The ids of kv block `j` are `q_indices[..., offsets[j] : offsets[j + 1]]`, ascending.
-    """
-
-    q_indices: Int[Array, "*batch list_heads entries"]
-    offsets: Int[Array, "*batch list_heads kv_blocks_plus_1"]
-
-    @property
-    def q_num_blocks(self) -> Int[Array, "*batch list_heads kv_blocks"]:
-        """How many query blocks use each kv block."""
-        return self.offsets[..., 1:] - self.offsets[..., :-1]
 
 
 @pytree_dataclass
@@ -152,8 +137,32 @@ class BlockMask:
         return self.kv_indices.shape[:-3]
 
     def entries(self) -> Bool[Array, "*batch list_heads q_blocks width"]:
-        """True where an entry of `kv_indices` counts, False where it is padding."""
-        return jnp.arange(self.width) < self.kv_num_blocks[..., None]
+        """True where an entry of `kv_indices` counts, False where it is padding.
+
+        An entry outside [0, kv_blocks) is padding wherever it stands.
+        """
+        exists = (self.kv_indices >= 0) & (self.kv_indices < self.grid.kv_blocks)
+        return exists & (jnp.arange(self.width) < self.kv_num_blocks[..., None])
+
+    def without_missing_blocks(self) -> "BlockMask":
+        """The plan as it counts: entries that name no block are padding, as if they were past it.
+
+        Lists that have none such are only read.
+        """
+
+        @jax.custom_batching.sequential_vmap
+        def cleaned(lists: Array, counts: Array) -> tuple[Array, Array]:
+            plan = dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+            counted = jnp.arange(self.width) < counts[..., None]
+            clean = (counts <= self.width).all() & (plan.entries() == counted).all()
+            return jax.lax.cond(
+                clean,
+                lambda: (lists, counts),
+                lambda: _ascending_and_unique(lists, plan.entries(), self.grid.kv_blocks),
+            )
+
+        lists, counts = cleaned(self.kv_indices, self.kv_num_blocks)
+        return dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
 
     def to_dense(self) -> Bool[Array, "*batch list_heads q_blocks kv_blocks"]:
         """One bool per tile, True where it is computed."""
@@ -174,18 +183,9 @@ class BlockMask:
 
     def inverse(self) -> InverseList:
         """The lists turned round: per kv block the query blocks that use it."""
-        grid = self.grid
-        q_blocks, entries = grid.q_blocks, grid.q_blocks * self.width
-        keys = jnp.where(self.entries(), self.kv_indices, grid.kv_blocks)
-        keys = keys.reshape(*keys.shape[:-2], entries)
-        ids = jnp.broadcast_to(jnp.repeat(jnp.arange(q_blocks), self.width), keys.shape)
-        # a stable sort keeps the query blocks of each column ascending; padding sorts last
-        keys, ids = jax.lax.sort((keys, ids), dimension=-1, num_keys=1, is_stable=True)
-        columns = jnp.arange(grid.kv_blocks + 1)
-        flat = keys.reshape(-1, entries)
-        offsets = jax.vmap(lambda row: jnp.searchsorted(row, columns, side="left"))(flat)
-        offsets = offsets.reshape(*keys.shape[:-1], -1).astype(jnp.int32)
-        return InverseList(ids.astype(jnp.int32), offsets)
+        lists = jnp.where(self.entries(), self.kv_indices, -1)
+        found = invert(lists.reshape(-1, *lists.shape[-2:]), self.grid.kv_blocks)
+        return jax.tree.map(lambda x: x.reshape(*lists.shape[:-2], -1), found)
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
         """The tiles that either plan computes."""

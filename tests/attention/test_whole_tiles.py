@@ -24,26 +24,30 @@ MASKS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "list_batches", "list_heads"),
+    ("name", "list_batches", "list_heads", "group"),
     [
-        ("none, a last tile that is not full", 1, 1),
-        ("causal", BATCHES, KV_HEADS),
-        ("segments per sequence", 1, HEADS),
-        ("segments per sequence", BATCHES, 1),
-        ("intervals per head", 1, KV_HEADS),
-        ("intervals per head", BATCHES, HEADS),
+        ("none, a last tile that is not full", 1, 1, 1),
+        ("causal", BATCHES, KV_HEADS, 1),
+        ("causal", 1, 1, HEADS // KV_HEADS),
+        ("segments per sequence", 1, HEADS, 1),
+        ("segments per sequence", BATCHES, 1, HEADS // KV_HEADS),
+        ("intervals per head", 1, KV_HEADS, 1),
+        ("intervals per head", 1, KV_HEADS, HEADS // KV_HEADS),
+        ("intervals per head", BATCHES, HEADS, 1),
     ],
 )
 def test_whole_tiles_come_first_and_are_those_that_all_who_share_a_list_see(
-    name, list_batches, list_heads
+    name, list_batches, list_heads, group
 ):
     tiles = RNG.random((list_batches, list_heads, 7, 6)) < 0.7
     tiles[..., 2, :] = tiles[..., :, 3] = False
     plan = js.BlockMask.from_dense(
         jnp.asarray(tiles), q_len=Q_LEN, kv_len=KV_LEN, block_q=BLOCK_Q, block_kv=BLOCK_KV
     )
-    rule = LogitRule(Q_LEN, KV_LEN, 1.0, None, None)
-    sizes = Sizes(BATCHES, HEADS, KV_HEADS, BLOCK_Q, BLOCK_KV, 7, 6, ragged=True)
+    # query heads may be packed as rows of their kv head
+    rule = LogitRule(Q_LEN, KV_LEN, 1.0, None, None, group)
+    heads, block_q = HEADS // group, BLOCK_Q * group
+    sizes = Sizes(BATCHES, heads, KV_HEADS, block_q, BLOCK_KV, 7, 6, ragged=True)
 
     @jax.jit  # so that masks are traced
     def both(plan, mask):

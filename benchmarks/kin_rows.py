@@ -1,0 +1,224 @@
+"""Times lists of few queries on this CPU: rows of a group packed, and tiles of keys first.
+
+    python -m benchmarks.kin_rows           # some minutes
+    python -m benchmarks.kin_rows --quick   # a few cases, writes nothing
+
+Every way computes the same lists, and is checked against the others before it is timed. Ways take
+turns. `ms` is the least time on the clock, `cpu_ms` that of all cores at work, which a shared
+machine disturbs less.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jsparse as js
+from benchmarks.attention import machine
+from jsparse.attention import kv_major, xla
+from jsparse.attention.block_sparse import block_sparse_attention
+from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.packing import pack, unpack
+
+RESULTS = Path(__file__).parent / "results" / "kin_rows_cpu.json"
+DIM = 64
+# half a unit of f32 for each of some thousand terms, in another order
+TOLERANCE = 2.0**-17
+
+
+class Case(NamedTuple):
+    """Causal lists, `width` tiles of `block_kv` keys for each query, its own tile among them."""
+
+    length: int
+    block_kv: int
+    width: int
+    heads: int = 2
+    kv_heads: int = 2
+    list_heads: int = 2
+
+    def inputs(self) -> tuple[list[jax.Array], js.BlockMask]:
+        rng = np.random.default_rng(0)
+        heads = self.heads, self.kv_heads, self.kv_heads
+        operands = [
+            jnp.asarray(rng.normal(size=(1, self.length, n, DIM)), jnp.float32) for n in heads
+        ]
+        own = np.arange(self.length) // self.block_kv
+        # distinct draws are not needed: the constructor drops what is there twice
+        drawn = rng.random((self.list_heads, self.length, self.width - 1)) * own[:, None]
+        lists = np.concatenate(
+            [drawn.astype(np.int32), np.broadcast_to(own[:, None], (*drawn.shape[:2], 1))], -1
+        )
+        plan = js.BlockMask.from_lists(
+            jnp.asarray(lists[None], jnp.int32),
+            jnp.full((1, *lists.shape[:2]), self.width),
+            q_len=self.length,
+            kv_len=self.length,
+            block_q=1,
+            block_kv=self.block_kv,
+        )
+        return operands, plan
+
+
+GROUPS = [Case(n, 64, 16, 8, 2, 2) for n in (4096, 16384)]
+ROUTED = [Case(8192, block_kv, 8) for block_kv in (16, 32, 64, 128)]
+DENSITIES = [Case(4096, 32, width) for width in (3, 6, 13, 26, 64)]
+LENGTHS = [Case(length, 64, 8) for length in (2048, 8192, 32768, 65536)]
+
+
+def ways(case: Case) -> dict[str, Callable[..., jax.Array]]:
+    """How the case can be computed."""
+    rule = LogitRule(case.length, case.length, DIM**-0.5, None, None)
+
+    def way(passes, least_queries):
+        def run(q, k, v, plan):
+            operands, packed, own_rule = pack(Operands(q, k, v), plan, rule, least_queries)
+            causal = js.masks.causal().flatten_batch((1,))
+            parts = block_sparse_attention(operands, packed, causal, own_rule, passes)
+            return unpack(*parts, own_rule.group)[0]
+
+        return run
+
+    found = {"rows": way(xla.PASSES, 0), "keys": way(kv_major.PASSES, xla.LEAST_QUERIES)}
+    if case.heads > case.kv_heads:
+        found["packed"] = way(xla.PASSES, xla.LEAST_QUERIES)
+    return found
+
+
+def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Least times of calls that take turns."""
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            took = {
+                "ms": 1e3 * (time.perf_counter() - start),
+                "cpu_ms": 1e3 * (time.process_time() - cpu),
+            }
+            least = best.setdefault(name, took)
+            best[name] = {key: min(least[key], took[key]) for key in took}
+    return best
+
+
+def check(results: dict[str, Any]) -> None:
+    """All ways agree, or nothing is kept."""
+    first, *others = results.values()
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
+            if not error < TOLERANCE:
+                raise ArithmeticError(f"results differ by {error:.1e} of their norm")
+
+
+def attend(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """A row for each way, and for the output alone and all gradients."""
+    operands, plan = case.inputs()
+    pairs = float(plan.kv_num_blocks.sum()) * (case.heads // case.list_heads)
+    rows = []
+    for kind in ("forward", "gradient"):
+        calls = {}
+        for name, run in ways(case).items():
+            if only and name not in only:
+                continue
+            function = run
+            if kind == "gradient":
+                function = jax.grad(lambda *x, run=run: run(*x).sum(), argnums=(0, 1, 2))
+            compiled = jax.jit(function).lower(*operands, plan).compile()
+            calls[name] = lambda compiled=compiled: compiled(*operands, plan)
+        check({name: call() for name, call in calls.items()})
+        for name, times in timed(calls, repeats).items():
+            rows.append(
+                {
+                    "kind": kind,
+                    "way": name,
+                    "chosen": _chosen(case, plan) == name,
+                    **case._asdict(),
+                    "density": round(pairs / (case.heads * case.length**2 / case.block_kv), 4),
+                    **times,
+                    "cpu_ns_per_listed": 1e6 * times["cpu_ms"] / pairs,
+                }
+            )
+    return rows
+
+
+def _chosen(case: Case, plan: js.BlockMask) -> str:
+    shapes = [jax.ShapeDtypeStruct((1, case.length, n, DIM), jnp.float32) for n in (case.heads,)]
+    k = jax.ShapeDtypeStruct((1, case.length, case.kv_heads, DIM), jnp.float32)
+    rule = LogitRule(case.length, case.length, None, None, None)
+    _, packed, rule = pack(Operands(*shapes, k, k), plan, rule, xla.LEAST_QUERIES)
+    if kv_major.pays(packed):
+        return "keys"
+    return "packed" if rule.group > 1 else "rows"
+
+
+def inverse(repeats: int) -> list[dict[str, Any]]:
+    """Lists of 65536 queries turned round, against a sort of their entries."""
+    rows = []
+    for width in (8, 32):
+        case = Case(65536, 64, width)
+        _, plan = case.inputs()
+
+        def by_sort(plan):
+            keys = jnp.where(plan.entries(), plan.kv_indices, plan.grid.kv_blocks)
+            rows = jnp.broadcast_to(jnp.arange(plan.q_len)[:, None], keys.shape)
+            flat = (x.reshape(*x.shape[:2], -1) for x in (keys, rows))
+            return jax.lax.sort(tuple(flat), num_keys=1, is_stable=True)
+
+        functions = {"ranks": js.BlockMask.inverse, "sort": by_sort}
+        calls = {
+            name: lambda run=jax.jit(run).lower(plan).compile(), plan=plan: run(plan)
+            for name, run in functions.items()
+        }
+        jax.block_until_ready([call() for call in calls.values()])
+        for name, times in timed(calls, repeats).items():
+            entries = int(plan.kv_num_blocks.sum())
+            rows.append({"way": name, "width": width, "listed": entries, **times})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases, writes nothing")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
+    if arguments.quick:
+        parts = {"groups": [Case(1024, 64, 4, 8, 2, 2)], "routed": [Case(1024, 64, 4)]}
+    else:
+        parts = {"groups": GROUPS, "routed": ROUTED, "densities": DENSITIES, "lengths": LENGTHS}
+    start = time.perf_counter()
+    result: dict[str, Any] = {"machine": machine()}
+    console = Console(width=max(Console().width, 150))
+    for name, cases in parts.items():
+        # what is chosen there is known from the others
+        only = ("keys",) if name in ("densities", "lengths") else ()
+        result[name] = [row for case in cases for row in attend(case, repeats, only)]
+    if not arguments.quick:
+        result["inverse"] = inverse(repeats)
+    for name, rows in result.items():
+        if name == "machine":
+            continue
+        table = Table(*rows[0], title=name)
+        for row in rows:
+            cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
+            table.add_row(*cells)
+        console.print(table)
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    if not arguments.quick:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

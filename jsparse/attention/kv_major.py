@@ -1,0 +1,305 @@
+"""Block-sparse attention in XLA by tiles of keys: for lists that differ from query to query.
+
+Where a tile holds few queries, each of them reads a tile of keys for a product of one row. Here
+the queries that list a tile of keys are gathered, in chunks, so that products are dense. What a
+query gets from each tile of its list is kept, and summed in the order of the list: partial results
+never meet, and no order depends on chance. Queries come in spans, as many as give the tiles of
+keys a few chunks each, so that what is kept is a few times as large as q, whatever the lists hold.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.lanes import (
+    Bias,
+    Blocks,
+    ColumnSums,
+    at,
+    from_rows,
+    indices,
+    loop,
+    on_columns,
+    on_rows,
+    scores,
+    weighted,
+)
+from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.tile_gradient import Differentiated, OwnRows, Terms
+from jsparse.attention.xla import differentiable_forward
+from jsparse.types import BlockMask
+from jsparse.types.inverse_list import column_ranks
+
+# rows of a product
+_ROWS = 64
+# tiles of keys must have that many keys, and that many times the queries of a tile ...
+_LEAST_KEYS = 16
+_LEAST_RATIO = 8
+# ... and be listed by so many queries, on average, where lists are full
+_LEAST_LISTED = 32
+# chunks of rows that a span of queries gives a tile of keys, on average
+_CHUNKS = 2
+# logits at work in one step
+_LOGITS = {"cpu": 2**19}
+_LOGITS_OF_ACCELERATORS = 2**23
+
+
+def pays(plan: BlockMask) -> bool:
+    """Whether this is the faster way for lists of these sizes, whatever they hold.
+
+    The walk by rows reads a tile of keys for each tile that a row of tiles lists, this one a tile
+    of queries; what it keeps and sums costs about a tile of a few keys more.
+    """
+    grid = plan.grid
+    listed = grid.q_blocks * grid.block_q * plan.width / grid.kv_blocks
+    wide = grid.block_kv >= max(_LEAST_KEYS, _LEAST_RATIO * grid.block_q)
+    return wide and listed >= _LEAST_LISTED
+
+
+class Cut(NamedTuple):
+    """How the rows of tiles are cut: into spans one after the other, their tiles into chunks."""
+
+    chunk: int
+    span: int
+    spans: int
+    lanes: int
+    steps: int
+
+    @classmethod
+    def of(cls, lists: Lists, sizes: Sizes) -> "Cut":
+        """For lists of a width, whatever they hold."""
+        s, width = sizes, lists.kv_indices.shape[-1]
+        chunk = max(1, min(_ROWS // s.block_q, s.q_blocks))
+        wanted = -(-_CHUNKS * chunk * s.kv_blocks // width)
+        spans = -(-s.q_blocks // max(1, min(wanted, s.q_blocks)))
+        span = -(-s.q_blocks // spans)
+        # full chunks and, for each tile of keys, one that is not
+        most = s.batches * s.heads * (span * width // chunk + min(s.kv_blocks, span * width))
+        logits = _LOGITS.get(jax.default_backend(), _LOGITS_OF_ACCELERATORS)
+        lanes = max(1, min(most, logits // (chunk * s.block_q * s.block_kv)))
+        return cls(chunk, span, spans, lanes, -(-most // lanes))
+
+
+class Chunks(NamedTuple):
+    """The rows of one span, by the tile of keys that they list.
+
+    `members` are rows of tiles in the span, -1 past the last of a tile of keys; `place` says where
+    each entry of the lists went. Only the first `total` chunks are any.
+    """
+
+    batch: Int[Array, "steps lanes"]
+    head: Int[Array, "steps lanes"]
+    kv_block: Int[Array, "steps lanes"]
+    members: Int[Array, "steps lanes chunk"]
+    total: Int[Array, ""]
+    place: Int[Array, "batch heads span width"]
+    listed: Bool[Array, "batch heads span width"]
+
+    @classmethod
+    def of(
+        cls, entries: Int[Array, "list_batch list_heads span width"], sizes: Sizes, cut: Cut
+    ) -> "Chunks":
+        """From lists whose padding is -1."""
+        s = sizes
+        list_batch, list_heads, span, width = entries.shape
+        ranks, counts = column_ranks(entries.reshape(-1, span, width), s.kv_blocks)
+
+        def for_all(x):
+            x = x.reshape(list_batch, list_heads, *x.shape[1:])
+            x = jnp.repeat(x, s.heads // list_heads, axis=1)
+            return jnp.broadcast_to(x, (s.batches, *x.shape[1:]))
+
+        entries, ranks, counts = map(for_all, (entries.reshape(ranks.shape), ranks, counts))
+        chunks = -(-counts // cut.chunk)
+        ends = jnp.cumsum(chunks.reshape(-1), dtype=jnp.int32)
+        first = (ends - chunks.reshape(-1)).reshape(chunks.shape)
+        listed = entries >= 0
+        owner = jnp.arange(s.batches)[:, None, None, None], jnp.arange(s.heads)[:, None, None]
+        place = at(first, *owner, jnp.maximum(entries, 0)) * cut.chunk + ranks
+        slots = cut.steps * cut.lanes * cut.chunk
+        members = jnp.full(slots, -1, jnp.int32)
+        rows = jnp.broadcast_to(indices(span)[:, None], place.shape)
+        members = members.at[jnp.where(listed, place, slots)].set(rows, mode="drop")
+        tile = jnp.searchsorted(ends, indices(cut.steps * cut.lanes), side="right")
+        tile = jnp.minimum(tile, len(ends) - 1).astype(jnp.int32).reshape(cut.steps, cut.lanes)
+        rest, kv_block = jnp.divmod(tile, s.kv_blocks)
+        batch, head = jnp.divmod(rest, s.heads)
+        members = members.reshape(cut.steps, cut.lanes, cut.chunk)
+        place = jnp.where(listed, place, 0)
+        return cls(batch, head, kv_block, members, ends[-1], place, listed)
+
+    @property
+    def steps(self) -> Int[Array, ""]:
+        """Steps that have a chunk."""
+        return -(-self.total // self.members.shape[1])
+
+    def step(self, number: Array, span: Array, sizes: Sizes) -> tuple[Blocks, Blocks, Array]:
+        """Queries and keys of a step, and which rows of tiles are any.
+
+        What is none repeats the chunk's first, or the step's first chunk: what is in no list may
+        hold a NaN.
+        """
+        alone = [jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for x in self[:4]]
+        some = alone[3][:, :1] >= 0
+        batch, head, kv_block, members = (
+            jnp.where(some if x.ndim == 2 else some[:, 0], x, x[:1]) for x in alone
+        )
+        listed = alone[3] >= 0
+        members = jnp.where(members >= 0, members, members[:, :1])
+        keys = Blocks(batch, head // sizes.group, kv_block[:, None])
+        return Blocks(batch, head, span + members), keys, listed
+
+
+def _spans(lists: Lists, sizes: Sizes, cut: Cut) -> Int[Array, "spans _ _ span width"]:
+    """The lists span by span, -1 in the place of padding."""
+    batches, heads, rows, width = lists.kv_indices.shape
+    counted = indices(width) < lists.kv_num_blocks[..., None]
+    entries = jnp.where(counted, lists.kv_indices, -1)
+    missing = cut.spans * cut.span - rows
+    entries = jnp.pad(entries, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1)
+    return jnp.moveaxis(entries.reshape(batches, heads, cut.spans, cut.span, width), 2, 0)
+
+
+def _kept(shape: tuple[int, ...], cut: Cut) -> Float[Array, "_ ..."]:
+    return jnp.zeros((cut.steps * cut.lanes * cut.chunk, *shape), jnp.float32)
+
+
+def _keep(kept: Array, number: Array, step: Array) -> Array:
+    """Puts what a step has computed after that of the steps before."""
+    step = step.reshape(-1, *kept.shape[1:])
+    return jax.lax.dynamic_update_slice_in_dim(kept, step, number * len(step), 0)
+
+
+def _sum_of_lists(
+    kept: Float[Array, "slots block_q dim"], chunks: Chunks, weights: Array | None
+) -> Float[Array, "batch heads span block_q dim"]:
+    """For each row what its entries have given, entry by entry."""
+
+    def entry(number, total):
+        place, listed = (
+            jax.lax.dynamic_index_in_dim(x, number, axis=3, keepdims=False)
+            for x in (chunks.place, chunks.listed)
+        )
+        part = at(kept, place)
+        if weights is not None:
+            part = part * jax.lax.dynamic_index_in_dim(weights, number, 3, False)[..., None]
+        return total + jnp.where(listed[..., None, None], part, 0.0)
+
+    shape = (*chunks.place.shape[:3], *kept.shape[1:])
+    return loop(chunks.place.shape[3], entry, jnp.zeros(shape, jnp.float32))
+
+
+def _by_row(x: Array, sizes: Sizes) -> Array:
+    """Spans of tiles, [spans, batch, heads, span, block_q, ...], as [batch, heads, rows, ...]."""
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
+    return x[:, :, : sizes.q_blocks * sizes.block_q]
+
+
+def forward(
+    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
+    """Computes `(out, lse)`, both f32."""
+    s, cut = sizes, Cut.of(lists, sizes)
+    q, k, v = operands.q, operands.k, operands.v
+    bias = Bias.of(operands.bias, s, rule.group)
+
+    def span(_, number_and_entries):
+        number_of_span, entries = number_and_entries
+        chunks = Chunks.of(entries, s, cut)
+
+        def step(number, kept):
+            here, there, _ = chunks.step(number, number_of_span * cut.span, s)
+            owner = here.batch[:, None, None, None], here.head[:, None, None, None]
+            where = on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner
+            logits = rule.modify(
+                scores(here.rows(q, s.block_q), there.columns(k, s.block_kv)),
+                bias.on_rows(bias.load(here, there)),
+                operands.scale,
+                operands.captured,
+                *where,
+            )
+            logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged)
+            # finite: see the walk by rows
+            peak = jnp.maximum(logits.max((1, 3)), jnp.finfo(jnp.float32).min)
+            probs = jnp.exp(logits - on_rows(peak))
+            new = weighted(probs.astype(v.dtype), there.tiles(v, s.block_kv))
+            parts = peak, probs.sum((1, 3)), new
+            return tuple(_keep(x, number, part) for x, part in zip(kept, parts, strict=True))
+
+        shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
+        kept = tuple(_kept(shape, cut) for shape in shapes)
+        peaks, totals, sums = loop(chunks.steps, step, kept)
+        listed = chunks.listed[..., None]
+        peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
+        peak = peaks.max(3)
+        weights = jnp.exp(peaks - peak[..., None, :])
+        total = jnp.where(listed, weights * at(totals, chunks.place), 0.0).sum(3)
+        seen = total != 0
+        safe = jnp.where(seen, total, 1.0)
+        out = _sum_of_lists(sums, chunks, weights) / safe[..., None]
+        return None, (out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf))
+
+    _, (out, lse) = jax.lax.scan(span, None, (indices(cut.spans), _spans(lists, s, cut)))
+    return jnp.swapaxes(_by_row(out, s), 1, 2), _by_row(lse, s)
+
+
+def backward(
+    operands: Operands, lists: Lists, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes
+) -> Operands:
+    """Computes the gradient by the operands."""
+    s, cut = sizes, Cut.of(lists, sizes)
+    q, k, v = operands.q, operands.k, operands.v
+    terms = Terms.of(out, lse, d_out, d_lse, s)
+    d_out = d_out.astype(v.dtype)
+    bias = Bias.of(operands.bias, s, rule.group)
+    differentiated = Differentiated(operands, rule, lists.mask, s.ragged)
+
+    def span(carry, number_and_entries):
+        number_of_span, entries = number_and_entries
+        chunks = Chunks.of(entries, s, cut)
+
+        def step(number, carry):
+            d_queries, d_k, d_v, sums = carry
+            here, there, listed = chunks.step(number, number_of_span * cut.span, s)
+            index = here.batch[:, None], here.head[:, None], here.blocks
+            lse = jnp.where(listed[..., None], at(terms.lse, *index), jnp.inf)
+            own = OwnRows(
+                here.rows(q, s.block_q),
+                here.rows(d_out, s.block_q),
+                jnp.swapaxes(here.tiles(q, s.block_q), 1, 2),
+                jnp.swapaxes(here.tiles(d_out, s.block_q), 1, 2),
+                lse.reshape(len(lse), -1),
+                at(terms.delta, *index).reshape(len(lse), -1),
+            )
+            owner = here.batch[:, None, None, None], here.head[:, None, None, None]
+            found = differentiated.step(
+                own,
+                there.columns(k, s.block_kv),
+                there.columns(v, s.block_kv),
+                bias,
+                bias.load(here, there),
+                0.0,
+                (on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner),
+            )
+            return (
+                _keep(d_queries, number, from_rows(found.queries)),
+                d_k.add(there, found.keys),
+                d_v.add(there, found.values),
+                sums.add(found.modifiers, bias, here, there),
+            )
+
+        kept = _kept((s.block_q, q.shape[-1]), cut)
+        d_queries, *carry = loop(chunks.steps, step, (kept, *carry))
+        return tuple(carry), _sum_of_lists(d_queries, chunks, None)
+
+    d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
+    carry: Any = d_k, d_v, differentiated.zeros(bias)
+    carry, d_q = jax.lax.scan(span, carry, (indices(cut.spans), _spans(lists, s, cut)))
+    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), *carry, bias)
+
+
+PASSES = Passes(forward, backward, differentiable_forward)

@@ -1,0 +1,88 @@
+"""`debug_checks`: lists are read entry by entry before they are used."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jsparse import _compat
+
+# part of the key of jit's cache: a function traced without checks is traced again
+_checking = jax.make_user_context(False)
+
+
+def debug_checks(enabled: bool = True) -> Any:
+    """Checks every list that `js.attend` is given while the context is entered.
+
+    An entry that counts but names no block, or stands out of order, is an error then, which says
+    which entry that is; without checks it counts as padding, or leaves open what is computed.
+    Lists that are concrete raise ValueError at the call. Traced ones are checked when they are
+    there: by a callback, whose ValueError the runtime wraps in an error of its own and raises
+    where a result is waited for.
+
+        with js.debug_checks():
+            out = js.attend(q, k, v, plan)
+
+    Args:
+      enabled: False switches the checks off inside of where they are on.
+    """
+    return _checking(enabled)
+
+
+def listed_entries(plan: Any) -> None:
+    """Under `debug_checks`, that the lists of a plan are what they should be."""
+    if not _checking.value:
+        return
+    lists, counts, blocks = plan.kv_indices, plan.kv_num_blocks, plan.grid.kv_blocks
+
+    def report(*numbers: Any) -> None:
+        _raise_if_bad(*map(np.asarray, numbers), shape=lists.shape, blocks=blocks)
+
+    when_known(report, *_first_bad(lists, counts, blocks))
+
+
+def when_known(report: Callable[..., None], *numbers: Array) -> None:
+    """Calls `report` with numbers: now, or if they are traced under `debug_checks`, later."""
+    if not _compat.is_traced(numbers):
+        report(*numbers)
+    elif _checking.value:
+        jax.debug.callback(report, *numbers)
+
+
+def _first_bad(lists: Array, counts: Array, blocks: int) -> tuple[Array, ...]:
+    """Whether there is a bad entry, which one is first, and it, the one before it, its count."""
+    width = lists.shape[-1]
+    numbers = jnp.arange(width)
+    before = jnp.concatenate([jnp.full_like(lists[..., :1], -1), lists[..., :-1]], -1)
+    wrong = (lists < 0) | (lists >= blocks) | (lists <= before)
+    bad = (numbers < counts[..., None]) & wrong
+    # a wrong count is told at its row's first entry
+    bad |= ((counts < 0) | (counts > width))[..., None] & (numbers == 0)
+    bad = bad.reshape(-1)
+    index = jnp.argmax(bad)
+    of_entries = lists.reshape(-1)[index], before.reshape(-1)[index]
+    return bad.any(), index, *of_entries, counts.reshape(-1)[index // width]
+
+
+def _raise_if_bad(bad, index, entry, before, count, *, shape: tuple[int, ...], blocks: int) -> None:
+    if not bad:
+        return
+    *row, number = (int(i) for i in np.unravel_index(int(index), shape))
+    if not 0 <= count <= shape[-1]:
+        raise ValueError(
+            f"kv_num_blocks[{', '.join(map(str, row))}]={count} must be between 0 and the width of "
+            f"the lists, {shape[-1]}. BlockMask.from_lists brings counts into that range."
+        )
+    place = f"kv_indices[{', '.join(map(str, [*row, number]))}]={entry}"
+    if not 0 <= entry < blocks:
+        raise ValueError(
+            f"{place} names no block: there are {blocks}, counted from 0. Leave it out of "
+            "kv_num_blocks, or check kv_len and block_kv."
+        )
+    raise ValueError(
+        f"{place} stands after {before}; entries must be ascending and unique. "
+        "BlockMask.from_lists takes them in any order."
+    )

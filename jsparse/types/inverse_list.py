@@ -1,0 +1,82 @@
+"""Lists turned round: per column the rows that name it, counted and placed without a sort."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class InverseList(NamedTuple):
+    """Per kv block the query blocks that use it, as one flat list per head (CSR).
+
+    The ids of kv block `j` are `q_indices[..., offsets[j] : offsets[j + 1]]`, ascending.
+    """
+
+    q_indices: Int[Array, "*batch list_heads entries"]
+    offsets: Int[Array, "*batch list_heads kv_blocks_plus_1"]
+
+    @property
+    def q_num_blocks(self) -> Int[Array, "*batch list_heads kv_blocks"]:
+        """How many query blocks use each kv block."""
+        return self.offsets[..., 1:] - self.offsets[..., :-1]
+
+
+class Ranks(NamedTuple):
+    """Where each entry of some lists stands among those that name the same column."""
+
+    ranks: Int[Array, "lists rows width"]
+    counts: Int[Array, "lists columns"]
+
+
+def column_ranks(entries: Int[Array, "lists rows width"], columns: int) -> Ranks:
+    """For each entry how many earlier rows of its list name the same column.
+
+    A row names a column once; entries outside [0, columns) are padding, and their ranks mean
+    nothing. Time and memory are those of the entries: rows are cut into segments, as many as make
+    a table of a number per segment and column as large as the lists. A table of counts gives each
+    segment its first ranks; then all segments walk their rows side by side. No two entries of a
+    step meet, so nothing depends on an order that a device may choose.
+    """
+    lists, rows, width = entries.shape
+    steps = -(-rows // min(rows, max(1, rows * width // columns)))
+    segments = -(-rows // steps)
+    # padding has a column of its own, which is cut off
+    inside = (entries >= 0) & (entries < columns)
+    entries = jnp.where(inside, entries, columns)
+    padded = jnp.pad(
+        entries, ((0, 0), (0, segments * steps - rows), (0, 0)), constant_values=columns
+    )
+    padded = padded.reshape(lists, segments, steps, width)
+    owner = jnp.arange(lists)[:, None, None], jnp.arange(segments)[:, None]
+
+    def counted(table: Array, named: Array, **options) -> Array:
+        return table.at[(*owner, named)].add(1, mode="promise_in_bounds", **options)
+
+    table = jnp.zeros((lists, segments, columns + 1), jnp.int32)
+    table = counted(table, padded.reshape(lists, segments, -1))
+    before = jnp.cumsum(table, axis=1, dtype=jnp.int32)
+    counts = before[:, -1, :-1]
+
+    def step(table, named):
+        ranks = table.at[(*owner, named)].get(mode="promise_in_bounds")
+        return counted(table, named), ranks
+
+    _, ranks = jax.lax.scan(step, before - table, jnp.moveaxis(padded, 2, 0))
+    ranks = jnp.moveaxis(ranks, 0, 2).reshape(lists, segments * steps, width)
+    return Ranks(ranks[:, :rows], counts)
+
+
+def invert(entries: Int[Array, "lists rows width"], columns: int) -> InverseList:
+    """The inverse of lists whose padding is outside [0, columns)."""
+    lists, rows, width = entries.shape
+    ranks, counts = column_ranks(entries, columns)
+    offsets = jnp.pad(jnp.cumsum(counts, axis=-1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    inside = (entries >= 0) & (entries < columns)
+    owner = jnp.arange(lists)[:, None, None]
+    place = offsets.at[owner, jnp.where(inside, entries, 0)].get(mode="promise_in_bounds") + ranks
+    ids = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], entries.shape)
+    # padding goes past the end, where nothing is written
+    place = jnp.where(inside, place, rows * width)
+    found = jnp.zeros((lists, rows * width), jnp.int32).at[owner, place].set(ids, mode="drop")
+    return InverseList(found, offsets)
