@@ -68,14 +68,14 @@ def map_blocks(
       scale: Factor on the logits, default `dim ** -0.5`.
       mask: Who may see whom.
     """
-    batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    batch_shape = q.shape[:-3]
     flat_mask = None if mask is None else mask.flatten_batch(batch_shape)
     found = softmax_blocks(
         q.reshape(-1, *q.shape[-3:]),
         k.reshape(-1, *k.shape[-3:]),
-        scale=dim**-0.5 if scale is None else scale,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         cells_per_block=(block_q, block_kv),
-        cells=cells_of(flat_mask, TileGrid(q_len, k.shape[-3], 1, 1)),
+        cells=cells_of(flat_mask, TileGrid(q.shape[-3], k.shape[-3], 1, 1)),
     )
     return SoftmaxBlocks(*(x.reshape(*batch_shape, *x.shape[1:]) for x in found))
 

@@ -34,8 +34,8 @@ def antidiagonal_scores(
 
     Each cell of stride x stride tokens gets the mean of its antidiagonal as logit; a softmax over a
     row of cells, summed over blocks, is the score (section 2.1). All antidiagonals together are one
-    product of strided, concatenated q and k; it is formed for some rows of blocks and some keys at a
-    time, where the mask leaves anything visible.
+    product of strided, concatenated q and k; it is formed for some rows and some keys at a time,
+    where the mask leaves anything visible.
 
     Args:
       q: Queries, positions applied.

@@ -98,7 +98,7 @@ def test_the_map_under_masks_that_leave_pieces_out():
 
 
 def test_numbers_without_pairs():
-    """Rows that see nothing, no mask at all, NaN in one row, logits that overflow an exponential."""
+    """Rows that see nothing, no mask, a NaN in one row, logits too large for an exponential."""
     q, k, _ = qkv(20, 24, heads=2, kv_heads=1, dim=4)
     lengths = js.masks.lengths(jnp.asarray(20), jnp.asarray(0))
     nothing = map_blocks(q, k, block_q=8, block_kv=8, mask=lengths)
