@@ -31,7 +31,7 @@ LENGTHS = 8192, 32768
 HEADS, DIM, BLOCK = 2, 64, 128
 # dense attention is of so many rows of tiles
 DENSE_ROWS = 16
-# of the time of dense attention; of those that choose blocks of the attention map
+# of the time of dense attention that choosing may take, at the greater length
 BOUND = 0.1
 
 
@@ -129,6 +129,12 @@ def main() -> None:
     for row in result["selection"]:
         table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
     console.print(table)
+    slow = [
+        f"{row['method']} ({row['time_share']:.1%})"
+        for row in result["selection"]
+        if row["tokens"] == lengths[-1] and row["time_share"] > BOUND
+    ]
+    console.print(f"more than {BOUND:.0%} at {lengths[-1]} tokens: {', '.join(slow) or 'none'}")
     console.print(f"{time.perf_counter() - start:.0f} s")
     if not arguments.quick:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")

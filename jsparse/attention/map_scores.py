@@ -1,4 +1,4 @@
-"""Sums and maxima of the true attention map per tile, by whichever implementation can do it here."""
+"""Sums and maxima of the true attention map per tile, by whichever implementation can do it."""
 
 import math
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def _scores(
     if implementation == "xla" or reason:
         sizes = {"block_q": block_q, "block_kv": block_kv}
         return which.of_blocks(map_blocks(q, k, scale=scale, mask=mask, **sizes))
-    found = _by_kernels(which.kernel, problem, grid)
+    found = by_kernels(which.kernel, problem, grid)
     return found.reshape(*problem.batch_shape, *found.shape[1:])
 
 
@@ -146,7 +146,7 @@ def _hidden(problem: Problem, grid: TileGrid) -> Separated | str | None:
     )
 
 
-def _by_kernels(kernel: Callable[..., Array], problem: Problem, grid: TileGrid) -> Array:
+def by_kernels(kernel: Callable[..., Array], problem: Problem, grid: TileGrid) -> Array:
     """The log-sum-exp of each row first, then what is wanted of the tiles that are visible."""
     q, k = (jax.lax.stop_gradient(x) for x in problem.operands[:2])
     batches, _, heads, dim = q.shape

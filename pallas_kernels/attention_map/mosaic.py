@@ -145,7 +145,6 @@ def row_lse(
 
     (lse,) = _launched(
         consumer,
-        "row lse",
         (q, k, lists, tiles, config, ops),
         results=[jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)],
         scratch=[plgpu.SMEM((tiles.block_q // ROWS, ROWS), jnp.float32)],
@@ -183,9 +182,14 @@ def tile_sums(
         return total + jnp.exp2(logits * factor - below).sum(axis=1)
 
     found = _of_tiles(
-        "tile sums", (q, k, lists, tiles, config), lse2, width,
-        start=0.0, of_piece=of_piece, of_rows=lambda rows, _: rows, of_tiles=lambda x: x.sum(axis=1),
-    )  # fmt: skip
+        (q, k, lists, tiles, config),
+        lse2,
+        width,
+        start=0.0,
+        of_piece=of_piece,
+        of_rows=lambda rows, _: rows,
+        of_tiles=lambda x: x.sum(axis=1),
+    )
     return found.sum(3)
 
 
@@ -204,17 +208,18 @@ def tile_maxima(
     """
     factor = tiles.to_base_2
     found = _of_tiles(
-        "tile maxima", (q, k, lists, tiles, config), lse2, width,
+        (q, k, lists, tiles, config),
+        lse2,
+        width,
         start=-math.inf,
         of_piece=lambda peak, logits, _: jnp.maximum(peak, logits.max(axis=1)),
         of_rows=lambda peak, row_lse2: peak * factor - row_lse2,
         of_tiles=lambda x: jnp.exp2(x.max(axis=1)),
-    )  # fmt: skip
+    )
     return found.max(3)
 
 
 def _of_tiles(
-    operation: str,
     problem: tuple[Any, ...],
     lse2: jax.Array,
     width: int,
@@ -227,7 +232,6 @@ def _of_tiles(
     """A number per tile and warpgroup, [batch, heads, q_blocks, warpgroups, width].
 
     Args:
-      operation: What configurations are kept under.
       problem: Arrays, lists, tiles and configuration.
       lse2: As in `tile_sums`.
       width: As in `tile_sums`.
@@ -270,7 +274,6 @@ def _of_tiles(
 
     (found,) = _launched(
         consumer,
-        operation,
         (q, k, lists, tiles, config, ops),
         inputs=[lse2],
         results=[jax.ShapeDtypeStruct((batches, heads, q_len // ROWS, whole_width), jnp.float32)],
@@ -284,7 +287,6 @@ def _of_tiles(
 
 def _launched(
     consumer: Callable[..., None],
-    operation: str,
     problem: tuple[Any, ...],
     *,
     results: list[jax.ShapeDtypeStruct],
