@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import checks
 from jsparse.types import BlockMask, TileGrid
+from jsparse.types.block_mask import dense_to_lists
 from jsparse.types.pytree import entry, flatten_batch
 
 
@@ -28,7 +29,7 @@ class TileScores(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The chosen columns of each row, the best first; what follows a row's count is -1 and -inf."""
+    """The chosen columns of each row, ascending; -1 and -inf follow what counts."""
 
     indices: Int[Array, "batch heads rows width"]
     counts: Int[Array, "batch heads rows"]
@@ -52,7 +53,7 @@ def running_top_k(
 
     Memory is that of the result and of one tile; time that of the tiles that are listed. What is
     not visible is never chosen, even where fewer than `k` columns are; ties go to the lower column;
-    a NaN outranks every number, and -inf counts as the lowest finite one. Nothing has a gradient.
+    a NaN outranks every number. Nothing has a gradient.
 
     Args:
       score: `score(batch, head, q_tile, kv_tile)`, on scalars, gives the scores of a tile of the
@@ -74,10 +75,9 @@ def running_top_k(
         checks.same_grid(tiles.grid, grid)
         checks.multiple(of=tiles.list_heads, heads=heads)
         tiles = flatten_batch(tiles, (batches,))
-    shape = grid.block_q, k
     # whether anything is forced is known before anything is computed
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    ranks = 1 if jax.eval_shape(score, *[number] * 4).forced is None else 2
+    forced = jax.eval_shape(score, *[number] * 4).forced is not None
 
     def one_row(index):
         rest, q_tile = jnp.divmod(index, grid.q_blocks)
@@ -90,59 +90,99 @@ def running_top_k(
 
         def one_tile(number, known):
             kv_tile = order[number]
-            column = kv_tile * grid.block_kv + jnp.arange(grid.block_kv)
+            column = kv_tile * grid.block_kv + jnp.arange(grid.block_kv, dtype=jnp.int32)
             found = jax.lax.stop_gradient(score(batch, head, q_tile, kv_tile))
             seen = found.visible & (column < grid.kv_len)
-            keys = _ordered(found.scores)
-            of_rank = (
-                [seen] if found.forced is None else [seen & found.forced, seen & ~found.forced]
-            )
+            ranks = (seen & found.forced, seen & ~found.forced) if forced else (seen,)
+            keys = _sortable(found.scores)
             return tuple(
-                _best_of(best, jnp.where(chosen, keys, -jnp.inf), column)
-                for best, chosen in zip(known, of_rank, strict=True)
+                kept.add(_Kept.of(keys, column, rank))
+                for kept, rank in zip(known, ranks, strict=True)
             )
 
-        nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
-        known = jax.lax.fori_loop(0, count, one_tile, (nothing,) * ranks)
-        return _joined(known)
+        nothing = _Kept.of(*(jnp.zeros((grid.block_q, k), jnp.int32),) * 2, jnp.zeros((), bool))
+        known = jax.lax.fori_loop(0, count, one_tile, (nothing, nothing) if forced else (nothing,))
+        return known[0].before(known[1]) if forced else known[0]
 
-    # ascending lists: of equal scores the one that is kept already is the lower column
     found = jax.lax.map(one_row, jnp.arange(batches * heads * grid.q_blocks))
-    scores, indices = (x.reshape(batches, heads, -1, k)[:, :, : grid.q_len] for x in found)
-    return Best(indices, (indices >= 0).sum(-1, dtype=jnp.int32), scores)
+    keys, indices = (x.reshape(batches, heads, -1, k)[:, :, : grid.q_len] for x in found)
+    counts = (indices >= 0).sum(-1, dtype=jnp.int32)
+    return Best(indices, counts, jnp.where(indices < 0, -jnp.inf, _scores(keys)))
 
 
-Kept = tuple[Float[Array, "block_q k"], Int[Array, "block_q k"]]
+_NOTHING = -(2**31)  # below the key of every score
+_MAGNITUDE = 2**31 - 1  # all bits of a float but its sign
 
 
-def _ordered(scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same scores as numbers that sort as `selection` ranks them, all above -inf."""
+def _sortable(scores: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Integers in the order in which `selection` ranks scores."""
     scores = scores.astype(jnp.float32)
     # of the two zeros and the many NaNs one each
     scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
-    return jnp.maximum(scores, jnp.finfo(jnp.float32).min)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    return jnp.where(bits < 0, bits ^ _MAGNITUDE, bits)
 
 
-def _best_of(kept: Kept, keys: Float[Array, "block_q block_kv"], column: Array) -> Kept:
-    """The best of what is kept and of a tile; -inf stands for what may not be chosen."""
-    scores, indices = kept
-    merged, place = jax.lax.top_k(jnp.concatenate([scores, keys], axis=1), scores.shape[1])
-    columns = jnp.broadcast_to(column.astype(jnp.int32), keys.shape)
-    columns = jnp.where(jnp.isneginf(keys), -1, columns)
-    every = jnp.concatenate([indices, columns], axis=1)
-    return merged, jnp.take_along_axis(every, place, axis=1)
+def _scores(keys: Int[Array, "..."]) -> Float[Array, "..."]:
+    """What `_sortable` was given."""
+    bits = jnp.where(keys < 0, keys ^ _MAGNITUDE, keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _joined(known: tuple[Kept, ...]) -> Kept:
-    """The best of all ranks, those of the first one before all others."""
-    first, *others = known
-    for scores, indices in others:
-        width = indices.shape[1]
-        place, count = jnp.arange(width), (first[1] >= 0).sum(1, keepdims=True)
-        # no more than `width` in all: what does not fit of the others falls away
-        at = jnp.where(place < count, place, width + place - count)
-        first = tuple(
-            jnp.take_along_axis(jnp.concatenate(pair, axis=1), at, axis=1)
-            for pair in zip(first, (scores, indices), strict=True)
+class _Kept(NamedTuple):
+    """Keys of some columns of each row, these ascending; -1 where there is none."""
+
+    keys: Int[Array, "rows width"]
+    columns: Int[Array, "rows width"]
+
+    @classmethod
+    def of(cls, keys: Array, columns: Array, chosen: Array) -> "_Kept":
+        """Those that are chosen; the others take up room."""
+        columns = jnp.broadcast_to(columns, keys.shape)
+        return cls(jnp.where(chosen, keys, _NOTHING), jnp.where(chosen, columns, -1))
+
+    def add(self, higher: "_Kept") -> "_Kept":
+        """The best of these and of others in higher columns, as many as there is room for here."""
+        width = self.keys.shape[1]
+        both = [jnp.concatenate(pair, axis=1) for pair in zip(self, higher, strict=True)]
+        best = _best(both[0], width)
+        place = dense_to_lists(best, width)
+        taken = (jnp.take_along_axis(x, place, axis=1) for x in both)
+        return _Kept.of(*taken, jnp.arange(width) < best.sum(1, keepdims=True))
+
+    def before(self, others: "_Kept") -> "_Kept":
+        """All of these and the best of others, as many as there is room for here."""
+        room = (self.columns < 0).sum(1, keepdims=True)
+        others = _Kept.of(*others, _best(others.keys, room))
+        columns, keys = (
+            jnp.concatenate([getattr(x, name) for x in (self, others)], axis=1)
+            for name in ("columns", "keys")
         )
-    return first
+        # what takes up room goes to the end
+        columns = jnp.where(columns < 0, _MAGNITUDE, columns)
+        sorted_by_column = jax.lax.sort((columns, keys), num_keys=1)
+        columns, keys = (x[:, : self.keys.shape[1]] for x in sorted_by_column)
+        return _Kept.of(keys, columns, columns < _MAGNITUDE)
+
+
+def _best(keys: Int[Array, "rows columns"], count: Array | int) -> Bool[Array, "rows columns"]:
+    """Which keys are the `count` largest of their row, the first ones where some are equal.
+
+    The least of these is found by halving what it may be: to count the numbers of a row 32 times
+    over is several times faster than to sort them.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        # rounded up, and without the sum, which may not fit
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        enough = (keys >= middle).sum(1, keepdims=True) >= count
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    shape = len(keys), 1
+    bounds = jnp.full(shape, _NOTHING, jnp.int32), jnp.full(shape, _MAGNITUDE, jnp.int32)
+    least, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    equal = keys == least
+    room = count - (keys > least).sum(1, keepdims=True)
+    best = (keys > least) | (equal & (jnp.cumsum(equal, axis=1) <= room))
+    return best & (keys > _NOTHING)

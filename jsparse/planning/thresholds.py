@@ -52,7 +52,8 @@ def search_thresholds(
 ) -> Table:
     """Finds each head the threshold at which XAttention takes the blocks that matter to it.
 
-    The true mass of a block is the sum of dense attention's probabilities in it. A head's score is the share of that mass in the blocks that are taken.
+    The true mass of a block is the sum of dense attention's probabilities in it. A head's score is
+    the share of that mass in the blocks that are taken.
 
     Args:
       layers: Captured tensors, of the same shapes.

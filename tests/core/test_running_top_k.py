@@ -73,7 +73,9 @@ def test_it_chooses_what_dense_scores_and_top_k_choose(k, forcing):
         assert (chosen[count:] == -1).all()
         got[(*at, chosen[:count])] = True
         row = (np.asarray(x)[at] for x in (scores, visible, forced if forcing else ~visible))
-        assert chosen[:count].tolist() == in_order(*row, k)
+        assert chosen[:count].tolist() == sorted(in_order(*row, k))
+        np.testing.assert_array_equal(best.scores[at][:count], scores[at][chosen[:count]])
+        assert np.isneginf(best.scores[at][count:]).all()
     np.testing.assert_array_equal(got, expected)
     assert int(best.counts[0, 0, 3]) == 0
 
@@ -144,8 +146,8 @@ def test_worked_scores_of_an_indexer():
 
         return running_top_k(tile, k, TileGrid(1, width, 1, 2)).indices[0, 0, 0].tolist()
 
-    assert chosen(scores, 3, False) == [2, 5, 0]  # tokens 0 and 4 are equal
-    assert chosen(coarse, 3, True) == [0, 3, 2]  # the first and the last block are forced
+    assert chosen(scores, 3, False) == [0, 2, 5]  # tokens 0 and 4 are equal
+    assert chosen(coarse, 3, True) == [0, 2, 3]  # the first and the last block are forced
 
 
 def test_worked_weights_of_windows():
