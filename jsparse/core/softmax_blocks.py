@@ -18,20 +18,19 @@ from jsparse.types import Mask, TileGrid
 from jsparse.types.pytree import entry, flatten_batch
 
 
-class _Tuning(NamedTuple):
-    """How large a piece is; it changes time, not results.
+class _Piece(NamedTuple):
+    """Fewest rows and keys of a piece; they change time, not results.
 
-    Multiply-adds of its product, and fewest rows and keys: enough for all cores of a CPU, little
-    enough to stay in their caches.
+    On a CPU little enough to stay in a core's cache and to follow narrow masks, and enough for what
+    each step costs besides.
     """
 
-    products: int
     rows: int
     keys: int
 
 
-_TUNING = {"cpu": _Tuning(products=2**24, rows=256, keys=256)}
-_TUNING_OF_ACCELERATORS = _Tuning(products=2**30, rows=1024, keys=1024)
+_PIECES = {"cpu": _Piece(256, 256)}
+_PIECE_OF_ACCELERATORS = _Piece(1024, 1024)
 
 
 class SoftmaxBlocks(NamedTuple):
@@ -98,11 +97,14 @@ def softmax_blocks(
       cells: Which key cells a query cell may see.
     """
     q_cells, k_cells = jax.lax.stop_gradient((q_cells, k_cells))
-    batches, q_count, heads, features = q_cells.shape
+    batches, q_count, heads, _ = q_cells.shape
     kv_count, kv_heads = k_cells.shape[1:3]
     per_q, per_kv = cells_per_block
     q_blocks, kv_blocks = -(-q_count // per_q), -(-kv_count // per_kv)
-    rows, keys = _piece(cells_per_block, (q_blocks, kv_blocks), features)
+    least = _PIECES.get(jax.default_backend(), _PIECE_OF_ACCELERATORS)
+    # whole blocks, and no more than there are
+    rows = per_q * min(q_blocks, max(1, least.rows // per_q))
+    keys = per_kv * min(kv_blocks, max(1, least.keys // per_kv))
     chunks, pieces = -(-q_count // rows), -(-kv_count // keys)
     q_cells = jnp.pad(q_cells, ((0, 0), (0, chunks * rows - q_count), (0, 0), (0, 0)))
     k_cells = jnp.pad(k_cells, ((0, 0), (0, pieces * keys - kv_count), (0, 0), (0, 0)))
@@ -165,17 +167,6 @@ def softmax_blocks(
     found = jax.lax.map(one_head, jnp.arange(batches * heads))
     sums, maxima, lse = (x.reshape(batches, heads, -1, *x.shape[3:]) for x in found)
     return SoftmaxBlocks(sums[:, :, :q_blocks], maxima[:, :, :q_blocks], lse[:, :, :q_count])
-
-
-def _piece(
-    cells_per_block: tuple[int, int], blocks: tuple[int, int], features: int
-) -> tuple[int, int]:
-    """Rows and keys of a piece, whole blocks of each and no more than there are."""
-    tuning = _TUNING.get(jax.default_backend(), _TUNING_OF_ACCELERATORS)
-    (per_q, per_kv), (q_blocks, kv_blocks) = cells_per_block, blocks
-    rows = per_q * min(q_blocks, max(1, tuning.rows // per_q))
-    keys = max(tuning.keys, tuning.products // (rows * features))
-    return rows, per_kv * min(kv_blocks, max(1, keys // per_kv))
 
 
 def _finite(peak: Array) -> Array:

@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.core import softmax_blocks as module
 from jsparse.core.blocks import Cells
-from jsparse.core.softmax_blocks import _Tuning, map_blocks, softmax_blocks
+from jsparse.core.softmax_blocks import _Piece, map_blocks, softmax_blocks
 from tests.inputs import qkv
 
 EPS = np.finfo(np.float32).eps
@@ -17,7 +17,7 @@ EPS = np.finfo(np.float32).eps
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces of few rows and keys, so that there are several."""
-    monkeypatch.setattr(module, "_TUNING", {"cpu": _Tuning(products=1, rows=32, keys=16)})
+    monkeypatch.setattr(module, "_PIECES", {"cpu": _Piece(rows=32, keys=16)})
 
 
 def by_loops(q, k, *, scale, per_q, per_kv, visible):
