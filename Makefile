@@ -32,7 +32,8 @@ help:
 	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
 	@echo "make check        lint, types, import contracts"
 	@echo "make format       rewrite the code in the house format"
-	@echo "make bench        time attention on this CPU against torch, draw the figures"
+	@echo "make bench        time attention on this CPU against torch, and what choosing costs; draw"
+	@echo "                  the figures"
 	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU, and compare"
 	@echo "                  with benchmarks/results/gpu_compile*.json; UPDATE=1 writes those instead"
 	@echo "                  (also needs Python 3.12 or newer, for the chips before Hopper)"
@@ -83,6 +84,8 @@ format: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.neighborhood
+	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.kin_scorers
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt

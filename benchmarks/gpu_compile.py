@@ -140,8 +140,12 @@ def main() -> int:
     parser.add_argument("--only", help="compile only cases whose name has this in it")
     compile_report.add_arguments(parser, compile_report.RESULTS)
     arguments = parser.parse_args()
-    chosen = [case for case in CASES if not arguments.only or arguments.only in case.name]
-    if not chosen:
+    from benchmarks import gpu_compile_blackwell as blackwell  # these import this one
+    from benchmarks import gpu_compile_maps as maps
+
+    every_case = *CASES, *maps.CASES
+    named = {c.name for c in every_case if not arguments.only or arguments.only in c.name}
+    if not named:
         parser.error(f"no case has {arguments.only!r} in its name")
     device = topologies.get_topology_desc(
         platform="cuda", topology_name="H200", target_config=H200, topology="1x1x1"
@@ -150,18 +154,19 @@ def main() -> int:
     # a log is no narrower than the table
     console = Console(width=None if sys.stdout.isatty() else 125)
     rows = []
+    chosen = [case for case in CASES if case.name in named]
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
-    from benchmarks import gpu_compile_blackwell as blackwell  # it imports this one
-
+    of_maps = [case for case in maps.CASES if case.name in named]
+    for case in track(of_maps, "attention maps", console=console):
+        rows += maps.compiled_passes(case, sharding)
     wanted = blackwell.taken(chosen)
     rows += track(blackwell.compiled(wanted), "for Blackwell", len(wanted), console=console)
     console.print(table(rows))
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         console.print(f"[red]{row['name']}, {row['pass']}: {'; '.join(row['failed'])}")
-    every = len(chosen) == len(CASES)
-    names = None if every else {case.name for case in chosen}
+    names = None if len(named) == len(every_case) else named
     return compile_report.conclude(rows, arguments.report, names, update=arguments.update)
 
 
@@ -316,6 +321,11 @@ def measure(
 def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     # a forward kernel with two tiles in flight overlaps: a thread's exponentials of 64 x 64 logits
     overlaps = row["pass"] == "forward" and row["stages"] > 1
+    return hopper_gates(row, overlaps)
+
+
+def hopper_gates(row: dict[str, Any], overlaps: bool) -> list[tuple[str, bool]]:
+    """What may be wrong with Hopper's kernels; whether all of them overlap, is said."""
     return [
         ("no softmax while a product goes on", overlaps and row["in_flight"] < 32),
         ("no wgmma: a kernel's products are not on the tensor cores", min(row["tensor_core"]) == 0),

@@ -113,6 +113,23 @@ def d_v(problem: Problem) -> Work:
     return Work(_products(problem, 1, 1), moved)
 
 
+def row_lse(problem: Problem) -> Work:
+    """One product; q and k read, a number per row written."""
+    size = _sizes(problem)
+    return Work(_products(problem, 1, 0), size.q + size.k + size.row_numbers / 2)
+
+
+def tile_scores(problem: Problem) -> Work:
+    """Sums or maxima of the map: one product; q, k and a number per row read, one per tile written.
+
+    Their exponentials are not counted, as a softmax's are not: one per pair for sums, one per row
+    and tile for maxima.
+    """
+    size = _sizes(problem)
+    moved = size.q + size.k + size.row_numbers / 2 + 4.0 * problem.tiles
+    return Work(_products(problem, 1, 0), moved)
+
+
 def kernels(problem: Problem) -> dict[str, Work]:
     """The work of each kernel of a forward pass and its gradient, by name."""
     made = (d_k, d_v) if problem.masked else (d_k_d_v,)

@@ -46,6 +46,11 @@ class Registers:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=cls.layout)
 
     @classmethod
+    def load_tile(cls, ref: Ref) -> jax.Array:
+        """An accumulator's rows and columns of f32."""
+        return _compat.load(ref, cls.layout)
+
+    @classmethod
     def load_rows(cls, ref: Ref) -> jax.Array:
         """A vector with an element per row of an accumulator."""
         return _compat.load(ref, cls.layout.reduce(1))
@@ -156,6 +161,11 @@ class Interpreted:
     def iota(shape: tuple[int, int], axis: int) -> jax.Array:
         """The position along an axis, int32."""
         return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    @staticmethod
+    def load_tile(ref: Ref) -> jax.Array:
+        """An accumulator's rows and columns of f32."""
+        return ref[...]
 
     @staticmethod
     def load_rows(ref: Ref) -> jax.Array:

@@ -63,6 +63,15 @@ def test_keys_that_no_tile_lists_are_not_read():
     assert roofline.forward(few).bytes == 2 * (128 + 128 + 128 + 128) * 64 + 4 * 128
 
 
+def test_scores_of_the_map_are_a_product_each():
+    half = roofline.forward(DENSE).flops / 2
+    lse, scores = roofline.row_lse(DENSE), roofline.tile_scores(DENSE)
+    assert lse.flops == scores.flops == half
+    # q 32 MiB, k 8 MiB, a f32 per row; besides, one of each of 16 * 64 * 64 tiles
+    assert lse.bytes == 2**20 * (32 + 8) + 4 * 16 * 8192
+    assert scores.bytes == lse.bytes + 4 * 16 * 64 * 64
+
+
 def test_every_device_names_its_source():
     assert all("https://" in device.source for device in DEVICES.values())
     assert (H200.flops_per_second, H200.bytes_per_second) == (989e12, 4.8e12)

@@ -2,32 +2,50 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jsparse.core.tiling import visible_tiles
-from jsparse.types import Frame, Mask, TileGrid
+from jsparse.core.tiling import block_mask, visible_tiles
+from jsparse.types import BlockMask, Frame, Mask, TileGrid
 
-CellRule = Callable[[Array, Array, Array], Bool[Array, " kv_cells"]]
+# (batch, head, q_cell, kv_cell) -> bools; cells broadcast against each other
+CellRule = Callable[[Array, Array, Array, Array], Bool[Array, "..."]]
 
 
-def cell_visibility(mask: Mask | None, grid: TileGrid) -> CellRule:
-    """A function of (batch, head, q_cell) that says which key cells a query cell may see.
+class Cells(NamedTuple):
+    """Which key cells a query cell may see, one by one and in large tiles.
 
-    A cell is visible where the mask leaves any pair of it visible. The mask's batch axes are
-    flattened.
+    Attributes:
+      visible: `visible(batch, head, q_cell, kv_cell)`. True where some pair of the cell is visible.
+      tiles: `tiles(rows, keys)` lists the tiles of so many cells in which any is; None lists all.
     """
-    columns = jnp.arange(grid.kv_blocks)
+
+    visible: CellRule
+    tiles: Callable[[int, int], BlockMask | None] = lambda rows, keys: None
+
+
+def cells_of(mask: Mask | None, grid: TileGrid) -> Cells:
+    """What a mask leaves visible of the cells of a grid; the mask's batch axes are flattened."""
     if mask is None:
-        return lambda batch, head, q_cell: jnp.ones(columns.shape, bool)
+        return Cells(lambda batch, head, q_cell, kv_cell: jnp.ones((), bool))
     classify = mask.classifier(grid)
+    pairs = grid.block_q == grid.block_kv == 1
 
-    def visible(batch, head, q_cell):
+    def visible(batch, head, q_cell, kv_cell):
         frame = Frame(grid.q_len, grid.kv_len, batch, head)
-        return jnp.broadcast_to(classify(q_cell, columns, frame).some, columns.shape)
+        # a mask may say `some` of a tile in which nothing is visible
+        if pairs:
+            return mask.visible(q_cell, kv_cell, frame)
+        return classify(q_cell, kv_cell, frame).some
 
-    return visible
+    def tiles(rows, keys):
+        coarse = grid._replace(block_q=rows * grid.block_q, block_kv=keys * grid.block_kv)
+        # a bound will do: to find the fullest row of a known mask would be compiled by itself
+        return block_mask(mask, **coarse._asdict(), width=mask.max_tiles(coarse))
+
+    return Cells(visible, tiles)
 
 
 def candidates(

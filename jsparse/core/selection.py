@@ -85,8 +85,8 @@ def _rank(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blo
 
 
 def _order(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blocks"]:
-    """The blocks: forced ones, then by falling score, then what is not visible."""
+    """The blocks: forced ones, then the others, both by falling score; then what is not visible."""
     broken = jnp.isnan(scores)
-    tier = jnp.where(visible, jnp.where(forced, 0, jnp.where(broken, 1, 2)), 3)
+    tier = jnp.where(visible, 2 * ~forced + ~broken, 4)
     value = jnp.where(broken, 0.0, -scores)
     return jnp.lexsort((value, tier), axis=-1)

@@ -13,6 +13,7 @@ from jsparse.attention.planned import Queries, no_params
 from jsparse.attention.reordered import attend_reordered
 from jsparse.core import blocks, pooling, reordering, scores, selection
 from jsparse.core.reordering import Orders
+from jsparse.core.softmax_blocks import softmax_blocks
 from jsparse.masks.reordered import follow
 from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
 
@@ -50,21 +51,19 @@ def last_queries_attention(
     batch_shape, (q_len, heads, dim), kv_len = q.shape[:-3], q.shape[-3:], k.shape[-3]
     last = min(last, q_len)
     flat_mask = None if mask is None else mask.flatten_batch(batch_shape)
-    keys = jnp.arange(length)
 
-    def visible(batch, head, query):
+    def visible(batch, head, query, key):
         if flat_mask is None:
-            return jnp.ones(length, bool)
-        frame = Frame(q_len, kv_len, batch, head)
-        return jnp.broadcast_to(flat_mask.visible(q_len - last + query, keys, frame), (length,))
+            return jnp.ones((), bool)
+        return flat_mask.visible(q_len - last + query, key, Frame(q_len, kv_len, batch, head))
 
-    mass = scores.softmax_block_sums(
+    mass = softmax_blocks(
         q.reshape(-1, *q.shape[-3:])[:, q_len - last :],
         k.reshape(-1, *k.shape[-3:])[:, :length],
         scale=dim**-0.5,
         cells_per_block=(last, 1),
-        visible=visible,
-    )
+        cells=blocks.Cells(visible),
+    ).sums
     return mass.reshape(*batch_shape, heads, length) / last
 
 

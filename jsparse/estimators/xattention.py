@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jsparse import checks
 from jsparse.attention.planned import planned
 from jsparse.core import blocks, scores, selection
+from jsparse.core.softmax_blocks import softmax_blocks
 from jsparse.types import BlockMask, Mask, Method, TileGrid
 
 
@@ -33,7 +34,8 @@ def antidiagonal_scores(
 
     Each cell of stride x stride tokens gets the mean of its antidiagonal as logit; a softmax over a
     row of cells, summed over blocks, is the score (section 2.1). All antidiagonals together are one
-    product of strided, concatenated q and k; it is formed for one row of blocks at a time.
+    product of strided, concatenated q and k; it is formed for some rows and some keys at a time,
+    where the mask leaves anything visible.
 
     Args:
       q: Queries, positions applied.
@@ -49,13 +51,13 @@ def antidiagonal_scores(
     grid = TileGrid(q_len, k.shape[-3], stride, stride)
     flat_mask = None if mask is None else mask.flatten_batch(batch_shape)
     per_block = block_size // stride
-    mass = scores.softmax_block_sums(
+    mass = softmax_blocks(
         scores.antidiagonal_cells(flat_q, stride, reverse=True),
         scores.antidiagonal_cells(flat_k, stride, reverse=False),
         scale=dim**-0.5 / (stride * norm),
         cells_per_block=(per_block, per_block),
-        visible=blocks.cell_visibility(flat_mask, grid),
-    )
+        cells=blocks.cells_of(flat_mask, grid),
+    ).sums
     return mass.reshape(*batch_shape, heads, *mass.shape[-2:])
 
 

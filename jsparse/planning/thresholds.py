@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jsparse import checks
+from jsparse.attention.map_scores import map_sums
 from jsparse.core import blocks, selection
 from jsparse.estimators.xattention import antidiagonal_scores, xattention
 from jsparse.evaluation.capture import Captured
@@ -51,8 +52,8 @@ def search_thresholds(
 ) -> Table:
     """Finds each head the threshold at which XAttention takes the blocks that matter to it.
 
-    The true mass of a block is the sum of dense attention's probabilities in it, computed a chunk
-    of rows at a time. A head's score is the share of that mass in the blocks that are taken.
+    The true mass of a block is the sum of dense attention's probabilities in it. A head's score is
+    the share of that mass in the blocks that are taken.
 
     Args:
       layers: Captured tensors, of the same shapes.
@@ -101,10 +102,8 @@ def _figures(q: Array, k: Array, *, coverage: float, stride: int, block_size: in
     """Per head the threshold, the true mass that it keeps and the tiles that it costs."""
     mask = causal()
     grid = TileGrid(q.shape[0], k.shape[0], block_size, block_size)
-    # antidiagonals of one token are the pairs themselves
-    mass, estimate = (
-        antidiagonal_scores(q, k, stride=s, block_size=block_size, mask=mask) for s in (1, stride)
-    )
+    mass = map_sums(q, k, block_q=block_size, block_kv=block_size, mask=mask)
+    estimate = antidiagonal_scores(q, k, stride=stride, block_size=block_size, mask=mask)
     visible, forced = blocks.candidates(mask, grid, (), q.shape[1])
     thresholds = needed_thresholds(mass, estimate, visible, coverage)
     keep = selection.top_p(estimate, thresholds[:, None, None], visible=visible, forced=forced)

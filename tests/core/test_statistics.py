@@ -46,29 +46,6 @@ def test_heads_are_expanded_and_summed():
     np.testing.assert_allclose(heads.sum_groups(weights, 2), transpose(weights)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(("q_count", "kv_count"), [(12, 12), (11, 18), (1, 5)])
-def test_softmax_block_sums_against_loops(q_count, kv_count):
-    q, k, _ = qkv(q_count, kv_count, dim=8, batch=(2,))
-    seen = RNG.random((2, 4, q_count, kv_count)) < 0.6
-    seen[0, 0, 0] = False  # a row that sees nothing has no mass
-    table = jnp.asarray(seen)
-
-    def visible(batch, head, q_cell):
-        return table[batch, head, jnp.minimum(q_cell, q_count - 1)]
-
-    got = scores.softmax_block_sums(q, k, scale=0.7, cells_per_block=(4, 3), visible=visible)
-    logits = np.einsum(
-        "bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, jnp.repeat(k, 2, 2)))
-    )
-    mass = np.where(seen, np.exp(0.7 * logits), 0.0)
-    total = mass.sum(-1, keepdims=True)
-    probs = mass / np.where(total > 0, total, 1.0)
-    expected = np.zeros(got.shape)
-    for at in np.ndindex(probs.shape):
-        expected[at[0], at[1], at[2] // 4, at[3] // 3] += probs[at]
-    np.testing.assert_allclose(got, expected, atol=5e-6)
-
-
 def test_pooled_logits_are_products_of_blocks():
     q, k, _ = qkv(5, 7, batch=(2,))
     got = scores.pooled_logits(q, k, scale=0.5)

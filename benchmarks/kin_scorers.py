@@ -1,0 +1,195 @@
+"""Times the scorers on this machine: sums of the attention map, antidiagonals, running top-k.
+
+    python -m benchmarks.kin_scorers           # about two minutes on two cores
+    python -m benchmarks.kin_scorers --quick   # short sequences, writes nothing
+
+Time over what is selected: of the map, tiles under windows of several widths and at several
+lengths; of the antidiagonals, pairs of cells under a causal mask; of the running top-k, tiles of
+scores. Where each costs the same at all settings, time is proportional to the selected work. The
+map is compared with attention to the same tiles in the same run. Temporary memory stands beside.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jsparse as js
+from benchmarks.attention import in_turn, machine
+from jsparse.attention.map_scores import map_maxima, map_sums
+from jsparse.core.running_top_k import TileScores, running_top_k
+from jsparse.core.tile_scores import Windows, relu_weighted, window_scores
+from jsparse.estimators.xattention import antidiagonal_scores
+from jsparse.types import TileGrid
+
+RESULTS = Path(__file__).parent / "results" / "kin_scorers_cpu.json"
+HEADS, DIM, BLOCK = 2, 64, 128
+WINDOWS = Windows(size=32, stride=16, block=64)
+INDEXER_HEADS, INDEXER_DIM, INDEXER_TOP_K = 8, 32, 256
+BLOCKS_TOP_K = 16
+
+
+def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def timed(
+    runs: dict[str, tuple[Callable[..., Any], list[jax.Array]]], repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds and MiB of temporaries of each, run in turn."""
+    compiled = {name: jax.jit(f).lower(*inputs).compile() for name, (f, inputs) in runs.items()}
+
+    def call(name: str) -> Any:
+        return jax.block_until_ready(compiled[name](*runs[name][1]))
+
+    times = in_turn({name: functools.partial(call, name) for name in runs}, repeats)
+    return {
+        name: (
+            1e3 * float(np.median(own)),
+            compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
+        )
+        for name, own in times.items()
+    }
+
+
+def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
+    """Sums and maxima per tile, against attention to the tiles under the same mask."""
+    mask = js.masks.causal()
+    mask = mask if window is None else mask & js.masks.sliding_window(left=window)
+    q, k, v = arrays(*[(length, HEADS, DIM)] * 3)
+    plan = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
+    runs: dict[str, Any] = {
+        "attention": (lambda q, k, v: js.attend(q, k, v, plan, mask=mask), [q, k, v]),
+        "sums": (lambda q, k: map_sums(q, k, mask=mask), [q, k]),
+        "maxima": (lambda q, k: map_maxima(q, k, mask=mask), [q, k]),
+    }
+    found = timed(runs, repeats)
+    tiles = HEADS * int(plan.kv_num_blocks.sum())
+    return {
+        "tokens": length,
+        "window": window,
+        "density": float(plan.density().mean()),
+        **{f"{name}_ms": ms for name, (ms, _) in found.items()},
+        "sums_us_per_tile": 1e3 * found["sums"][0] / tiles,
+        "sums_over_attention": found["sums"][0] / found["attention"][0],
+        "sums_temp_mib": found["sums"][1],
+    }
+
+
+def of_antidiagonals(length: int, repeats: int) -> dict[str, Any]:
+    """Block scores of XAttention at its defaults, causal."""
+    q, k = arrays(*[(length, HEADS, DIM)] * 2)
+
+    def scores(q, k):
+        return antidiagonal_scores(q, k, stride=16, block_size=BLOCK, mask=js.masks.causal())
+
+    ((ms, temp),) = timed({"scores": (scores, [q, k])}, repeats).values()
+    cells = HEADS * (length // 16) ** 2 / 2
+    return {"tokens": length, "ms": ms, "ns_per_pair_of_cells": 1e6 * ms / cells, "temp_mib": temp}
+
+
+def of_blocks(length: int, repeats: int) -> dict[str, Any]:
+    """Blocks per query, chosen by the probabilities of compressed keys, one kv head."""
+    count = (length - WINDOWS.size) // WINDOWS.stride + 1
+    q, k_windows, lse = arrays((1, length, HEADS, DIM), (1, count, 1, DIM), (1, HEADS, length))
+    grid = TileGrid(length, length // WINDOWS.block, 256, 32)
+    rows = js.block_mask(js.masks.causal(), length, length, block_q=256, block_kv=32 * 64)
+    tiles = js.BlockMask(rows.kv_indices, rows.kv_num_blocks, rows.overflowed, *grid)
+
+    def chosen(q, k_windows, lse):
+        options: dict[str, Any] = {"num_init": 1, "num_local": 2, "scale": DIM**-0.5}
+        score = window_scores(q, k_windows, lse, windows=WINDOWS, grid=grid, **options)
+        return running_top_k(score, BLOCKS_TOP_K, grid, tiles=tiles).indices
+
+    inputs = [q, k_windows, lse + np.log(count)]
+    return _of_top_k("blocks of windows", length, tiles, chosen, inputs, BLOCKS_TOP_K, repeats)
+
+
+def of_tokens(length: int, repeats: int) -> dict[str, Any]:
+    """Tokens per query, chosen by a small indexer."""
+    shapes = (length, INDEXER_HEADS, INDEXER_DIM), (length, INDEXER_HEADS), (length, INDEXER_DIM)
+    grid = TileGrid(length, length, 128, 1024)
+    tiles = js.block_mask(js.masks.causal(), **grid._asdict())
+
+    def chosen(q, weights, k):
+        def score(batch, head, q_tile, kv_tile):
+            start, size = q_tile * grid.block_q, grid.block_q
+            queries, of_heads = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (q, weights))
+            first = kv_tile * grid.block_kv
+            keys = jax.lax.dynamic_slice_in_dim(k, first, grid.block_kv)
+            visible = first + jnp.arange(grid.block_kv) <= start + jnp.arange(size)[:, None]
+            return TileScores(relu_weighted(queries, of_heads, keys), visible)
+
+        return running_top_k(score, INDEXER_TOP_K, grid, tiles=tiles).indices
+
+    return _of_top_k("tokens", length, tiles, chosen, arrays(*shapes), INDEXER_TOP_K, repeats)
+
+
+def _of_top_k(
+    name: str,
+    length: int,
+    tiles: js.BlockMask,
+    chosen: Callable[..., Any],
+    inputs: list[jax.Array],
+    k: int,
+    repeats: int,
+) -> dict[str, Any]:
+    ((ms, temp),) = timed({name: (chosen, inputs)}, repeats).values()
+    count = int(tiles.kv_num_blocks.sum())
+    return {
+        "chosen": name,
+        "tokens": length,
+        "top_k": k,
+        "ms": ms,
+        "ms_per_tile": ms / count,
+        "temp_mib": temp,
+        "scores_mib": 4 * length * tiles.kv_len / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="short sequences, writes nothing")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    start, repeats = time.perf_counter(), arguments.repeats
+    lengths = (1024, 2048) if arguments.quick else (2048, 8192, 32768, 65536)
+    some = lengths[1]
+    windows = [round(some * share) for share in (0.02, 0.1, 0.25, 0.5)]
+    result = {
+        "machine": machine(),
+        "case": {"heads": HEADS, "dim": DIM, "block": BLOCK, "dtype": "float32"},
+        "map_over_density": [of_map(some, window, repeats) for window in [*windows, None]],
+        "map_over_length": [of_map(length, 1024, repeats) for length in lengths],
+        "antidiagonals": [of_antidiagonals(length, repeats) for length in lengths],
+        "running_top_k": [
+            run(length, repeats) for run in (of_blocks, of_tokens) for length in lengths[:-1]
+        ],
+    }
+    console = Console(width=max(Console().width, 130))
+    for name, rows in list(result.items())[2:]:
+        table = Table(*rows[0], title=name)
+        for row in rows:
+            table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
+        console.print(table)
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    if not arguments.quick:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Times what choosing costs: each estimator's plan, against dense causal attention in the same run.
+
+    python -m benchmarks.selection           # some minutes
+    python -m benchmarks.selection --quick   # fewer tokens, writes nothing
+
+Of the registry's causal estimators that need no training. Dense attention is the executor under the
+causal mask: of one row of tiles in some, evenly spread, since all would take a minute; its time is
+taken for all tiles in proportion. FLOPs are the accountant's.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jsparse as js
+from benchmarks.attention import in_turn, machine
+from jsparse.evaluation.cost import attend_cost, plan_cost
+from jsparse.registry import METHODS, Row
+
+RESULTS = Path(__file__).parent / "results" / "selection_cpu.json"
+LENGTHS = 8192, 32768
+HEADS, DIM, BLOCK = 2, 64, 128
+# dense attention is of so many rows of tiles
+DENSE_ROWS = 16
+# of the time of dense attention that choosing may take, at the greater length
+BOUND = 0.1
+
+
+def estimators() -> list[Row]:
+    """Causal, training-free, and choosing by q and k."""
+    return [r for r in METHODS if r.family == "estimators" and r.causal and r.training_free]
+
+
+def inputs(length: int) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(length, HEADS, DIM)), jnp.float32) for _ in range(3)]
+
+
+def dense_rows(length: int) -> tuple[js.BlockMask, float]:
+    """The causal tiles of some rows, from the middle of as many equal parts, and their share."""
+    plan = js.block_mask(js.masks.causal(), length, length, block_q=BLOCK, block_kv=BLOCK)
+    rows = plan.grid.q_blocks
+    part = max(1, rows // DENSE_ROWS)
+    tiles = plan.to_dense() & (jnp.arange(rows) % part == part // 2)[:, None]
+    taken = js.BlockMask.from_dense(tiles, **plan.grid._asdict())
+    return taken, float(taken.kv_num_blocks.sum()) / float(plan.kv_num_blocks.sum())
+
+
+def measure(length: int, repeats: int) -> list[dict[str, Any]]:
+    """Each estimator's plan and dense attention, in turn."""
+    operands, mask = inputs(length), js.masks.causal()
+    q, k, _ = operands
+    some, share = dense_rows(length)
+    whole = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
+    sizes = {"heads": HEADS, "kv_heads": HEADS, "dim": DIM, "v_dim": DIM}
+    dense_flops = attend_cost(whole, **sizes).flops
+
+    def dense(q, k, v):
+        return js.attend(q, k, v, some, mask=mask)
+
+    compiled = {"dense": jax.jit(dense).lower(*operands).compile()}
+    runs = {"dense": lambda: jax.block_until_ready(compiled["dense"](*operands))}
+    plans = {}
+    for row in estimators():
+        method = row.factory()
+
+        def plan_of(q, k, method=method):
+            return method.plan((), q, k, mask=mask)[0]
+
+        plans[row.name] = plan_of
+        compiled[row.name] = jax.jit(plan_of).lower(q, k).compile()
+        runs[row.name] = functools.partial(
+            lambda run: jax.block_until_ready(run(q, k)), compiled[row.name]
+        )
+    times = in_turn(runs, repeats)
+    dense_times = np.array(times.pop("dense")) / share
+    rows = []
+    for name, own in times.items():
+        cost = plan_cost(plans[name], q, k)
+        rows.append(
+            {
+                "tokens": length,
+                "method": name,
+                "plan_ms": 1e3 * float(np.median(own)),
+                "dense_ms": 1e3 * float(np.median(dense_times)),
+                "time_share": float(np.median(np.array(own) / dense_times)),
+                "plan_gflop": cost.flops / 1e9,
+                "flop_share": cost.flops / dense_flops,
+                "plan_temp_mib": compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, writes nothing")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    lengths = (2048,) if arguments.quick else LENGTHS
+    result = {
+        "machine": machine(),
+        "case": {
+            "heads": HEADS,
+            "dim": DIM,
+            "dtype": "float32",
+            "settings": "each method's defaults",
+            "repeats": arguments.repeats,
+            "dense": f"the same executor, causal, tiles of {BLOCK} x {BLOCK}: {DENSE_ROWS} rows of "
+            "tiles, times as many",
+        },
+        "selection": [row for length in lengths for row in measure(length, arguments.repeats)],
+    }
+    console = Console(width=max(Console().width, 120))
+    table = Table(*result["selection"][0], title="what choosing costs")
+    for row in result["selection"]:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
+    console.print(table)
+    slow = [
+        f"{row['method']} ({row['time_share']:.1%})"
+        for row in result["selection"]
+        if row["tokens"] == lengths[-1] and row["time_share"] > BOUND
+    ]
+    console.print(f"more than {BOUND:.0%} at {lengths[-1]} tokens: {', '.join(slow) or 'none'}")
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    if not arguments.quick:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Scores of single queries for keys or blocks of keys, a tile at a time, for `running_top_k`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jsparse import checks
+from jsparse.core.running_top_k import ScoreOfTile, TileScores
+from jsparse.types import TileGrid
+
+
+class Windows(NamedTuple):
+    """How keys are compressed and selected, in tokens.
+
+    Window `i` stands for `size` keys from `i * stride` on; selected are blocks of `block` keys.
+    `stride` divides the other two.
+    """
+
+    size: int
+    stride: int
+    block: int
+
+
+def relu_weighted(
+    q: Float[Array, "rows heads dim"],
+    weights: Float[Array, "rows heads"],
+    k: Float[Array, "columns dim"],
+) -> Float[Array, "rows columns"]:
+    """Sums `weight * relu(q k)` over the heads of an indexer with one key per token, in f32.
+
+    The indexer of DeepSeek-V3.2; scales of quantised queries and keys belong to the weights and to
+    what is made of the result.
+    """
+    logits = jnp.einsum("rhd,cd->hrc", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("hrc,rh->rc", jax.nn.relu(logits), weights.astype(jnp.float32))
+
+
+def block_importance(
+    importance: Float[Array, "rows windows"], windows: Windows
+) -> Float[Array, "rows blocks"]:
+    """Adds to each block what windows weigh, once for each stride that lies in both.
+
+    Args:
+      importance: Of the windows from `size / stride - 1` before the first that begins in the first
+        block, to the last that begins in the last.
+      windows: Their sizes.
+    """
+    overlap, per_block = windows.size // windows.stride, windows.block // windows.stride
+    strides = importance.shape[1] - overlap + 1
+    # every stride of tokens has the windows that begin in it or up to `overlap - 1` before
+    of_stride = sum(importance[:, n : n + strides] for n in range(overlap))
+    return of_stride.reshape(len(importance), -1, per_block).sum(-1)  # pyright: ignore
+
+
+def window_scores(
+    q: Float[Array, "batch q_len heads dim"],
+    k_windows: Float[Array, "batch windows kv_heads dim"],
+    lse: Float[Array, "batch heads q_len"],
+    *,
+    windows: Windows,
+    grid: TileGrid,
+    scale: float,
+    offset: Int[Array, " batch"] | int = 0,
+    num_init: int = 0,
+    num_local: int = 1,
+) -> ScoreOfTile:
+    """Scores blocks by the attention that a group of heads pays to compressed keys.
+
+    The selection of native sparse attention (Yuan et al. 2025, arXiv:2502.11089, equations 9 and
+    10): probabilities of windows, summed over the query heads of a group, then over the blocks that
+    windows share strides with. Heads of the scores are those of k.
+
+    Args:
+      q: Queries.
+      k_windows: One key per window; windows are complete, so there may be none for the last keys.
+      lse: Of each query over the windows that it sees, as attention to them returns it.
+      windows: Sizes of windows and blocks.
+      grid: Rows are queries, columns are blocks.
+      scale: Factor on the logits.
+      offset: The key position of the first query, per sequence.
+      num_init: Blocks at the start that are forced.
+      num_local: Blocks up to the query's own that are forced, that one included.
+
+    Raises:
+      ValueError: if `stride` does not divide the sizes.
+    """
+    sizes = {"size": windows.size, "block": windows.block}
+    checks.positive(stride=windows.stride, **sizes)
+    checks.multiple(of=windows.stride, **sizes)
+    batches, q_len, heads, dim = q.shape
+    count, kv_heads = k_windows.shape[1:3]
+    overlap, per_block = windows.size // windows.stride, windows.block // windows.stride
+    rows, blocks, before = grid.block_q, grid.block_kv, overlap - 1
+    missing = grid.q_blocks * rows - q_len
+    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    q = q.reshape(batches, -1, kv_heads, heads // kv_heads, dim)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)))
+    lse = lse.reshape(batches, kv_heads, heads // kv_heads, -1)
+    last = grid.kv_blocks * blocks * per_block
+    k_windows = jnp.pad(k_windows, ((0, 0), (before, max(0, last - count)), (0, 0), (0, 0)))
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batches,))
+
+    def score(batch, head, q_tile, kv_tile):
+        queries = jax.lax.dynamic_slice_in_dim(q[batch, :, head], q_tile * rows, rows)
+        row_lse = jax.lax.dynamic_slice_in_dim(lse[batch, head], q_tile * rows, rows, axis=1)
+        first = kv_tile * blocks * per_block
+        strides = blocks * per_block
+        keys = jax.lax.dynamic_slice_in_dim(k_windows[batch, :, head], first, strides + before)
+        window = first - before + jnp.arange(strides + before)
+        position = offsets[batch] + q_tile * rows + jnp.arange(rows)[:, None]
+        ends = window * windows.stride + windows.size - 1
+        seen = (ends <= position) & (window >= 0) & (window < count)
+        logits = jnp.einsum("rgd,wd->grw", queries, keys, preferred_element_type=jnp.float32)
+        # a query that sees no window has no log-sum-exp to subtract, and nothing to weigh
+        probs = jnp.exp(jnp.where(seen, logits * scale - row_lse[..., None], -jnp.inf))
+        importance = block_importance(probs.sum(0), windows)
+        return TileScores(importance, *_causal_blocks(position, kv_tile))
+
+    def _causal_blocks(position: Array, kv_tile: Array) -> tuple[Bool[Array, "rows blocks"], ...]:
+        block, own = kv_tile * blocks + jnp.arange(blocks), position // windows.block
+        return block <= own, (block < num_init) | (block > own - num_local)
+
+    return score
