@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jsparse.attention.logits import LogitRule, Operands
+from jsparse.types.pytree import batched_values, map_batched
 
 
 def as_one_batch(
@@ -44,7 +45,11 @@ def as_one_batch(
         of_modifiers = mapped[0].scale, mapped[0].captured
         by_index = not any(jax.tree.leaves(of_modifiers))
         by_index &= not (gradient and jax.tree.leaves(modifiers))
-        by_index &= lists.mask is None or not lists.mask.by_batch_index
+        if lists.mask is not None:
+            # what has no batch axis has no entry per sequence
+            of_mask = mapped[1].mask
+            by_index &= sum(jax.tree.leaves(of_mask)) == sum(batched_values(of_mask))
+            by_index &= not lists.mask.by_batch_index
         if not by_index:
             axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
             result = jax.vmap(one_by_one, axes)(operands, lists, *sequences)
@@ -67,15 +72,15 @@ def as_one_batch(
             bias=jax.tree.map(of_bias, operands.bias, mapped[0].bias),
         )
         # indices and counts are of one batch
-        own_lists = mapped[1].kv_indices or mapped[1].kv_num_blocks
-        is_mapped = mapped[1]._replace(kv_indices=own_lists, kv_num_blocks=own_lists)
-        if own_lists:
-            lists = jax.tree.map(
-                lambda x, given, wanted: x if given == wanted else x[None],
-                lists,
-                mapped[1],
-                is_mapped,
-            )
+        of_lists = flat if mapped[1].kv_indices or mapped[1].kv_num_blocks else shared
+        mask = lists.mask
+        if mask is not None:
+            mask = map_batched(lambda _, x, is_mapped: shared(x, is_mapped), mask, mapped[1].mask)
+        lists = lists._replace(
+            kv_indices=of_lists(lists.kv_indices, mapped[1].kv_indices),
+            kv_num_blocks=of_lists(lists.kv_num_blocks, mapped[1].kv_num_blocks),
+            mask=mask,
+        )
         longer = as_one_batch(
             compute,
             _within_calls(rule, sizes.batches),
@@ -84,7 +89,7 @@ def as_one_batch(
         )
         result = longer(
             together,
-            jax.tree.map(shared, lists, is_mapped),
+            lists,
             *(flat(x, m) for x, m in zip(sequences, mapped[2:], strict=True)),
         )
         result = jax.tree.map(apart, result)

@@ -1,6 +1,7 @@
 """Dataclasses that JAX may rebuild with anything in their fields."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -24,16 +25,34 @@ def flatten_batch(tree: T, batch_shape: tuple[int, ...]) -> T:
 
     Index the result with `entry(len(array), batch)`.
     """
+    return map_batched(lambda core_ndim, x: flatten_axes(x, core_ndim, batch_shape), tree)
+
+
+def map_batched(function: Callable[..., Any], tree: T, *others: Any) -> T:
+    """Applies `function(core_ndim, value, *of_others)` to each field that may have batch axes.
+
+    Other fields stay as they are.
+    """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(tree):  # type: ignore[arg-type]
-        value = getattr(tree, field.name)
+        value, *rest = (getattr(x, field.name) for x in (tree, *others))
         if value is None:
             continue
         if "core_ndim" in field.metadata:
-            changes[field.name] = flatten_axes(value, field.metadata["core_ndim"], batch_shape)
+            changes[field.name] = function(field.metadata["core_ndim"], value, *rest)
         elif dataclasses.is_dataclass(value):
-            changes[field.name] = flatten_batch(value, batch_shape)
+            changes[field.name] = map_batched(function, value, *rest)
     return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+
+
+def batched_values(tree: Any) -> Iterator[Any]:
+    """What the fields that may have batch axes hold."""
+    for field in dataclasses.fields(tree):
+        value = getattr(tree, field.name)
+        if "core_ndim" in field.metadata and value is not None:
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from batched_values(value)
 
 
 def flatten_axes(x: jax.Array, core_ndim: int, batch_shape: tuple[int, ...]) -> jax.Array:
