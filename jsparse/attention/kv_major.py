@@ -302,8 +302,10 @@ def backward(
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
-    (_, *carry), d_q = jax.lax.scan(span, carry, (indices(cut.spans), _spans(lists, s, cut)))
-    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), *carry, bias)
+    (_, d_k, d_v, sums), d_q = jax.lax.scan(
+        span, carry, (indices(cut.spans), _spans(lists, s, cut))
+    )
+    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), d_k, d_v, sums, bias)
 
 
 PASSES = Passes(forward, backward, differentiable_forward)

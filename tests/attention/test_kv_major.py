@@ -171,10 +171,10 @@ def test_bfloat16_is_as_good_as_that_of_rows(small_chunks, monkeypatch):
         assert np.linalg.norm(a - c) <= 1.5 * np.linalg.norm(b - c)
 
 
-def test_memory_is_a_few_arrays_of_the_size_of_q_whatever_the_width():
+def test_memory_is_that_of_arrays_like_q_whatever_the_width():
     heads, dim, block_kv = 2, 32, 32
 
-    def temporary(length, width):
+    def of_gradient(length, width):
         tokens = jax.ShapeDtypeStruct((length, heads, dim), jnp.float32)
         lists = jnp.zeros((heads, length, width), jnp.int32)
         counts = jnp.zeros(lists.shape[:-1], jnp.int32)
@@ -186,15 +186,13 @@ def test_memory_is_a_few_arrays_of_the_size_of_q_whatever_the_width():
 
         function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         compiled = function.lower(tokens, tokens, tokens, plan).compile()
-        # lists are read, and cut into spans, as integers; there are a few copies of them
-        of_lists = 8 * lists.size * 4
-        return compiled.memory_analysis().temp_size_in_bytes - of_lists
+        # what is kept, gathered and given back; lists are cut into spans, and once more where used
+        allowed = 22 * length * heads * dim * 4 + 2 * lists.size * 4
+        assert compiled.memory_analysis().temp_size_in_bytes < allowed
 
-    array = 2**13 * heads * dim * 4
-    wide, long = temporary(2**13, 64), temporary(2**14, 8)
-    # a part of the output for each entry of the lists would be 64 arrays
-    assert wide < 20 * array
-    assert long < 2.1 * wide
+    # a part of the output for each entry of the lists would be 64 arrays of the size of q
+    of_gradient(2**13, 64)
+    of_gradient(2**14, 8)
 
 
 @pytest.mark.parametrize("block_q", [1, 8])
