@@ -86,6 +86,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.neighborhood
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.kin_scorers
+	$(BIN)/python -m benchmarks.kin_rows
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt

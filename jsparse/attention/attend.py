@@ -245,16 +245,13 @@ def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, 
 
 
 def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
-    reason = _xla_refuses(problem)
+    reason = _xla_refuses(problem) or adapter.device_refusal()
     if reason:
         return reason
     operands, plan, mask, rule, _ = problem
     block_q = block_kv = DEFAULT_BLOCK
     if isinstance(plan, BlockMask):
-        described = jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)
-        operands, plan, rule = pack(
-            operands._replace(q=described), plan, rule, kernels.LEAST_QUERIES
-        )
+        operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
         block_q, block_kv = plan.block_q, plan.block_kv
     return adapter.refusal(operands, mask, rule, block_q, block_kv)
 

@@ -5,6 +5,7 @@ the queries that list a tile of keys are gathered, in chunks, so that products a
 query gets from each tile of its list is kept, and summed in the order of the list: partial results
 never meet, and no order depends on chance. Queries come in spans, as many as give the tiles of
 keys a few chunks each, so that what is kept is a few times as large as q, whatever the lists hold.
+Lists are taken to be about as full as they are wide: chunks of much narrower ones have few rows.
 """
 
 from typing import Any, NamedTuple
@@ -163,6 +164,7 @@ def _spans(lists: Lists, sizes: Sizes, cut: Cut) -> Int[Array, "spans _ _ span w
     return jnp.moveaxis(entries.reshape(batches, heads, cut.spans, cut.span, width), 2, 0)
 
 
+# made once for all spans: what a span leaves there is in no place of the next
 def _kept(shape: tuple[int, ...], cut: Cut) -> Float[Array, "_ ..."]:
     return jnp.zeros((cut.steps * cut.lanes * cut.chunk, *shape), jnp.float32)
 
@@ -189,7 +191,8 @@ def _sum_of_lists(
         return total + jnp.where(listed[..., None, None], part, 0.0)
 
     shape = (*chunks.place.shape[:3], *kept.shape[1:])
-    return loop(chunks.place.shape[3], entry, jnp.zeros(shape, jnp.float32))
+    longest = chunks.listed.sum(3, dtype=jnp.int32).max()
+    return loop(longest, entry, jnp.zeros(shape, jnp.float32))
 
 
 def _by_row(x: Array, sizes: Sizes) -> Array:
@@ -207,7 +210,7 @@ def forward(
     q, k, v = operands.q, operands.k, operands.v
     bias = Bias.of(operands.bias, s, rule.group)
 
-    def span(_, number_and_entries):
+    def span(kept, number_and_entries):
         number_of_span, entries = number_and_entries
         chunks = Chunks.of(entries, s, cut)
 
@@ -230,9 +233,8 @@ def forward(
             parts = peak, probs.sum((1, 3)), new
             return tuple(_keep(x, number, part) for x, part in zip(kept, parts, strict=True))
 
-        shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
-        kept = tuple(_kept(shape, cut) for shape in shapes)
-        peaks, totals, sums = loop(chunks.steps, step, kept)
+        kept = loop(chunks.steps, step, kept)
+        peaks, totals, sums = kept
         listed = chunks.listed[..., None]
         peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
         peak = peaks.max(3)
@@ -241,9 +243,11 @@ def forward(
         seen = total != 0
         safe = jnp.where(seen, total, 1.0)
         out = _sum_of_lists(sums, chunks, weights) / safe[..., None]
-        return None, (out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf))
+        return kept, (out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf))
 
-    _, (out, lse) = jax.lax.scan(span, None, (indices(cut.spans), _spans(lists, s, cut)))
+    shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
+    kept = tuple(_kept(shape, cut) for shape in shapes)
+    _, (out, lse) = jax.lax.scan(span, kept, (indices(cut.spans), _spans(lists, s, cut)))
     return jnp.swapaxes(_by_row(out, s), 1, 2), _by_row(lse, s)
 
 
@@ -292,14 +296,16 @@ def backward(
                 sums.add(found.modifiers, bias, here, there),
             )
 
-        kept = _kept((s.block_q, q.shape[-1]), cut)
-        d_queries, *carry = loop(chunks.steps, step, (kept, *carry))
-        return tuple(carry), _sum_of_lists(d_queries, chunks, None)
+        carry = loop(chunks.steps, step, carry)
+        return carry, _sum_of_lists(carry[0], chunks, None)
 
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
-    carry: Any = d_k, d_v, differentiated.zeros(bias)
-    carry, d_q = jax.lax.scan(span, carry, (indices(cut.spans), _spans(lists, s, cut)))
-    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), *carry, bias)
+    kept = _kept((s.block_q, q.shape[-1]), cut)
+    carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
+    (_, d_k, d_v, sums), d_q = jax.lax.scan(
+        span, carry, (indices(cut.spans), _spans(lists, s, cut))
+    )
+    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), d_k, d_v, sums, bias)
 
 
 PASSES = Passes(forward, backward, differentiable_forward)

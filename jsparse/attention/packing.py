@@ -7,7 +7,6 @@ which, so that masks, bias and score_mod see true positions and heads.
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
@@ -25,12 +24,9 @@ def pack(operands: Operands, plan: BlockMask, rule: LogitRule, least_queries: in
     group = heads // kv_heads
     if group == 1 or plan.list_heads > kv_heads or plan.block_q >= least_queries:
         return operands, plan, rule
-    q = operands.q
-    # arrays that are only described are packed too: whether a kernel takes them is asked first
-    packed = jax.eval_shape if isinstance(q, jax.ShapeDtypeStruct) else lambda f, *x: f(*x)
     plan = dataclasses.replace(plan, q_len=plan.q_len * group, block_q=plan.block_q * group)
-    q = packed(lambda q: _to_rows(q, group), q)
-    return operands._replace(q=q), plan, rule._replace(group=group)
+    operands = operands._replace(q=_to_rows(operands.q, group))
+    return operands, plan, rule._replace(group=group)
 
 
 def unpack(

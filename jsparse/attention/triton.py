@@ -20,7 +20,7 @@ def refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
-    return _device_refuses() or problem_refusal(operands, mask, rule, block_q, block_kv)
+    return device_refusal() or problem_refusal(operands, mask, rule, block_q, block_kv)
 
 
 def problem_refusal(
@@ -100,7 +100,8 @@ def backward(
 PASSES = Passes(forward, backward, xla.differentiable_forward)
 
 
-def _device_refuses() -> str | None:
+def device_refusal() -> str | None:
+    """Why kernels cannot run on this machine's default device, or None if they can."""
     if _compat.interpreting_triton():
         return None
     return kernels.device_refusal(

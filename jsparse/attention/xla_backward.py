@@ -4,8 +4,6 @@ It walks the rows of tiles as the forward pass does. It keeps d_q of its rows at
 d_k and d_v, so five products per tile are all there are.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from jsparse.attention.block_sparse import Lists, Sizes
@@ -95,5 +93,6 @@ def backward(
     d_q = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, q.shape[-1]), jnp.float32)
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, together) for x in (k, v))
     sums = differentiated.zeros(bias)
-    carry: Any = loop((groups.longest > 0).sum(), group, (d_q, d_k, d_v, sums))
-    return differentiated.of_operands(*carry, bias)
+    carry = loop((groups.longest > 0).sum(), group, (d_q, d_k, d_v, sums))
+    d_q, d_k, d_v, sums = carry
+    return differentiated.of_operands(d_q, d_k, d_v, sums, bias)

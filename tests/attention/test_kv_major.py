@@ -101,20 +101,21 @@ def test_a_tile_that_all_list_and_tiles_that_none_does(small_chunks):
 def test_broken_numbers_reach_only_who_lists_them(small_chunks):
     q, k, v = qkv(70, 128)
     tiles = np.random.default_rng(0).random((4, 70, 8)) < 0.4
+    tiles[:, 0] = np.arange(8) == 1
     plan = plan_of(tiles, 128)
 
     @jax.jit
     def run(q, k, v):
-        def total(q):
+        def total(q, k, v):
             out, lse = js.attend(q, k, v, plan, return_lse=True, implementation="xla")
             # the gradient of a row goes into the row alone
             return jnp.where(jnp.isfinite(out), out, 0.0).sum(), (out, lse)
 
-        return jax.grad(total, has_aux=True)(q)
+        return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
-    gradient, (clean, _) = run(q, k, v)
+    (gradient, *_), (clean, _) = run(q, k, v)
     for x, y in ((k.at[20].set(jnp.nan), v), (k, v.at[20].set(jnp.inf))):
-        d_q, (out, _) = run(q, x, y)
+        (d_q, *_), (out, _) = run(q, x, y)
         hit = tiles[..., 1].T
         np.testing.assert_array_equal(~np.isfinite(out).all(-1), hit)
         np.testing.assert_array_equal(np.asarray(out)[~hit], np.asarray(clean)[~hit])
@@ -124,6 +125,10 @@ def test_broken_numbers_reach_only_who_lists_them(small_chunks):
     np.testing.assert_array_equal(np.isnan(lse[:, 9]), some)
     others = np.arange(70) != 9
     np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(clean)[others])
+    # the first row lists one tile alone; chunks that are not full have nothing of it
+    (_, *d_keys), _ = run(q.at[0].set(jnp.nan), k, v)
+    for gradient in d_keys:
+        np.testing.assert_array_equal(np.isfinite(gradient).all((1, 2)), np.arange(128) // 16 != 1)
 
 
 def test_mapped_equals_batch_and_second_derivatives(small_chunks):
@@ -171,10 +176,10 @@ def test_bfloat16_is_as_good_as_that_of_rows(small_chunks, monkeypatch):
         assert np.linalg.norm(a - c) <= 1.5 * np.linalg.norm(b - c)
 
 
-def test_memory_is_a_few_arrays_of_the_size_of_q_whatever_the_width():
+def test_memory_is_that_of_arrays_like_q_whatever_the_width():
     heads, dim, block_kv = 2, 32, 32
 
-    def temporary(length, width):
+    def of_gradient(length, width):
         tokens = jax.ShapeDtypeStruct((length, heads, dim), jnp.float32)
         lists = jnp.zeros((heads, length, width), jnp.int32)
         counts = jnp.zeros(lists.shape[:-1], jnp.int32)
@@ -186,15 +191,13 @@ def test_memory_is_a_few_arrays_of_the_size_of_q_whatever_the_width():
 
         function = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         compiled = function.lower(tokens, tokens, tokens, plan).compile()
-        # lists are read, and cut into spans, as integers; there are a few copies of them
-        of_lists = 8 * lists.size * 4
-        return compiled.memory_analysis().temp_size_in_bytes - of_lists
+        # what is kept, gathered and given back; lists are cut into spans, and once more where used
+        allowed = 22 * length * heads * dim * 4 + 2 * lists.size * 4
+        assert compiled.memory_analysis().temp_size_in_bytes < allowed
 
-    array = 2**13 * heads * dim * 4
-    wide, long = temporary(2**13, 64), temporary(2**14, 8)
-    # a part of the output for each entry of the lists would be 64 arrays
-    assert wide < 20 * array
-    assert long < 2.1 * wide
+    # a part of the output for each entry of the lists would be 64 arrays of the size of q
+    of_gradient(2**13, 64)
+    of_gradient(2**14, 8)
 
 
 @pytest.mark.parametrize("block_q", [1, 8])
