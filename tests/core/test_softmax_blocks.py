@@ -58,7 +58,7 @@ def test_cells_equal_loops(q_count, per_q, per_kv):
     def rule(batch, head, q_cell, kv_cell):
         # cells past the last one are asked about too; what is said of them may not count
         last = table.at[batch, head, q_cell].get(mode="fill", fill_value=99)
-        return kv_cell < last
+        return (kv_cell < last) | (kv_cell >= 23)
 
     got = jax.jit(
         lambda q, k: softmax_blocks(
@@ -73,17 +73,17 @@ def test_cells_equal_loops(q_count, per_q, per_kv):
 
 
 def test_the_map_under_masks_that_leave_pieces_out():
-    """Grouped heads, odd lengths; a window with sinks, segments that differ between sequences."""
+    """Grouped heads, odd lengths; windows that differ between heads, segments between sequences."""
     q_len, kv_len, block_q, block_kv = 101, 131, 8, 4
     q, k, _ = qkv(q_len, kv_len, dim=8, batch=(2,))
-    ids = np.sort(np.random.default_rng(1).integers(0, 2, (2, kv_len)), axis=1)
-    window = js.masks.sliding_window(left=20) | js.masks.sinks(3)
+    ids = (np.arange(kv_len) >= np.array([[40], [100]])).astype(np.int32)
+    sinks, windows = (3, 0, 1, 40), (21, 5, 60, 9)
     segments = js.masks.segments(jnp.asarray(ids[:, kv_len - q_len :]), jnp.asarray(ids))
-    mask = js.masks.causal() & window & segments
+    mask = js.masks.causal() & js.masks.head_windows(num_sink=sinks, window=windows) & segments
 
     def visible(b, h, i):
         own, key = kv_len - q_len + i, np.arange(kv_len)
-        near = (own - key <= 20) | (key < 3)
+        near = (own - key < windows[h]) | (key < sinks[h])
         return (key <= own) & near & (ids[b] == ids[b, own])
 
     got = map_blocks(q, k, block_q=block_q, block_kv=block_kv, scale=0.7, mask=mask)
