@@ -38,6 +38,11 @@ INDEXER_HEADS, INDEXER_DIM, INDEXER_TOP_K = 8, 32, 256
 BLOCKS_TOP_K = 16
 
 
+def map_dtype() -> Any:
+    """What kernels take, where there may be some."""
+    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+
+
 def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
@@ -76,7 +81,7 @@ def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     """Sums and maxima per tile, against attention to the tiles under the same mask."""
     mask = js.masks.causal()
     mask = mask if window is None else mask & js.masks.sliding_window(left=window)
-    q, k, v = arrays(*[(length, HEADS, DIM)] * 3)
+    q, k, v = (x.astype(map_dtype()) for x in arrays(*[(length, HEADS, DIM)] * 3))
     plan = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
     runs: dict[str, Any] = {
         "attention": (lambda q, k, v: js.attend(q, k, v, plan, mask=mask), [q, k, v]),
@@ -181,7 +186,12 @@ def main() -> None:
     windows = [round(some * share) for share in (0.02, 0.1, 0.25, 0.5)]
     result = {
         "machine": machine(),
-        "case": {"heads": HEADS, "dim": DIM, "block": BLOCK, "dtype": "float32"},
+        "case": {
+            "heads": HEADS,
+            "dim": DIM,
+            "block": BLOCK,
+            "dtype": jnp.dtype(map_dtype()).name,
+        },
         "map_over_density": [of_map(some, window, repeats) for window in [*windows, None]],
         "map_over_length": [of_map(length, 1024, repeats) for length in lengths],
         "antidiagonals": [of_antidiagonals(length, repeats) for length in lengths],
