@@ -5,17 +5,17 @@
 
 Time over what is selected: of the map, tiles under windows of several widths and at several
 lengths; of the antidiagonals, pairs of cells under a causal mask; of the running top-k, tiles of
-scores. Where each costs the same at all settings, time is proportional to the selected work. The
-map is compared with attention to the same tiles in the same run. Temporary memory stands beside.
+scores. Where each costs the same at all settings, time is proportional to the selected work; these
+figures are of processor time, which other work on the machine does not enter. The map is compared
+with attention to the same tiles in the same run. Temporary memory stands beside.
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jsparse as js
-from benchmarks.attention import in_turn, machine
+from benchmarks.attention import machine
 from jsparse.attention.map_scores import map_maxima, map_sums
 from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import Windows, relu_weighted, window_scores
@@ -38,35 +38,50 @@ INDEXER_HEADS, INDEXER_DIM, INDEXER_TOP_K = 8, 32, 256
 BLOCKS_TOP_K = 16
 
 
+def map_dtype() -> Any:
+    """What kernels take, where there may be some."""
+    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+
+
 def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
+class Figure(NamedTuple):
+    """Medians over runs, and what is held besides inputs and results."""
+
+    ms: float
+    cpu_ms: float
+    temp_mib: float
+
+
 def timed(
     runs: dict[str, tuple[Callable[..., Any], list[jax.Array]]], repeats: int
-) -> dict[str, tuple[float, float]]:
-    """Milliseconds and MiB of temporaries of each, run in turn."""
+) -> dict[str, Figure]:
+    """Times functions, one run of each after the other, after a run that warms up."""
     compiled = {name: jax.jit(f).lower(*inputs).compile() for name, (f, inputs) in runs.items()}
-
-    def call(name: str) -> Any:
-        return jax.block_until_ready(compiled[name](*runs[name][1]))
-
-    times = in_turn({name: functools.partial(call, name) for name in runs}, repeats)
-    return {
-        name: (
-            1e3 * float(np.median(own)),
-            compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
-        )
-        for name, own in times.items()
-    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, (_, inputs) in runs.items():
+            start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(compiled[name](*inputs))
+            end = time.perf_counter(), time.process_time()
+            if turn:
+                times[name].append((end[0] - start[0], end[1] - start[1]))
+    found = {}
+    for name, own in times.items():
+        wall, processor = (1e3 * float(x) for x in np.median(own, axis=0))
+        held = compiled[name].memory_analysis().temp_size_in_bytes
+        found[name] = Figure(wall, processor, held / 2**20)
+    return found
 
 
 def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     """Sums and maxima per tile, against attention to the tiles under the same mask."""
     mask = js.masks.causal()
     mask = mask if window is None else mask & js.masks.sliding_window(left=window)
-    q, k, v = arrays(*[(length, HEADS, DIM)] * 3)
+    q, k, v = (x.astype(map_dtype()) for x in arrays(*[(length, HEADS, DIM)] * 3))
     plan = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
     runs: dict[str, Any] = {
         "attention": (lambda q, k, v: js.attend(q, k, v, plan, mask=mask), [q, k, v]),
@@ -79,10 +94,11 @@ def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
         "tokens": length,
         "window": window,
         "density": float(plan.density().mean()),
-        **{f"{name}_ms": ms for name, (ms, _) in found.items()},
-        "sums_us_per_tile": 1e3 * found["sums"][0] / tiles,
-        "sums_over_attention": found["sums"][0] / found["attention"][0],
-        "sums_temp_mib": found["sums"][1],
+        **{f"{name}_ms": figure.ms for name, figure in found.items()},
+        **{f"{name}_cpu_ms": figure.cpu_ms for name, figure in found.items()},
+        "sums_cpu_us_per_tile": 1e3 * found["sums"].cpu_ms / tiles,
+        "sums_over_attention": found["sums"].cpu_ms / found["attention"].cpu_ms,
+        "sums_temp_mib": found["sums"].temp_mib,
     }
 
 
@@ -93,9 +109,10 @@ def of_antidiagonals(length: int, repeats: int) -> dict[str, Any]:
     def scores(q, k):
         return antidiagonal_scores(q, k, stride=16, block_size=BLOCK, mask=js.masks.causal())
 
-    ((ms, temp),) = timed({"scores": (scores, [q, k])}, repeats).values()
+    found = timed({"scores": (scores, [q, k])}, repeats)["scores"]
     cells = HEADS * (length // 16) ** 2 / 2
-    return {"tokens": length, "ms": ms, "ns_per_pair_of_cells": 1e6 * ms / cells, "temp_mib": temp}
+    per_pair = {"cpu_ns_per_pair_of_cells": 1e6 * found.cpu_ms / cells}
+    return {"tokens": length, **found._asdict(), **per_pair}
 
 
 def of_blocks(length: int, repeats: int) -> dict[str, Any]:
@@ -144,15 +161,13 @@ def _of_top_k(
     k: int,
     repeats: int,
 ) -> dict[str, Any]:
-    ((ms, temp),) = timed({name: (chosen, inputs)}, repeats).values()
-    count = int(tiles.kv_num_blocks.sum())
+    found = timed({name: (chosen, inputs)}, repeats)[name]
     return {
         "chosen": name,
         "tokens": length,
         "top_k": k,
-        "ms": ms,
-        "ms_per_tile": ms / count,
-        "temp_mib": temp,
+        **found._asdict(),
+        "cpu_ms_per_tile": found.cpu_ms / int(tiles.kv_num_blocks.sum()),
         "scores_mib": 4 * length * tiles.kv_len / 2**20,
     }
 
@@ -171,12 +186,18 @@ def main() -> None:
     windows = [round(some * share) for share in (0.02, 0.1, 0.25, 0.5)]
     result = {
         "machine": machine(),
-        "case": {"heads": HEADS, "dim": DIM, "block": BLOCK, "dtype": "float32"},
+        "case": {
+            "heads": HEADS,
+            "dim": DIM,
+            "block": BLOCK,
+            "dtype": jnp.dtype(map_dtype()).name,
+        },
         "map_over_density": [of_map(some, window, repeats) for window in [*windows, None]],
         "map_over_length": [of_map(length, 1024, repeats) for length in lengths],
         "antidiagonals": [of_antidiagonals(length, repeats) for length in lengths],
         "running_top_k": [
-            run(length, repeats) for run in (of_blocks, of_tokens) for length in lengths[:-1]
+            *(of_blocks(length, repeats) for length in lengths[:-1]),
+            *(of_tokens(length, repeats) for length in lengths[:2]),
         ],
     }
     console = Console(width=max(Console().width, 130))

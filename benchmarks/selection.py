@@ -5,11 +5,11 @@
 
 Of the registry's causal estimators that need no training. Dense attention is the executor under the
 causal mask: of one row of tiles in some, evenly spread, since all would take a minute; its time is
-taken for all tiles in proportion. FLOPs are the accountant's.
+taken for all tiles in proportion. Processor time, which other work on the machine does not enter,
+stands beside; FLOPs are the accountant's, which counts hidden pieces of the map as if computed.
 """
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jsparse as js
-from benchmarks.attention import in_turn, machine
+from benchmarks.attention import machine
+from benchmarks.kin_scorers import timed
 from jsparse.evaluation.cost import attend_cost, plan_cost
 from jsparse.registry import METHODS, Row
 
@@ -67,35 +68,32 @@ def measure(length: int, repeats: int) -> list[dict[str, Any]]:
     def dense(q, k, v):
         return js.attend(q, k, v, some, mask=mask)
 
-    compiled = {"dense": jax.jit(dense).lower(*operands).compile()}
-    runs = {"dense": lambda: jax.block_until_ready(compiled["dense"](*operands))}
-    plans = {}
+    runs: dict[str, Any] = {"dense": (dense, operands)}
     for row in estimators():
         method = row.factory()
-
-        def plan_of(q, k, method=method):
-            return method.plan((), q, k, mask=mask)[0]
-
-        plans[row.name] = plan_of
-        compiled[row.name] = jax.jit(plan_of).lower(q, k).compile()
-        runs[row.name] = functools.partial(
-            lambda run: jax.block_until_ready(run(q, k)), compiled[row.name]
+        runs[row.name] = (
+            lambda q, k, method=method: method.plan((), q, k, mask=mask)[0],
+            [q, k],
         )
-    times = in_turn(runs, repeats)
-    dense_times = np.array(times.pop("dense")) / share
+    figures = timed(runs, repeats)
+    all_rows = figures.pop("dense")
+    dense_ms, dense_cpu_ms = all_rows.ms / share, all_rows.cpu_ms / share
     rows = []
-    for name, own in times.items():
-        cost = plan_cost(plans[name], q, k)
+    for name, own in figures.items():
+        cost = plan_cost(runs[name][0], q, k)
         rows.append(
             {
                 "tokens": length,
                 "method": name,
-                "plan_ms": 1e3 * float(np.median(own)),
-                "dense_ms": 1e3 * float(np.median(dense_times)),
-                "time_share": float(np.median(np.array(own) / dense_times)),
-                "plan_gflop": cost.flops / 1e9,
+                "plan_ms": own.ms,
+                "plan_cpu_ms": own.cpu_ms,
+                "dense_ms": dense_ms,
+                "dense_cpu_ms": dense_cpu_ms,
+                "time_share": own.ms / dense_ms,
+                "cpu_share": own.cpu_ms / dense_cpu_ms,
                 "flop_share": cost.flops / dense_flops,
-                "plan_temp_mib": compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
+                "plan_gflop": cost.flops / 1e9,
+                "plan_temp_mib": own.temp_mib,
             }
         )
     return rows

@@ -141,21 +141,18 @@ def softmax_blocks(
         shape = rows, pieces * keys // per_kv
         nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
         if lists is None:
-            order, count = jnp.arange(pieces), pieces
+            step, steps = lambda known, piece: (one_piece(known, piece), None), pieces
         else:
-            row = (
-                entry(len(lists.kv_indices), batch),
-                head // (heads // lists.list_heads),
-                chunk,
-            )
-            order, count = lists.kv_indices[row], lists.kv_num_blocks[row]
+            lists_of = entry(len(lists.kv_indices), batch), head // (heads // lists.list_heads)
+            order, count = (x[*lists_of, chunk] for x in (lists.kv_indices, lists.kv_num_blocks))
 
-        # a loop of known length, so that the work can be counted; what is not listed is passed over
-        def listed(known, number):
-            meet = functools.partial(one_piece, piece=order[number])
-            return jax.lax.cond(number < count, meet, lambda known: known, known), None
+            # what is not listed is passed over, so that the loop's length and its work are known
+            def step(known, number):
+                meet = functools.partial(one_piece, piece=order[number])
+                return jax.lax.cond(number < count, meet, lambda known: known, known), None
 
-        (peaks, mass), _ = jax.lax.scan(listed, nothing, jnp.arange(len(order)))
+            steps = len(order)
+        (peaks, mass), _ = jax.lax.scan(step, nothing, jnp.arange(steps))
         peak = _finite(peaks.max(-1, keepdims=True))
         total = (mass * jnp.exp(peaks - peak)).sum(-1, keepdims=True)
         lse = jnp.where(total != 0, peak + jnp.log(jnp.where(total != 0, total, 1.0)), -jnp.inf)

@@ -13,7 +13,6 @@ from jsparse.attention.planned import Queries, no_params
 from jsparse.attention.reordered import attend_reordered
 from jsparse.core import blocks, pooling, reordering, scores, selection
 from jsparse.core.reordering import Orders
-from jsparse.core.softmax_blocks import softmax_blocks
 from jsparse.masks.reordered import follow
 from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
 
@@ -48,23 +47,27 @@ def last_queries_attention(
       length: How many keys; the softmax is over these.
       mask: Who may see whom.
     """
-    batch_shape, (q_len, heads, dim), kv_len = q.shape[:-3], q.shape[-3:], k.shape[-3]
+    batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    kv_len, kv_heads = k.shape[-3:-1]
     last = min(last, q_len)
     flat_mask = None if mask is None else mask.flatten_batch(batch_shape)
+    flat_q = q[..., q_len - last :, :, :].reshape(-1, last, heads, dim)
+    flat_k = k[..., :length, :, :].reshape(-1, length, kv_heads, dim)
+    queries, keys = jnp.arange(q_len - last, q_len)[:, None], jnp.arange(length)
 
-    def visible(batch, head, query, key):
-        if flat_mask is None:
-            return jnp.ones((), bool)
-        return flat_mask.visible(q_len - last + query, key, Frame(q_len, kv_len, batch, head))
+    # one head at a time: [last, length] is all that there ever is of the attention map
+    def one_head(index):
+        batch, head = jnp.divmod(index, heads)
+        of_k = flat_k[batch, :, head // (heads // kv_heads)]
+        logits = jnp.dot(flat_q[batch, :, head], of_k.T, preferred_element_type=jnp.float32)
+        seen = None
+        if flat_mask is not None:
+            seen = flat_mask.visible(queries, keys, Frame(q_len, kv_len, batch, head))
+            seen = jnp.broadcast_to(seen, logits.shape)
+        return jax.nn.softmax(logits * dim**-0.5, axis=-1, where=seen).mean(0)
 
-    mass = softmax_blocks(
-        q.reshape(-1, *q.shape[-3:])[:, q_len - last :],
-        k.reshape(-1, *k.shape[-3:])[:, :length],
-        scale=dim**-0.5,
-        cells_per_block=(last, 1),
-        cells=blocks.Cells(visible),
-    ).sums
-    return mass.reshape(*batch_shape, heads, length) / last
+    found = jax.lax.map(one_head, jnp.arange(len(flat_q) * heads))
+    return found.reshape(*batch_shape, heads, length)
 
 
 def order_in_segments(

@@ -9,7 +9,7 @@ as one accumulator, whose sums along rows are the tiles'.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,21 +75,6 @@ def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int) -> str
         rows=block_kv,
         needed=shared_memory(block_q, block_kv, dim, config),
         limit=SHARED_MEMORY - RESERVED,
-    )
-
-
-def candidates(block_q: int, block_kv: int, dim: int) -> tuple[Config, ...]:
-    """The configurations worth timing, the default first; none where nothing fits."""
-    others = (
-        Config(stages, columns, consumer, producer)
-        for stages in (4, 3, 2)
-        for columns in sorted({64, block_kv})
-        for consumer, producer in ((240, 24), (232, 40))
-    )
-    return configurations.candidates(
-        default_config(block_q, block_kv, dim),
-        others,
-        lambda config: layout_refusal(config, block_q, block_kv, dim),
     )
 
 
@@ -291,7 +276,7 @@ def _launched(
     *,
     results: list[jax.ShapeDtypeStruct],
     scratch: list[Any],
-    inputs: list[jax.Array] = [],  # noqa: B006
+    inputs: Sequence[jax.Array] = (),
 ) -> Any:
     """Runs `consumer(program, visit, tiles, pieces)` in every consumer warpgroup.
 
