@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from jsparse import checks
 from jsparse.evaluation.capture import Profiled
 from jsparse.evaluation.store import Store, fingerprint
-from jsparse.masks.moa import ElasticRule, moa, span
+from jsparse.masks.moa import ElasticRule, span
 from jsparse.planning.influence import Influence, figures, mean
 from jsparse.planning.pareto import Program, Range, pareto_front, programs_to_solve, solve
 from jsparse.planning.table import Choice, Provenance, Table, methods_of
@@ -134,11 +134,11 @@ def search_rules(
     """
     checks.profiles(texts, held_out)
     checks.fractions(density=density)
-    checks.positive(interval=interval, num_betas=num_betas, ranges=ranges, most_rules=most_rules)
+    checks.positive(block_size=block_size, interval=interval, num_betas=num_betas)
+    checks.positive(ranges=ranges, most_rules=most_rules)
     checks.shares(least_spent=least_spent)
     checks.positive_number(time_limit=time_limit)
     arguments = {"num_sink": block_size, "min_span": 2 * block_size, "block_size": block_size}
-    moa(**arguments)  # says what is wrong before the first layer
     profiled = tuple(sorted({_length(text) for text in texts}))
     extended = 2 * profiled[-1] if extended is None else extended
     checks.positive(extended=extended)

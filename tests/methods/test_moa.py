@@ -40,7 +40,11 @@ def test_spans_of_the_specification(rule, length, size):
 def test_spans_are_those_of_the_oracle():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        alpha, beta, length = int(rng.integers(-2000, 2000)), rng.random(), int(rng.integers(1, 5000))
+        alpha, beta, length = (
+            int(rng.integers(-2000, 2000)),
+            rng.random(),
+            int(rng.integers(1, 5000)),
+        )
         assert span(js.ElasticRule(alpha, beta), length) == oracle.span(alpha, beta, length)
 
 
