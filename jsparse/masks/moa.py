@@ -27,7 +27,7 @@ def span(
     min_span: int = 128,
     block_size: int = 64,
 ) -> tuple[int, int]:
-    """How many first tokens, and how many last ones, a head keeps of so many (section 3.1).
+    """How many first tokens, and how many last ones, a head keeps of so many.
 
     Together at most `length`, at least `min_span`, then rounded up to whole blocks. What a ring
     buffer for decoding holds of a head is exactly these; a prompt's rows keep the blocks of

@@ -1,6 +1,6 @@
 """A rule for each head, the best for several lengths at once: the plans that no other beats.
 
-Fu et al. 2024, arXiv:2406.14909, section 4.3: a 0/1 program with several objectives, solved for one
+Fu et al. 2024, arXiv:2406.14909: a 0/1 program with several objectives, solved for one
 of them at a time while the others are held inside ranges.
 """
 

@@ -41,7 +41,7 @@ class Lengths(NamedTuple):
 def elastic_rules(
     lengths: Lengths, *, interval: int = 1024, num_betas: int = 9
 ) -> tuple[ElasticRule, ...]:
-    """The rules that heads may be given (section 4.1), by their spans at the greatest length.
+    """The rules that heads may be given, by their spans at the greatest length.
 
     Those of a grid whose spans are positive at the least length, and at most the length itself at
     the longest profiled one and at the greatest of all.
@@ -69,6 +69,33 @@ def elastic_rules(
         and at(rule, shortest) > 0
     ]
     return tuple(sorted(kept, key=lambda rule: at(rule, greatest)))
+
+
+class Spans(NamedTuple):
+    """Rules that differ at some length of a search, and how much each keeps at any length."""
+
+    rules: tuple[ElasticRule, ...]
+    block_size: int
+
+    @classmethod
+    def of(cls, rules: Sequence[ElasticRule], lengths: Lengths, block_size: int) -> "Spans":
+        """Of rules that keep the same at all lengths the first."""
+        every = cls(tuple(rules), block_size)
+        tokens = zip(*(every.tokens(length).tolist() for length in lengths.every), strict=True)
+        first: dict[tuple[int, ...], ElasticRule] = {}
+        for rule, spans in zip(rules, tokens, strict=True):
+            first.setdefault(spans, rule)
+        return every._replace(rules=tuple(first.values()))
+
+    def tokens(self, length: int) -> Int[np.ndarray, " rules"]:
+        """Sink and window of each rule."""
+        sizes = {"num_sink": self.block_size, "min_span": 2 * self.block_size}
+        spans = (span(r, length, block_size=self.block_size, **sizes) for r in self.rules)
+        return np.array([sum(tokens) for tokens in spans], int)
+
+    def blocks(self, length: int) -> Int[np.ndarray, " rules"]:
+        """The same in blocks."""
+        return self.tokens(length) // self.block_size
 
 
 def search_rules(
@@ -163,11 +190,15 @@ def search_rules(
         return Influence.of(found)
 
     of_texts = [(_length(x), influence_of(f"text {n}", x)) for n, x in enumerate(texts)]
+    by_length = {n: mean([x for of, x in of_texts if of == n]) for n in profiled}
     unseen = mean([influence_of(f"held out {n}", text) for n, text in enumerate(held_out)])
-
-    def losses(influence: Influence, length: int) -> Float[np.ndarray, "layers lists rules"]:
-        of_heads = influence.dropped(spans.blocks(length) - 1)
-        return of_heads.reshape(layers, lists, heads // lists, -1).sum(2)
+    program = Program(
+        loss=np.stack([_losses(x, spans, n, lists) for n, x in by_length.items()]),
+        cost=np.stack([np.minimum(spans.tokens(n), n) for n in lengths.bounded]).astype(float),
+        budget=np.array([density * n * layers * lists for n in lengths.bounded]),
+        least_spent=least_spent,
+        most_rules=most_rules,
+    )
 
     def solved(
         program: Program, objective: int, inside: Mapping[int, Range]
@@ -181,21 +212,13 @@ def search_rules(
         plan = store.get(f"plan {objective} {sorted(inside.items())}", numbers)
         return None if plan is None else np.array(plan)
 
-    by_length = [mean([x for n, x in of_texts if n == length]) for length in profiled]
-    program = Program(
-        loss=np.stack([losses(x, n) for x, n in zip(by_length, profiled, strict=True)]),
-        cost=np.stack([np.minimum(spans.tokens(n), n) for n in lengths.bounded]).astype(float),
-        budget=np.array([density * n * layers * lists for n in lengths.bounded]),
-        least_spent=least_spent,
-        most_rules=most_rules,
-    )
     front = pareto_front(program, ranges=ranges, solve=solved)
     of_heads = [np.repeat(plan, heads // lists, axis=1) for plan in front]
     chosen = [_choices(plan, spans, unseen, lengths.unseen) for plan in of_heads]
     provenance = Provenance(source, lengths.unseen, lengths.unseen, "kept_influence", {})
     tables = [Table("moa", arguments, layers, provenance) for layers in chosen]
     if loss is None:
-        unseen_losses = losses(unseen, lengths.unseen)
+        unseen_losses = _losses(unseen, spans, lengths.unseen, lists)
         found = [np.take_along_axis(unseen_losses, x[..., None], -1).sum() for x in front]
     else:
         found = [loss(methods_of(table)) for table in tables]
@@ -214,33 +237,6 @@ def search_rules(
     return best._replace(provenance=provenance._replace(search=search))
 
 
-class Spans(NamedTuple):
-    """Rules that differ at some length of a search, and how much each keeps at any length."""
-
-    rules: tuple[ElasticRule, ...]
-    block_size: int
-
-    @classmethod
-    def of(cls, rules: Sequence[ElasticRule], lengths: Lengths, block_size: int) -> "Spans":
-        """Of rules that keep the same at all lengths the first."""
-        every = cls(tuple(rules), block_size)
-        tokens = zip(*(every.tokens(length).tolist() for length in lengths.every), strict=True)
-        first: dict[tuple[int, ...], ElasticRule] = {}
-        for rule, spans in zip(rules, tokens, strict=True):
-            first.setdefault(spans, rule)
-        return every._replace(rules=tuple(first.values()))
-
-    def tokens(self, length: int) -> Int[np.ndarray, " rules"]:
-        """Sink and window of each rule."""
-        sizes = {"num_sink": self.block_size, "min_span": 2 * self.block_size}
-        spans = (span(r, length, block_size=self.block_size, **sizes) for r in self.rules)
-        return np.array([sum(tokens) for tokens in spans], int)
-
-    def blocks(self, length: int) -> Int[np.ndarray, " rules"]:
-        """The same in blocks."""
-        return self.tokens(length) // self.block_size
-
-
 def causal_share(kept: int, blocks: int) -> float:
     """Tiles of a sink and a window of `kept` blocks, over those of dense causal attention."""
     rows = np.arange(1, blocks + 1)
@@ -249,6 +245,15 @@ def causal_share(kept: int, blocks: int) -> float:
 
 def _length(text: Sequence[Profiled]) -> int:
     return len(text[0].q)
+
+
+def _losses(
+    influence: Influence, spans: Spans, length: int, lists: int
+) -> Float[np.ndarray, "layers lists rules"]:
+    """What each rule makes a head lose, or the heads that share one."""
+    of_heads = influence.dropped(spans.blocks(length) - 1)
+    layers, heads, rules = of_heads.shape
+    return of_heads.reshape(layers, lists, heads // lists, rules).sum(2)
 
 
 def _choices(

@@ -1,6 +1,5 @@
 """MoA from the paper and the authors' pipeline, in float64 loops."""
 
-import itertools
 import math
 
 import numpy as np
@@ -110,7 +109,7 @@ def plans(loss, cost, budget, *, least=0.0, most_rules=None):
     """All feasible plans with their losses; loss [objectives, layers, heads, rules]."""
     _, layers, heads, count = loss.shape
     found = []
-    for flat in itertools.product(range(count), repeat=layers * heads):
+    for flat in np.ndindex(*(count,) * (layers * heads)):
         plan = np.array(flat).reshape(layers, heads)
         if most_rules and max(len({*layer}) for layer in plan.tolist()) > most_rules:
             continue
