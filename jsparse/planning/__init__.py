@@ -1,6 +1,5 @@
 """Offline searches over the heads of a model, and the tables that they save."""
 
-from jsparse.planning.influence import influence as influence
 from jsparse.planning.influence import influence_of_blocks as influence_of_blocks
 from jsparse.planning.pareto import Program as Program
 from jsparse.planning.pareto import pareto_front as pareto_front

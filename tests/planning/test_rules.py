@@ -12,7 +12,6 @@ from jsparse.planning import (
     Lengths,
     Program,
     elastic_rules,
-    influence,
     influence_of_blocks,
     load_table,
     methods_of,
@@ -20,7 +19,7 @@ from jsparse.planning import (
     save_table,
     search_rules,
 )
-from jsparse.planning.influence import Influence, influence_by_distance
+from jsparse.planning.influence import Influence, influence, influence_by_distance
 from jsparse.planning.pareto import grid_of, programs_to_solve, solve, undominated
 from jsparse.planning.rules import Spans
 from tests.inputs import qkv

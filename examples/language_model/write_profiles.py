@@ -1,6 +1,6 @@
 """Profiles the language model for `jsparse plan --method moa`: what its loss depends on.
 
-    python -m examples.language_model.profile --output build/profile
+    python -m examples.language_model.write_profiles --output build/profile
 
 Reads windows of the text it was trained on, of several lengths, and writes of each a file of q, k,
 v and the gradient of the bits per byte by each layer's attention. Goes on where it was stopped.
@@ -20,7 +20,7 @@ from jsparse.evaluation import profile, save_captured
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="profile", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="write_profiles", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("build/profile"), metavar="FOLDER")
     parser.add_argument(
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--texts", type=int, default=4, metavar="N", help="of each length; default: %(default)s"
     )
-    with one_line_errors("profile"):
+    with one_line_errors("write_profiles"):
         run(parser.parse_args())
 
 

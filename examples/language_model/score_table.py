@@ -1,6 +1,6 @@
 """Scores a table of `jsparse plan` inside the language model, on text it was not trained on.
 
-    python -m examples.language_model.score build/plan.json
+    python -m examples.language_model.score_table build/plan.json
 
 Prints the bits per byte with dense attention, with each head's own setting and, for a table of
 elastic rules, with one rule for all heads that keeps as many tokens.
@@ -24,7 +24,7 @@ from jsparse.planning import Table, load_table, methods_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="score", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="score_table", description=__doc__.split("\n")[0])
     parser.add_argument("table", type=Path, metavar="FILE", help="a table of jsparse plan")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE")
     parser.add_argument(
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--texts", type=int, default=4, metavar="N", help="windows; default: %(default)s"
     )
-    with one_line_errors("score"):
+    with one_line_errors("score_table"):
         run(parser.parse_args())
 
 
