@@ -83,7 +83,8 @@ def influence_of_blocks(
             start = number * columns_of
             key, value = (part(x[kv_head], start, columns_of) for x in (keys, values))
             column = start + jnp.arange(columns_of)
-            probs = jnp.exp(query @ key.T - total[:, None])
+            # on some devices the log-sum-exp is of logits that were rounded in another way
+            probs = jnp.minimum(jnp.exp(query @ key.T - total[:, None]), 1.0)
             effect = influence(probs, d_of @ value.T, mean[:, None])
             # the only key of the first row leaves nothing behind
             effect = jnp.where(row[:, None] == 0, -probs * mean[:, None], effect)

@@ -126,7 +126,8 @@ def search_rules(
 
     Args:
       texts: What `jsparse.evaluation.profile` gave of texts of one or more lengths; 2048, 4096 and
-        8192 tokens in the paper. Those of one length count by their mean.
+        8192 tokens in the paper, the loss that of the model's own answers. Those of one length
+        count by their mean. Attention is a plain causal softmax, without sinks or softcap.
       held_out: The same of texts of one other length, for the choice; 12288 in the paper.
       density: Most tokens that heads may keep, sink and window together, as a share of the length,
         in (0, 1], mean over heads.
