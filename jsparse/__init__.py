@@ -27,6 +27,8 @@ from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna
+from jsparse.masks.moa import ElasticRule as ElasticRule
+from jsparse.masks.moa import moa as moa
 from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jsparse import checks
 from jsparse.attention import tuning
-from jsparse.evaluation.capture import Captured, load_captured
+from jsparse.evaluation.capture import Captured, Profiled, load_captured, load_profiled
 from jsparse.evaluation.compare import Comparison, Setting, compare, settings
 from jsparse.evaluation.report import make_room, write_report
 from jsparse.evaluation.table import counted, print_first_that_fits, print_table
@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   jsparse compare captured.safetensors --block 64 --repeats 5
   jsparse plan captured.safetensors --method minference --budget 0.3 --output plan.json
   jsparse plan captured.safetensors --method xattention --coverage 0.9 --output plan.json
+  jsparse plan 2k.safetensors 4k.safetensors --held-out 6k.safetensors --method moa --density 0.3
   jsparse tune --dims 128 --tiles 128x128 64x128 --length 32768
 """
 
@@ -55,6 +56,10 @@ jsparse compare --help), and writes them as a table of JSON:
   minference   the pattern that keeps most of dense attention, among those that cost no more than
                the budget
   xattention   the threshold at which the blocks that hold most of dense attention are taken
+  moa          the span, by the length of the text, whose loss is least within a density of all
+               heads; of several files, made of texts of one length or more and for the choice of
+               another, which hold also layers.<n>.d_out, the gradient of the model's loss by each
+               layer's attention (save_captured(profile(model, loss, tokens), FILE) makes them)
 
 In Python, jsparse.planning.methods_of(load_table("plan.json")) makes a method for each layer, and
 jsparse.nn.with_methods puts these into a model.
@@ -131,8 +136,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _SCORES = {"mass": kept_mass, "outputs": near_outputs}
 _SEARCH_OPTIONS = {
     "minference": ("budget", "start", "score", "block"),
+    "moa": ("held_out", "density", "extended", "interval", "share_in_group", "block"),
     "xattention": ("coverage", "stride", "block"),
 }
+
+
+def _one_text(parsed: argparse.Namespace) -> list[Captured]:
+    checks.one_text(parsed.method, parsed.files)
+    return load_captured(parsed.files[0])
+
+
+def _texts(parsed: argparse.Namespace) -> list[list[Profiled]]:
+    checks.texts_held_out(parsed.held_out)
+    return [load_profiled(file) for file in parsed.files]
+
+
+# what each search is made on
+_READERS = {"minference": _one_text, "moa": _texts, "xattention": _one_text}
 
 
 def _add_plan(commands: Any) -> None:
@@ -143,7 +163,9 @@ def _add_plan(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    planned.add_argument("file", type=Path, help="the safetensors file")
+    planned.add_argument(
+        "files", type=Path, nargs="+", metavar="file", help="the safetensors file; of moa several"
+    )
     planned.add_argument(
         "--method", choices=[*SEARCHES], default="minference", help="default: %(default)s"
     )
@@ -184,6 +206,39 @@ def _add_plan(commands: Any) -> None:
         "--stride", type=int, metavar="TOKENS", help="of a cell; default: the method's own"
     )
 
+    own = planned.add_argument_group("moa")
+    own.add_argument(
+        "--held-out",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="texts of a length that the others do not have, which decide among the plans found",
+    )
+    own.add_argument(
+        "--density",
+        type=float,
+        metavar="SHARE",
+        help="most tokens that heads keep, of the length, mean over heads; default: 0.5",
+    )
+    own.add_argument(
+        "--extended",
+        type=int,
+        metavar="TOKENS",
+        help="a length at which this holds too; default: twice the longest of the files",
+    )
+    own.add_argument(
+        "--interval",
+        type=int,
+        metavar="TOKENS",
+        help="between the offsets that spans may have; default: 1024",
+    )
+    own.add_argument(
+        "--share-in-group",
+        action="store_const",
+        const=True,
+        help="one rule for the query heads that share a kv head",
+    )
+
 
 def _plan(parsed: argparse.Namespace) -> None:
     every = dict.fromkeys(name for names in _SEARCH_OPTIONS.values() for name in names)
@@ -194,7 +249,9 @@ def _plan(parsed: argparse.Namespace) -> None:
     if "block" in given:
         given["block_size"] = given.pop("block")
     make_room(parsed.output)
-    layers = load_captured(parsed.file)
+    captured = _READERS[parsed.method](parsed)
+    if "held_out" in given:
+        given["held_out"] = [load_profiled(file) for file in given["held_out"]]
     with Progress(*_COLUMNS) as bar:
         task = bar.add_task("", total=None)
         started = False
@@ -205,8 +262,8 @@ def _plan(parsed: argparse.Namespace) -> None:
             started = True
 
         table = SEARCHES[parsed.method](
-            layers,
-            source=parsed.source or parsed.file.name,
+            captured,
+            source=parsed.source or ", ".join(file.name for file in parsed.files),
             progress=progress,
             partial=parsed.output.with_suffix(".partial.json"),
             **given,
@@ -243,8 +300,8 @@ def _value(choice: Choice) -> str:
 
 
 _CHOICES = (
-    "score: share of dense attention's mass, or outputs, kept; cost: operations over those of "
-    "dense attention; means over heads."
+    "score: share of dense attention's mass, outputs, or influence on the loss, kept; cost: "
+    "operations over those of dense attention; means over heads."
 )
 
 

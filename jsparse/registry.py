@@ -8,6 +8,7 @@ from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
+from jsparse.masks.moa import ElasticRule, moa
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
@@ -119,6 +120,22 @@ METHODS: tuple[Row, ...] = (
         settings=(1, 4, 16),
         keeps_all=2**20,
         by_kv_head=True,
+    ),
+    Row(
+        name="moa",
+        family="masks",
+        factory=moa,
+        summary="per head a sink and a window, by length",
+        paper="arXiv:2406.14909",
+        year=2024,
+        causal=True,
+        bidirectional=False,
+        training_free=True,
+        control="rules",
+        settings=(0.125, 0.25, 0.5),
+        keeps_all=1.0,
+        per_head="rules",
+        kinds=(ElasticRule,),
     ),
     Row(
         name="fna",

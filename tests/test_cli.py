@@ -11,7 +11,7 @@ import safetensors.numpy
 import examples.compare
 import jsparse as js
 from jsparse.cli import main
-from jsparse.evaluation import Captured, save_captured
+from jsparse.evaluation import Captured, Profiled, save_captured
 from jsparse.planning import (
     SEARCHES,
     Choice,
@@ -222,6 +222,47 @@ def test_plan_hands_its_options_to_the_search_and_says_what_is_too_dear(
     out = capsys.readouterr().out
     assert "AShape 4 9" in out
     assert "1 head above the budget 0.2" in out
+
+
+def test_plan_takes_texts_of_several_lengths_and_keeps_some_for_the_choice(
+    capsys, tmp_path, monkeypatch
+):
+    files = []
+    for length in (64, 96, 128):
+        q, k, v = qkv(length)
+        files.append(str(tmp_path / f"{length}.safetensors"))
+        save_captured([Profiled(q, k, v, q)] * 2, files[-1])
+    told = {}
+
+    def search(texts, *, held_out, source, progress, partial, **given):
+        told.update(given, texts=texts, held_out=held_out, source=source)
+        progress("text 0 layer 0", 1)
+        heads = tuple(Choice(js.ElasticRule(*rule), 0.5, 0.1) for rule in ((64, 0.0), (-9, 0.5)))
+        provenance = Provenance(source, 128, 128, "kept_influence", {})
+        return Table("moa", {}, (heads,), provenance)
+
+    monkeypatch.setitem(SEARCHES, "moa", search)
+    output = ["--output", str(tmp_path / "plan.json")]
+    options = ["--density", "0.3", "--extended", "512", "--interval", "16", "--share-in-group"]
+    held_out = ["--held-out", files[2]]
+    main(["plan", *files[:2], "--method", "moa", *held_out, *options, *output])
+    assert [[len(layer.q) for layer in text] for text in told.pop("texts")] == [[64] * 2, [96] * 2]
+    assert [len(text[0].d_out) for text in told.pop("held_out")] == [128]
+    assert told == {
+        "density": 0.3,
+        "extended": 512,
+        "interval": 16,
+        "share_in_group": True,
+        "source": "64.safetensors, 96.safetensors",
+    }
+    out = capsys.readouterr().out
+    assert "ElasticRule 64 0.0, ElasticRule -9 0.5" in out
+    line = fails(capsys, "plan", *files, "--method", "moa", *output)
+    assert "--held-out is missing" in line
+    line = fails(capsys, "plan", *files, *output)
+    assert "3 files are given; the search for minference takes one" in line
+    line = fails(capsys, "plan", files[0], "--method", "xattention", *held_out, *output)
+    assert "--held-out is not for xattention" in line
 
 
 def test_plan_refuses_in_one_line(capsys, file, tmp_path):

@@ -16,6 +16,7 @@ class Queries(NamedTuple):
     """
 
     q_len: int
+    kv_len: int
     heads: int
     kv_heads: int
     offset: Any
@@ -24,7 +25,8 @@ class Queries(NamedTuple):
     def of(cls, q: Any, k: Any, positions: Any) -> "Queries":
         """From queries and their positions among the keys, None being the last ones."""
         q_len, heads = q.shape[-3:-1]
-        return cls(q_len, heads, k.shape[-2], None if positions is None else positions[..., 0])
+        kv_len, kv_heads = k.shape[-3:-1]
+        return cls(q_len, kv_len, heads, kv_heads, None if positions is None else positions[..., 0])
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:

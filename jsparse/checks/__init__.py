@@ -52,6 +52,7 @@ from jsparse.checks.files import finite_layers as finite_layers
 from jsparse.checks.files import known_methods as known_methods
 from jsparse.checks.files import longer_than_a_tile as longer_than_a_tile
 from jsparse.checks.files import one_sequence as one_sequence
+from jsparse.checks.files import output_gradient as output_gradient
 from jsparse.checks.files import readable as readable
 from jsparse.checks.files import readable_text as readable_text
 from jsparse.checks.files import same_layers as same_layers
@@ -61,8 +62,12 @@ from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
 from jsparse.checks.tables import layer_methods as layer_methods
+from jsparse.checks.tables import one_text as one_text
+from jsparse.checks.tables import profiles as profiles
 from jsparse.checks.tables import rows_left as rows_left
 from jsparse.checks.tables import search_options as search_options
+from jsparse.checks.tables import some_plan as some_plan
+from jsparse.checks.tables import some_rules as some_rules
 from jsparse.checks.tables import table_layers as table_layers
 from jsparse.checks.tables import table_method as table_method
 from jsparse.checks.tables import table_parts as table_parts
@@ -70,8 +75,10 @@ from jsparse.checks.tables import table_readable as table_readable
 from jsparse.checks.tables import table_refused as table_refused
 from jsparse.checks.tables import table_schema as table_schema
 from jsparse.checks.tables import table_value as table_value
+from jsparse.checks.tables import texts_held_out as texts_held_out
 from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
+from jsparse.checks.values import finite as finite
 from jsparse.checks.values import fractions as fractions
 from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
@@ -84,3 +91,4 @@ from jsparse.checks.values import positive as positive
 from jsparse.checks.values import positive_number as positive_number
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
 from jsparse.checks.values import scalar as scalar
+from jsparse.checks.values import shares as shares

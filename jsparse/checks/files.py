@@ -17,13 +17,26 @@ def readable(path: Any, error: Any) -> None:
     )
 
 
-def captured_layer(path: Any, layer: int, names: Any) -> None:
-    """A captured layer has all three tensors."""
-    missing = [n for n in ("q", "k", "v") if f"layers.{layer}.{n}" not in names]
+def captured_layer(path: Any, layer: int, names: Any, wanted: tuple[str, ...]) -> None:
+    """A captured layer has all the tensors that are wanted."""
+    missing = [n for n in wanted if f"layers.{layer}.{n}" not in names]
     if missing:
+        gradient = ""
+        if "d_out" in wanted:
+            gradient = "; jsparse.evaluation.profile gives these and d_out, the output's gradient"
         raise ValueError(
             f"{path} lacks {', '.join(f'layers.{layer}.{n}' for n in missing)}; each layer needs "
-            "q [length, heads, dim], k and v [length, kv_heads, dim]."
+            f"q [length, heads, dim], k and v [length, kv_heads, dim]{gradient}."
+        )
+
+
+def output_gradient(path: Any, layer: int, tensors: Any) -> None:
+    """The gradient by an output has the output's shape."""
+    expected = (*tensors.q.shape[:-1], tensors.v.shape[-1])
+    if tensors.d_out.shape != expected:
+        raise ValueError(
+            f"{path}: layers.{layer}.d_out has shape {tensors.d_out.shape}; the output has "
+            f"{expected}."
         )
 
 
@@ -69,7 +82,7 @@ def one_sequence(path: Any, layer: int, tensors: Any) -> None:
 def finite_layers(layers: Any) -> None:
     """Captured layers hold numbers, nothing infinite among them."""
     for index, layer in enumerate(layers):
-        for name, x in zip(("q", "k", "v"), layer, strict=True):
+        for name, x in layer._asdict().items():
             if not np.isfinite(np.asarray(x, np.float32)).all():
                 raise ValueError(
                     f"Layer {index} has {name} with numbers that are not finite; find what made "

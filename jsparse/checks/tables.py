@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jsparse.checks.files import finite_layers, same_layers
+
 
 def table_readable(path: Any, error: Any) -> None:
     """A table could not be read."""
@@ -104,5 +106,82 @@ def search_options(method: str, given: Any, allowed: Any) -> None:
     """Options given are ones that the method's search has."""
     for name in given:
         if name not in allowed:
-            options = ", ".join(f"--{n}" for n in sorted(allowed))
-            raise ValueError(f"--{name} is not for {method}, whose search takes {options}.")
+            options = ", ".join(_option(n) for n in sorted(allowed))
+            raise ValueError(f"{_option(name)} is not for {method}, whose search takes {options}.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def one_text(method: str, files: Any) -> None:
+    """A search on a single text is given one file."""
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} files are given; the search for {method} takes one.")
+
+
+def texts_held_out(held_out: Any) -> None:
+    """A search that chooses by texts of another length is given some."""
+    if not held_out:
+        raise ValueError(
+            "--held-out is missing: the search chooses among its plans by texts of a length that "
+            "the others do not have; name one file or more."
+        )
+
+
+def profiles(texts: Any, held_out: Any) -> None:
+    """Profiles of texts fit each other, and those held out have a length of their own."""
+    for name, given in (("texts", texts), ("held_out", held_out)):
+        if not len(given) or not all(len(text) for text in given):
+            raise ValueError(
+                f"{name} is empty or has a text without layers; make each with "
+                "jsparse.evaluation.profile."
+            )
+        for number, text in enumerate(given):
+            where = f"{name}[{number}]"
+            try:
+                same_layers(text)
+                finite_layers(text)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            q, k, v, d_out = text[0]
+            if len(q) != len(k):
+                raise ValueError(
+                    f"{where} has {len(q)} queries and {len(k)} keys; profile whole texts."
+                )
+            if d_out.shape != (*q.shape[:-1], v.shape[-1]):
+                raise ValueError(
+                    f"{where} has d_out of shape {d_out.shape}; the output has "
+                    f"{(*q.shape[:-1], v.shape[-1])}."
+                )
+            first = texts[0]
+            model, own = ((len(x), x[0].q.shape[1:], x[0].k.shape[1:]) for x in (first, text))
+            if model != own:
+                raise ValueError(
+                    f"{where} has (layers, q, k) {own}, texts[0] {model}; profile one model."
+                )
+    lengths, unseen = {len(text[0].q) for text in texts}, {len(text[0].q) for text in held_out}
+    if len(unseen) != 1 or unseen & lengths:
+        raise ValueError(
+            f"held_out has texts of {_listed(unseen)} tokens, texts of {_listed(lengths)}; those "
+            "held out must all have one length that the others do not have."
+        )
+
+
+def _listed(lengths: Any) -> str:
+    return ", ".join(map(str, sorted(lengths)))
+
+
+def some_rules(rules: Any, lengths: Any) -> None:
+    """There are rules to choose from."""
+    if not rules:
+        raise ValueError(
+            f"No elastic rule of the grid fits lengths of {', '.join(map(str, lengths))}; pass a "
+            "smaller interval or more num_betas."
+        )
+
+
+def some_plan(found: Any, bounds: str) -> None:
+    """Every objective has a plan that keeps to the bounds."""
+    if any(plan is None for plan in found):
+        raise ValueError(f"No plan keeps to {bounds}, or none was found in time; loosen these.")

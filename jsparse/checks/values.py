@@ -1,5 +1,6 @@
 """Checks of numbers and arrays, whatever they are for."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,6 +88,14 @@ def number(**values: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a number.")
 
 
+def finite(**values: Any) -> None:
+    """Each value is a number, neither infinite nor NaN."""
+    number(**values)
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be finite.")
+
+
 def positive_number(**values: float) -> None:
     """Each value is a number above 0."""
     number(**values)
@@ -107,6 +116,14 @@ def one_bool(avals: Any) -> None:
     found = [(aval.shape, str(aval.dtype)) for aval in avals]
     if found != [((), "bool")]:
         raise ValueError(f"A predicate must return one bool scalar; this one returns {found}.")
+
+
+def shares(**values: Any) -> None:
+    """Each value is a number in [0, 1]."""
+    number(**values)
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must lie in [0, 1].")
 
 
 def fractions(**values: Any) -> None:

@@ -1,8 +1,11 @@
 """Methods on models: capture, metrics, costs, comparison."""
 
 from jsparse.evaluation.capture import Captured as Captured
+from jsparse.evaluation.capture import Profiled as Profiled
 from jsparse.evaluation.capture import capture as capture
 from jsparse.evaluation.capture import load_captured as load_captured
+from jsparse.evaluation.capture import load_profiled as load_profiled
+from jsparse.evaluation.capture import profile as profile
 from jsparse.evaluation.capture import save_captured as save_captured
 from jsparse.evaluation.compare import compare as compare
 from jsparse.evaluation.cost import Cost as Cost

@@ -1,6 +1,7 @@
 """Taking q, k, v out of a model, and keeping them in a file."""
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,15 @@ class Captured(NamedTuple):
     q: Float[Array, "q_len heads dim"]
     k: Float[Array, "kv_len kv_heads dim"]
     v: Float[Array, "kv_len kv_heads v_dim"]
+
+
+class Profiled(NamedTuple):
+    """What one layer's attention was given, and the gradient of a loss by what it gave."""
+
+    q: Float[Array, "q_len heads dim"]
+    k: Float[Array, "kv_len kv_heads dim"]
+    v: Float[Array, "kv_len kv_heads v_dim"]
+    d_out: Float[Array, "q_len heads v_dim"]
 
 
 def capture(model: Any, *inputs: Any) -> list[Captured]:
@@ -49,14 +59,52 @@ def capture(model: Any, *inputs: Any) -> list[Captured]:
         copy(*inputs)
         return tensors
 
-    def unbatched(x):
-        return x.reshape(x.shape[-3:])
-
-    return [Captured(*map(unbatched, tensors)) for tensors in run(state, *inputs)]
+    return [Captured(*map(_unbatched, tensors)) for tensors in run(state, *inputs)]
 
 
-def save_captured(layers: list[Captured], path: str | Path) -> None:
+def profile(model: Any, loss: Callable[..., Array], *inputs: Any) -> list[Profiled]:
+    """Collects q, k, v of every attention layer and how a loss depends on each layer's output.
+
+    One forward and one backward pass; gradients by the model's parameters are not computed.
+
+    Args:
+      model: A Flax NNX model with `js.nn.SparseAttention` layers.
+      loss: `loss(model, *inputs) -> scalar`, which calls the model once on one sequence.
+      *inputs: What it is given; the batch axis, if any, is 1.
+
+    Raises:
+      ValueError: if the model has no such layer.
+    """
+    from flax import nnx
+
+    from jsparse.nn import attention_layers, probing
+
+    graph, state = nnx.split(model)
+
+    def run(probes, state, *inputs):
+        tensors: list[tuple[Array, Array, Array]] = []
+        copy = nnx.merge(graph, state)
+        for layer in attention_layers(copy):
+            layer.attention = probing(layer.attention or layer._method, tensors, probes)
+        return loss(copy, *inputs), tensors
+
+    _, tensors = jax.eval_shape(run, (), state, *inputs)
+    probes = [jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype) for q, _, v in tensors]
+    gradients, tensors = jax.jit(jax.grad(run, has_aux=True))(probes, state, *inputs)
+    return [
+        Profiled(*map(_unbatched, (*of_layer, d_out)))
+        for of_layer, d_out in zip(tensors, gradients, strict=True)
+    ]
+
+
+def _unbatched(x: Array) -> Array:
+    return x.reshape(x.shape[-3:])
+
+
+def save_captured(layers: Sequence[Captured | Profiled], path: str | Path) -> None:
     """Writes tensors `layers.<n>.q`, `.k` and `.v`, as float32; folders are made.
+
+    Of what `profile` gave also `layers.<n>.d_out`.
 
     Raises:
       ValueError: if the file cannot be written.
@@ -80,6 +128,25 @@ def load_captured(path: str | Path) -> list[Captured]:
       ValueError: if the file cannot be read or was cut off, a tensor is missing, or shapes do not
         fit each other.
     """
+    return [Captured(*layer) for layer in _load(path, Captured._fields)]
+
+
+def load_profiled(path: str | Path) -> list[Profiled]:
+    """Reads what `save_captured` wrote of `profile`, or any file with tensors of those names.
+
+    Raises:
+      ValueError: as of `load_captured`, or if a layer lacks `d_out` or it has another shape.
+    """
+    layers = []
+    for index, tensors in enumerate(_load(path, Profiled._fields)):
+        layer = Profiled(*tensors)
+        checks.output_gradient(path, index, layer)
+        layers.append(layer)
+    return layers
+
+
+def _load(path: str | Path, names: tuple[str, ...]) -> list[list[Array]]:
+    """Tensors of those names of each layer, of one sequence each."""
     tensors: dict[str, np.ndarray] = {}
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
@@ -90,10 +157,10 @@ def load_captured(path: str | Path) -> list[Captured]:
     checks.some_captured(path, len(found))
     layers = []
     for index in range(1 + max(map(int, found))):
-        checks.captured_layer(path, index, tensors)
-        tensors_of = {name: tensors[f"layers.{index}.{name}"] for name in "qkv"}
+        checks.captured_layer(path, index, tensors, names)
+        tensors_of = {name: tensors[f"layers.{index}.{name}"] for name in names}
         checks.one_sequence(path, index, tensors_of)
-        q, k, v = (jnp.asarray(x.reshape(x.shape[-3:])) for x in tensors_of.values())
-        checks.captured_inputs(path, index, (q, k, v))
-        layers.append(Captured(q, k, v))
+        layer = [jnp.asarray(x.reshape(x.shape[-3:])) for x in tensors_of.values()]
+        checks.captured_inputs(path, index, layer[:3])
+        layers.append(layer)
     return layers

@@ -16,10 +16,14 @@ _ENDLESS = 2**30
 
 @pytree_dataclass
 class HeadWindows(Mask):
-    """Head `h` sees the first `num_sink[h]` keys, and all from `window[h] - 1` before it on."""
+    """Head `h` sees the first `num_sink[h]` keys, and all from `window[h] - 1` before it on.
+
+    Of distances between blocks those between their first tokens count.
+    """
 
     num_sink: tuple[int, ...] = static_field()
     window: tuple[int, ...] = static_field()
+    block_size: int = static_field(default=1)
     offset: Int[Array, "*batch"] | None = array_field(core_ndim=0, default=None)
 
     @property
@@ -28,15 +32,23 @@ class HeadWindows(Mask):
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         num_sink, window = self._of_head(frame)
-        distance = q_index + key_position(self.offset, frame) - kv_index
+        distance = self._distance(q_index + key_position(self.offset, frame), kv_index)
         return (kv_index < num_sink) | (distance < window)
 
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
         num_sink, window = self._of_head(frame)
         offset = key_position(self.offset, frame)
-        some = (kv_first < num_sink) | (q_first + offset - kv_last < window)
-        return TileBounds(some, (kv_last < num_sink) | (q_last + offset - kv_first < window))
+        nearest = self._distance(q_first + offset, kv_last)
+        farthest = self._distance(q_last + offset, kv_first)
+        some = (kv_first < num_sink) | (nearest < window)
+        return TileBounds(some, (kv_last < num_sink) | (farthest < window))
+
+    def _distance(self, q_position: Index, kv_position: Index) -> Index:
+        size = self.block_size
+        if size == 1:
+            return q_position - kv_position
+        return (q_position // size - kv_position // size) * size
 
     def _of_head(self, frame: Frame) -> tuple[Array, Array]:
         return jnp.asarray(self.num_sink)[frame.head], jnp.asarray(self.window)[frame.head]
@@ -46,6 +58,7 @@ def head_windows(
     *,
     num_sink: Sequence[int],
     window: Sequence[int | None],
+    block_size: int = 1,
     offset: Int[Array, "*batch"] | int | None = None,
 ) -> Mask:
     """Lets each query head see the first keys and a window, as many of either as it is given.
@@ -56,6 +69,8 @@ def head_windows(
       num_sink: Per query head, how many keys at the start every query sees, at least 0.
       window: Per query head, how many keys up to the own one are visible, that one included, at
         least 1; None is all.
+      block_size: Tokens per block, counted from key 0, by which windows are cut: a query sees the
+        blocks whose first key is less than `window` before the first one of its own.
       offset: The key index that query 0 sits at, per sequence; see `js.masks.causal`.
 
     Raises:
@@ -63,9 +78,10 @@ def head_windows(
         integer.
     """
     checks.same_number_of_heads(num_sink=num_sink, window=window)
+    checks.positive(block_size=block_size)
     for first, near in zip(num_sink, window, strict=True):
         checks.non_negative(num_sink=first)
         if near is not None:
             checks.positive(window=near)
     windows = tuple(_ENDLESS if near is None else near for near in window)
-    return HeadWindows(tuple(num_sink), windows, as_int32(offset=offset))
+    return HeadWindows(tuple(num_sink), windows, block_size, as_int32(offset=offset))

@@ -5,6 +5,7 @@ from jsparse.nn.attention import SparseAttention as SparseAttention
 from jsparse.nn.cache import KVCache as KVCache
 from jsparse.nn.rotary import rotary as rotary
 from jsparse.nn.surgery import attention_layers as attention_layers
+from jsparse.nn.surgery import probing as probing
 from jsparse.nn.surgery import recording as recording
 from jsparse.nn.surgery import with_attention as with_attention
 from jsparse.nn.surgery import with_methods as with_methods

@@ -57,6 +57,23 @@ def with_methods(model: M, methods: Sequence[Method]) -> M:
     return copy
 
 
+def probing(
+    run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]], probes: Sequence[Array]
+) -> AttentionFn:
+    """An attention that notes down its q, k, v and adds the probe of its turn to its output.
+
+    The gradient of a loss by a probe of zeros is the one by that output. Without probes it is
+    `recording`.
+    """
+
+    def attention(q, k, v, *, mask, x, positions):
+        tensors.append((q, k, v))
+        out = run(q, k, v, mask=mask, x=x, positions=positions)
+        return out + probes[len(tensors) - 1]
+
+    return recording(run, tensors) if not probes else attention
+
+
 def recording(run: Callable[..., Array], tensors: list[tuple[Array, Array, Array]]) -> AttentionFn:
     """An attention that notes down its q, k, v and then does what `run` does."""
 

@@ -10,18 +10,27 @@ from flax import nnx
 
 import jsparse as js
 import jsparse.nn
-from jsparse.evaluation import Captured, capture, load_captured, save_captured
+from jsparse.evaluation import (
+    Captured,
+    Profiled,
+    capture,
+    load_captured,
+    load_profiled,
+    profile,
+    save_captured,
+)
 from tests.inputs import qkv
 
 
 class Stacked(nnx.Module):
     """A stand-in for a model: layers of attention, each on what came before."""
 
-    def __init__(self):
+    def __init__(self, layers=12, **options):
         def layer(seed):
-            return js.nn.SparseAttention(16, num_heads=4, num_kv_heads=2, rngs=nnx.Rngs(seed))
+            rngs = nnx.Rngs(seed)
+            return js.nn.SparseAttention(16, num_heads=4, num_kv_heads=2, rngs=rngs, **options)
 
-        self.blocks = nnx.List([layer(seed) for seed in range(12)])
+        self.blocks = nnx.List([layer(seed) for seed in range(layers)])
 
     def __call__(self, x):
         for block in self.blocks:
@@ -47,6 +56,51 @@ def test_capture_gives_what_each_layer_attends_to():
         given = block(normalize(x), mask=js.masks.causal())
         np.testing.assert_allclose(given, expected, atol=atol)
         x = x + expected
+
+
+def test_a_profile_has_the_gradient_of_the_loss_by_each_output(tmp_path):
+    model = Stacked(2, implementation="reference")
+    x = jax.random.normal(jax.random.key(0), (1, 20, 16))
+    weights = jax.random.normal(jax.random.key(1), (20, 16))
+
+    def loss(model, x):
+        return (weights * model(x)[0]).sum()
+
+    layers = profile(model, loss, x)
+    assert all(block.attention is None for block in model.blocks)
+    for captured, layer in zip(capture(model, x), layers, strict=True):
+        for x_of, y_of in zip(captured, layer[:3], strict=True):
+            np.testing.assert_allclose(x_of, y_of, atol=1e-6)
+    # what the last layer gives is projected and added
+    last = (weights @ model.blocks[1].out_proj.kernel[...].T).reshape(20, 4, 4)
+    np.testing.assert_allclose(layers[1].d_out, last, atol=1e-5)
+    # the first one's goes through the second: a step along some direction
+    step = jax.random.normal(jax.random.key(2), (1, 20, 4, 4))
+
+    def moved(size):
+        changed = nnx.merge(*nnx.split(model))
+        run = changed.blocks[0]._method
+        changed.blocks[0].attention = lambda *a, **k: run(*a, **k) + size * step
+        return loss(changed, x)
+
+    slope = jax.jit(jax.grad(moved))(0.0)
+    np.testing.assert_allclose((layers[0].d_out * step[0]).sum(), slope, rtol=1e-4)
+    save_captured(layers, tmp_path / "profile.safetensors")
+    for layer, again in zip(layers, load_profiled(tmp_path / "profile.safetensors"), strict=True):
+        for x_of, y_of in zip(layer, again, strict=True):
+            np.testing.assert_array_equal(x_of, y_of)
+    assert load_captured(tmp_path / "profile.safetensors")[1].q.shape == (20, 4, 4)
+
+
+def test_a_profile_without_gradients_or_with_others_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_captured([Captured(*qkv(20))], path)
+    with pytest.raises(ValueError, match=r"lacks layers\.0\.d_out; .*evaluation\.profile gives"):
+        load_profiled(path)
+    q, k, v = qkv(20)
+    save_captured([Profiled(q, k, v, q[:, :2])], path)
+    with pytest.raises(ValueError, match=r"d_out has shape \(20, 2, 16\); the output has"):
+        load_profiled(path)
 
 
 def test_capture_leaves_the_model_as_it_was():

@@ -50,6 +50,14 @@ def definitions(q_len, kv_len):
             m.sliding_window(left=None, right=2),
             lambda i, j, p: j - p <= 2,
         ),
+        "head_windows": (
+            m.head_windows(num_sink=[5], window=[12]),
+            lambda i, j, p: (j < 5) | (p - j < 12),
+        ),
+        "head_windows_of_blocks": (
+            m.head_windows(num_sink=[2], window=[10], block_size=4),
+            lambda i, j, p: (j < 2) | (4 * (p // 4 - j // 4) < 10),
+        ),
         "sinks": (m.sinks(5), lambda i, j, p: (j < 5) & (i >= 0)),
         "global": (m.global_tokens(3), lambda i, j, p: (j < 3) | (p < 3)),
         "dilated": (
