@@ -82,6 +82,15 @@ def _pooled(problem: Problem, plan: BlockPyramid, least_side: int) -> Problem:
     return Problem(columns, tiles, stand_ins, rule._replace(kv_len=kv_len), batch_shape)
 
 
+def tile_lists(plan: BlockPyramid) -> tuple[BlockMask, ...]:
+    """What is computed where nothing is masked: the exact tiles, and those of summaries."""
+    if plan.levels is not None:
+        return (level_tiles(plan),)
+    lists = plan.block_mask
+    stand_ins = StandIns(_packed(~lists.to_dense()), lists.block_q, 1)
+    return lists, _needed_tiles(stand_ins, lists, column_tile(lists, 1))
+
+
 def column_tile(lists: BlockMask, least_side: int) -> int:
     """How many summaries a tile has."""
     columns = lists.grid.kv_blocks

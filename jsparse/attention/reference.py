@@ -139,12 +139,13 @@ def _rows_of_tiles(lists: BlockMask, heads: int) -> Bool[Array, "*batch heads q_
 
 def _whole_runs(
     size: int, mask: Mask | None, rule: LogitRule, batches: int, heads: int
-) -> Bool[Array, "batch heads q_len columns"]:
+) -> Bool[Array, "_ _ _ columns"]:
     """Runs of `size` keys of which a query may see every one that exists."""
-    pairs = jnp.ones((batches, heads, rule.q_len, rule.kv_len), bool)
-    if mask is not None:
-        batch, head = jnp.arange(batches)[:, None, None, None], jnp.arange(heads)[:, None, None]
-        frame = Frame(rule.q_len, rule.kv_len, batch, head)
-        pairs &= mask.visible(jnp.arange(rule.q_len)[:, None], jnp.arange(rule.kv_len), frame)
+    if mask is None:
+        return jnp.ones((1, 1, 1, -(-rule.kv_len // size)), bool)
+    batch, head = jnp.arange(batches)[:, None, None, None], jnp.arange(heads)[:, None, None]
+    frame = Frame(rule.q_len, rule.kv_len, batch, head)
+    pairs = mask.visible(jnp.arange(rule.q_len)[:, None], jnp.arange(rule.kv_len), frame)
+    pairs = jnp.broadcast_to(pairs, (batches, heads, rule.q_len, rule.kv_len))
     pairs = pad_to_blocks(pairs, size, True)
     return pairs.reshape(*pairs.shape[:-1], -1, size).all(-1)
