@@ -83,6 +83,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.neighborhood
+	$(BIN)/python -m benchmarks.kin
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt

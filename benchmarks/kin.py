@@ -12,6 +12,7 @@ follows from `benchmarks.roofline`.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,8 @@ def main() -> None:
     if arguments.quick:
         sizes = {"scaling_in_length": [(length, KEYS / length) for length in LENGTHS[:2]]}
     result: dict[str, Any] = {
-        "machine": machine(),
+        # others' programs take time of caches too, if not of processors
+        "machine": machine() | {"load_before": os.getloadavg()[0]},
         "case": {"heads": HEADS, "dim": DIM, "dtype": "float32", "repeats": arguments.repeats},
         **{name: [] for name in sizes},
     }

@@ -214,12 +214,57 @@ class _Pyramid(AttentionSuite):
             metafunc.parametrize("case", cases, ids=lambda case: case.name)
 
 
+@pytest.mark.slow
 class TestLevels(_Pyramid):
     attention = staticmethod(with_levels)
 
 
+@pytest.mark.slow
 class TestColumns(_Pyramid):
     attention = staticmethod(with_columns)
+
+
+def test_second_derivatives():
+    """By what stands for the blocks as well."""
+    q, k, v = qkv(24, 32, heads=2, kv_heads=1, dim=8)
+    tiles = jnp.asarray(np.random.default_rng(0).random((1, 3, 4)) < 0.4)
+    lists = js.BlockMask.from_dense(tiles, q_len=24, kv_len=32, block_q=8, block_kv=8)
+    pooled = qkv(4, heads=1, kv_heads=1, dim=8, seed=1)[1:]
+    operands = q, k, v, *pooled, jnp.linspace(-1, 1, 4)[:, None]
+    numbers = tuple(range(len(operands)))
+
+    def curvature(implementation):
+        def total(q, k, v, *pooled):
+            plan = js.BlockPyramid.from_pooled(lists, *pooled)
+            return jnp.sin(js.attend(q, k, v, plan, implementation=implementation)).sum()
+
+        def slope(*operands):
+            return sum(jnp.sin(x).sum() for x in jax.grad(total, numbers)(*operands))
+
+        return jax.jit(jax.grad(slope, numbers))(*operands)
+
+    exact.close(curvature("xla"), curvature("reference"), 2e-4)
+
+
+@pytest.mark.parametrize("form", ["columns", "levels"])
+def test_16_bits_lose_what_16_bits_lose(form):
+    """Output and lse of rounded inputs, within the rounding of outputs and probabilities."""
+    lists = lists_of(random_tiles(HEADS))
+    levels = jnp.asarray(np.random.default_rng(2).integers(0, 4, lists.kv_indices.shape))
+    q, k, v = (random_operands()[name].astype(jnp.bfloat16) for name in "qkv")
+    plan = js.BlockPyramid.from_levels(lists, levels, top_level=3)
+    if form == "columns":
+        pooled = BATCH, KV_BLOCKS, KV_HEADS
+        arrays = random_operands(pooled_k=(*pooled, DIM), pooled_v=(*pooled, V_DIM), n=pooled)
+        plan = js.BlockPyramid.from_pooled(
+            lists, *(arrays[x] for x in ("pooled_k", "pooled_v", "n"))
+        )
+    got = js.attend(q, k, v, plan, return_lse=True, implementation="xla")
+    whole = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = js.attend(*whole, plan, return_lse=True, implementation="reference")
+    assert got[0].dtype == jnp.bfloat16
+    # of probabilities, pooled keys and values, parts and their sum: half a unit of 8 bits each
+    exact.close(got, expected, 4 * 2.0**-9)
 
 
 def test_bits_of_many_blocks():
