@@ -33,10 +33,10 @@ from jsparse.types import (
     static_field,
 )
 from jsparse.types.block_mask import dense_to_lists
-from jsparse.types.mask import Index, TileClassifier
+from jsparse.types.mask import Index, TileClassifier, pad_to_blocks
 
-# columns per tile of summaries, where there are as many
-_COLUMNS = 128
+# columns per tile of summaries that kernels take; fewer than 128 where one tile has them all
+_SIDES = (16, 32, 64, 128)
 _BITS = 32
 # up to so many numbers per row are compared one by one, which kernels can do; more are looked up
 _COMPARED = 32
@@ -93,8 +93,8 @@ def tile_lists(plan: BlockPyramid) -> tuple[BlockMask, ...]:
 
 def column_tile(lists: BlockMask, least_side: int) -> int:
     """How many summaries a tile has."""
-    columns = lists.grid.kv_blocks
-    return max(least_side, min(_COLUMNS, -(-columns // 16) * 16))
+    wanted = max(least_side, lists.grid.kv_blocks)
+    return next((side for side in _SIDES if side >= wanted), _SIDES[-1])
 
 
 @pytree_dataclass
@@ -191,13 +191,13 @@ def _packed(bits: Bool[Array, "*rows columns"]) -> Int[Array, "*rows words"]:
 def _needed_tiles(stand_ins: StandIns, lists: BlockMask, block_kv: int) -> BlockMask:
     """The tiles of columns in which some row needs one."""
     grid = lists.grid._replace(kv_len=lists.grid.kv_blocks, block_kv=block_kv)
-    used = stand_ins.words != 0
+    # a tile of columns has whole words, or all columns there are
+    used = jnp.swapaxes(stand_ins.words != 0, -1, -2)
     if stand_ins.rows == 1:
-        missing = grid.q_blocks * grid.block_q - grid.q_len
-        used = jnp.pad(used, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        used = used.reshape(*used.shape[:2], grid.q_blocks, grid.block_q, -1).any(-2)
-    columns = jnp.repeat(used, _BITS, axis=-1)[..., : grid.kv_len]
-    columns = jnp.pad(columns, ((0, 0),) * 3 + ((0, grid.kv_blocks * block_kv - grid.kv_len),))
+        used = pad_to_blocks(used, grid.block_q, False)
+        used = used.reshape(*used.shape[:-1], grid.q_blocks, grid.block_q).any(-1)
+    columns = jnp.repeat(jnp.swapaxes(used, -1, -2), _BITS, axis=-1)[..., : grid.kv_len]
+    columns = pad_to_blocks(columns, block_kv, False)
     tiles = columns.reshape(*columns.shape[:-1], grid.kv_blocks, block_kv).any(-1)
     return BlockMask.from_dense(tiles, **grid._asdict(), width=grid.kv_blocks)
 
