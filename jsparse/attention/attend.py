@@ -155,7 +155,7 @@ def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
             raise NotImplementedError(f"implementation={implementation!r}: {lowered}")
     else:
         implementation, lowered, refused = choose(problem)
-        if implementation is None:
+        if implementation is None or lowered is None:
             reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise NotImplementedError(f"No implementation can do this here. {reasons}")
     return lowered.finish(*map(_CALLS[implementation], lowered.parts))

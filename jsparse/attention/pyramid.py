@@ -245,10 +245,10 @@ def _leveled(problem: Problem, plan: BlockPyramid) -> Problem:
     with np.errstate(divide="ignore"):
         log_counts = jnp.asarray(np.log(columns.counts), jnp.float32)
     if mask is not None:
-        last = columns.first + np.maximum(columns.counts, 1) - 1
         kv_len = plan.kv_len
-        spans = (jnp.asarray(np.minimum(x, kv_len - 1), jnp.int32) for x in (columns.first, last))
-        mask = Spans(mask, *spans, 2**plan.top_level, kv_len)
+        first = jnp.asarray(np.minimum(columns.first, kv_len - 1), jnp.int32)
+        last = first + jnp.asarray(np.maximum(columns.counts, 1) - 1, jnp.int32)
+        mask = Spans(mask, first, last, 2**plan.top_level, kv_len)
     return problem._replace(
         operands=operands._replace(
             k=pyramid(operands.k), v=pyramid(operands.v), bias=log_counts[None, None, None]

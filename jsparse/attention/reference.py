@@ -86,16 +86,16 @@ def _append_summaries(
     else:
         lists, *coarser = (_entries_of(plan, level) for level in range(plan.top_level + 1))
         summaries = [_means(operands, tiles, n, heads) for n, tiles in enumerate(coarser, start=1)]
-    logits, v = [jnp.where(visible(lists, heads), logits, -jnp.inf)], [v]
+    all_logits, all_v = [jnp.where(visible(lists, heads), logits, -jnp.inf)], [v]
     for columns in summaries:
         broken_k, k = _cut_out(heads_.expand_kv_heads(columns.k, heads).astype(jnp.float32))
         broken_v, values = _cut_out(heads_.expand_kv_heads(columns.v, heads).astype(jnp.float32))
         pooled = rule.capped(rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, k), operands.scale))
         pooled = jnp.where(broken_k | broken_v, jnp.nan, pooled + columns.bias)
         shown = columns.shown & _whole_runs(columns.size, mask, rule, batches, heads)
-        logits.append(jnp.where(shown, pooled, -jnp.inf))
-        v.append(jnp.broadcast_to(values, (batches, *values.shape[1:])))
-    return jnp.concatenate(logits, -1), jnp.concatenate(v, -3)
+        all_logits.append(jnp.where(shown, pooled, -jnp.inf))
+        all_v.append(jnp.broadcast_to(values, (batches, *values.shape[1:])))
+    return jnp.concatenate(all_logits, -1), jnp.concatenate(all_v, -3)
 
 
 class _Summaries(NamedTuple):
@@ -109,10 +109,13 @@ class _Summaries(NamedTuple):
 
 
 def _pooled(plan: BlockPyramid, heads: int) -> _Summaries:
-    lists, log_count = plan.block_mask, jnp.swapaxes(plan.log_count, -1, -2)
-    bias = jnp.repeat(log_count, heads // log_count.shape[-2], axis=-2)[..., None, :]
-    listed = _rows_of_tiles(lists, heads)
-    return _Summaries(plan.pooled_k, plan.pooled_v, bias, ~listed, lists.block_kv)
+    lists, k, v, log_count = plan.block_mask, plan.pooled_k, plan.pooled_v, plan.log_count
+    assert k is not None
+    assert v is not None
+    assert log_count is not None
+    bias = jnp.repeat(log_count, heads // log_count.shape[-1], axis=-1)
+    bias = jnp.swapaxes(bias, -1, -2)[..., None, :]
+    return _Summaries(k, v, bias, ~_rows_of_tiles(lists, heads), lists.block_kv)
 
 
 def _means(operands: Operands, tiles: BlockMask, level: int, heads: int) -> _Summaries:
