@@ -59,10 +59,11 @@ class Runs(Mask):
 
 
 def tile_list(groups: TokenGroups, side: int) -> BlockMask:
-    """The tiles of the grouped tokens from the first to the last key that a row of tiles sees.
+    """The tiles of grouped tokens from the first to the last key that a row of tiles sees.
 
-    Between those lie tiles without a pair only where groups have keys and no queries. Costs what the lists have entries, which is one per tile of the map where offsets are traced:
-    any group may then have all tokens.
+    Between those lie tiles without a pair only where groups have keys and no queries. Costs what
+    the lists have entries, which is one per tile of the map where offsets are traced: any group may
+    then have all tokens.
     """
     grid = TileGrid(groups.q_len, groups.kv_len, side, side)
     first, end = groups.kv_runs()
