@@ -84,6 +84,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.neighborhood
+	$(BIN)/python -m benchmarks.kin
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.kin_scorers
 	$(BIN)/python -m benchmarks.kin_rows

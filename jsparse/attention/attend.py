@@ -9,29 +9,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention import kernels, kv_major, mosaic, reference, triton, xla
+from jsparse.attention import (
+    grouped,
+    kernels,
+    kv_major,
+    mosaic,
+    pyramid,
+    reference,
+    triton,
+    xla,
+)
 from jsparse.attention.block_sparse import Passes, block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.attention.packing import pack, unpack
+from jsparse.attention.problem import Lowered, Plan, Problem
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
 from jsparse.types.pytree import flatten_axes, flatten_batch
 
-Plan = BlockMask | TokenGroups | BlockPyramid
 P = TypeVar("P", bound=Plan)
 IMPLEMENTATIONS = ("reference", "xla", "mosaic", "triton")
 DEFAULT_BLOCK = 128
-
-
-class Problem(NamedTuple):
-    """A checked call: batch axes flattened to one, modifications split into static and traced."""
-
-    operands: Operands
-    plan: Plan | None
-    mask: Mask | None
-    rule: LogitRule
-    batch_shape: tuple[int, ...]
 
 
 def attend(
@@ -119,6 +118,8 @@ def prepare(
     if plan is not None:
         checks.plan_type(plan, (BlockMask, TokenGroups, BlockPyramid))
         checks.plan_lengths(plan, q_len, kv_len)
+        if isinstance(plan, BlockPyramid) and plan.pooled_k is not None:
+            checks.pooled_operands(plan, kv_heads, dim, v.shape[-1])
         plan = _flatten_plan(plan, batch_shape, heads, kv_heads)
     if bias is not None:
         checks.bias_array(bias)
@@ -157,42 +158,78 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
     lists = plan.block_mask if isinstance(plan, BlockPyramid) else plan
     checks.list_heads(lists.list_heads, heads, kv_heads)
     checks.batch_fits("plan", lists.batch_shape, batch_shape)
-    checks.listed_entries(lists)
+    if isinstance(lists, BlockMask):
+        checks.listed_entries(lists)
     return flatten_batch(plan, batch_shape)
 
 
 def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
-        reason = _REFUSES[implementation](problem)
-        if reason:
-            raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-        return _CALLS[implementation](problem)
-    chosen, refused = refusals(problem)
-    if chosen is None:
-        reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise NotImplementedError(
-            "No implementation can do this here; implementation='reference' can, with memory for "
-            f"every pair of tokens. {reasons}"
-        )
-    return _CALLS[chosen](problem)
+        lowered = _lowered(problem, implementation)
+        if isinstance(lowered, str):
+            raise NotImplementedError(f"implementation={implementation!r}: {lowered}")
+    else:
+        implementation, lowered, refused = choose(problem)
+        if implementation is None or lowered is None:
+            reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
+            raise NotImplementedError(f"No implementation can do this here. {reasons}")
+    return lowered.finish(*map(_CALLS[implementation], lowered.parts))
 
 
-def refusals(problem: Problem) -> tuple[str | None, dict[str, str]]:
-    """The implementation that would run, and why each faster one would not."""
+class Choice(NamedTuple):
+    """What would run.
+
+    Attributes:
+      implementation: The one that would, None if none can.
+      lowered: What it would compute.
+      refused: Why each faster one would not.
+    """
+
+    implementation: str | None
+    lowered: Lowered | None
+    refused: dict[str, str]
+
+
+def choose(problem: Problem) -> Choice:
+    """The fastest implementation that can compute a problem here."""
     refused = {}
     for name in ("mosaic", "triton", "xla"):
-        reason = _REFUSES[name](problem)
-        if reason is None:
-            return name, refused
-        refused[name] = reason
-    return None, refused
+        lowered = _lowered(problem, name)
+        if not isinstance(lowered, str):
+            return Choice(name, lowered, refused)
+        refused[name] = lowered
+    return Choice(None, None, refused)
 
 
-def _xla_refuses(problem: Problem) -> str | None:
-    if problem.plan is None or isinstance(problem.plan, BlockMask):
-        return None
-    return f"the tile executor does not take {type(problem.plan).__name__}."
+def _lowered(problem: Problem, implementation: str) -> Lowered | str:
+    """What an implementation would compute, or why it cannot."""
+    plan, own = problem.plan, Lowered((problem,), lambda part: part)
+    if isinstance(plan, BlockPyramid):
+        if problem.operands.bias is not None or problem.rule.score_mod is not None:
+            return "bias and score_mod act on pairs; a pooled column stands for many and has none."
+    if implementation == "reference":
+        return own
+    adapter = _ADAPTERS.get(implementation)
+    reason = adapter and adapter.device_refusal()
+    if reason:
+        return reason
+    least_side = adapter.least_side() if adapter else 1
+    if isinstance(plan, TokenGroups):
+        own = grouped.lower(problem, least_side)
+    elif isinstance(plan, BlockPyramid):
+        own = pyramid.lower(problem, least_side)
+    reasons = (adapter and _part_refusal(adapter, part) for part in own.parts)
+    return next(filter(None, reasons), own)
+
+
+def _part_refusal(adapter: Any, part: Problem) -> str | None:
+    operands, plan, mask, rule, _ = part
+    block_q = block_kv = DEFAULT_BLOCK
+    if isinstance(plan, BlockMask):
+        operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
+        block_q, block_kv = plan.block_q, plan.block_kv
+    return adapter.refusal(operands, mask, rule, block_q, block_kv)
 
 
 def _reference(problem: Problem) -> tuple[Array, Array]:
@@ -222,13 +259,12 @@ def _xla_passes(plan: BlockMask) -> Passes:
 
 
 def _xla(problem: Problem) -> tuple[Array, Array]:
-    plan = with_plan(problem)
     # a score_mod is a new function at every call, and a cache would only keep it alive
     keeps = problem.rule.score_mod is None
     call = _compiled if keeps else _executed
     return call(
         problem.operands,
-        plan,
+        with_plan(problem),
         problem.mask,
         rule=problem.rule,
         passes=_xla_passes,
@@ -244,40 +280,21 @@ def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, 
     )
 
 
-def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
-    reason = _xla_refuses(problem) or adapter.device_refusal()
-    if reason:
-        return reason
-    operands, plan, mask, rule, _ = problem
-    block_q = block_kv = DEFAULT_BLOCK
-    if isinstance(plan, BlockMask):
-        operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
-        block_q, block_kv = plan.block_q, plan.block_kv
-    return adapter.refusal(operands, mask, rule, block_q, block_kv)
-
-
 _CALLS = {
     "reference": _reference,
     "xla": _xla,
     "mosaic": partial(_by_kernels, lambda: mosaic.chip().passes),
     "triton": partial(_by_kernels, lambda: triton.PASSES),
 }
-_REFUSES: dict[str, Callable[[Problem], str | None]] = {
-    "reference": lambda problem: None,
-    "xla": _xla_refuses,
-    "mosaic": partial(_kernels_refuse, mosaic),
-    "triton": partial(_kernels_refuse, triton),
-}
+_ADAPTERS: dict[str, Any] = {"mosaic": mosaic, "triton": triton}
 
 
 def with_plan(problem: Problem) -> BlockMask:
-    """The problem's tile list; where there is none, the tiles its mask touches, or all."""
+    """A lowered problem's tile list; where there is none, the tiles its mask touches, or all."""
     plan, mask, rule = problem.plan, problem.mask, problem.rule
-    if isinstance(plan, BlockMask):
+    if plan is not None:
+        assert isinstance(plan, BlockMask)
         return plan
-    reason = _xla_refuses(problem)
-    if reason:
-        raise NotImplementedError(reason)
     sizes = {"block_q": DEFAULT_BLOCK, "block_kv": DEFAULT_BLOCK}
     if mask is not None:
         plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention.attend import prepare, refusals, with_plan
-from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups, entry
+from jsparse.attention.attend import choose, prepare, with_plan
+from jsparse.attention.problem import Plan, Problem
+from jsparse.types import BlockMask, Frame, Mask, entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Explanation:
       tiles: Tiles of the attention map, all heads and sequences.
       computed: Tiles that are computed.
       full: Computed tiles in which the mask hides nothing for certain.
+      summaries: Tiles of pooled columns that are computed besides, of as many queries each.
       overflowed: Whether some list was too narrow for what it should hold.
       flops: Floating-point operations forward.
       backward_flops: Floating-point operations of the gradient.
@@ -39,6 +41,7 @@ class Explanation:
     tiles: int
     computed: int
     full: int
+    summaries: int
     overflowed: bool
     flops: float
     backward_flops: float
@@ -56,6 +59,7 @@ class Explanation:
             f"tiles           {self.computed} of {self.tiles} ({100 * self.density:.1f} %) of "
             f"{self.block_q} x {self.block_kv}",
             f"                {self.full} full, {self.computed - self.full} partly masked",
+            *([f"summaries       {self.summaries} tiles of columns"] if self.summaries else []),
             f"forward         {self.flops / 1e9:.2f} GFLOP, {self.bytes / 1e6:.1f} MB at least",
             f"backward        {self.backward_flops / 1e9:.2f} GFLOP",
         ]
@@ -108,12 +112,15 @@ def explain(
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],
     v: Float[Array, "*batch kv_len kv_heads v_dim"],
-    plan: BlockMask | TokenGroups | BlockPyramid | Sequence[BlockMask] | None = None,
+    plan: Plan | Sequence[Plan] | None = None,
     *,
     mask: Mask | None = None,
     **options: Any,
 ) -> Explanation | Explanations:
     """Says which implementation `js.attend` would choose for these arguments, why, and the cost.
+
+    Tiles are those that are laid out: of a group's tokens next to each other for `TokenGroups`, of
+    exact and pooled keys for a `BlockPyramid` of levels.
 
     Args:
       q: Queries.
@@ -128,7 +135,7 @@ def explain(
 
     Raises:
       ValueError: if arguments do not fit each other, as `js.attend` would.
-      NotImplementedError: if the plan is not a list of tiles.
+      NotImplementedError: if no implementation can do this job here.
     """
     if isinstance(plan, Sequence):
         checks.some_plans(plan)
@@ -140,17 +147,30 @@ def _explain(
     q: Array, k: Array, v: Array, plan: Any, mask: Mask | None, options: Any
 ) -> Explanation:
     problem = prepare(q, k, v, plan, mask=mask, **options)
-    chosen, refused = refusals(problem)
-    tiles = with_plan(problem)
-    grid, heads = tiles.grid, q.shape[-2]
-    batches = problem.operands.q.shape[0]
+    chosen, lowered, refused = choose(problem)
+    if lowered is None:
+        raise NotImplementedError(" ".join(refused.values()))
+    exact, *besides = (_counted(part, chosen, refused) for part in lowered.parts)
+    return dataclasses.replace(
+        exact,
+        summaries=sum(part.computed for part in besides),
+        flops=sum((part.flops for part in besides), exact.flops),
+        backward_flops=sum((part.backward_flops for part in besides), exact.backward_flops),
+        bytes=sum((part.bytes for part in besides), exact.bytes),
+    )
+
+
+def _counted(part: Problem, chosen: str | None, refused: dict[str, str]) -> Explanation:
+    """What computing one list of tiles takes."""
+    q, v, tiles = part.operands.q, part.operands.v, with_plan(part)
+    grid, (batches, _, heads, dim) = tiles.grid, q.shape
     # lists are counted as they are, so that a million tokens can be explained as well
     repeats = (batches // len(tiles.kv_indices)) * (heads // tiles.list_heads)
     computed = full = repeats * int(np.asarray(tiles.kv_num_blocks).sum(dtype=np.int64))
-    if problem.mask is not None:
-        full = _full_tiles(tiles, problem.mask, batches, heads)
+    if part.mask is not None:
+        full = _full_tiles(tiles, part.mask, batches, heads)
     pair_flops = 2.0 * grid.block_q * grid.block_kv
-    dims = q.shape[-1] + v.shape[-1]
+    dims = dim + v.shape[-1]
     itemsize = jnp.dtype(q.dtype).itemsize
     rows = batches * grid.q_len * heads * dims
     return Explanation(
@@ -161,10 +181,11 @@ def _explain(
         tiles=batches * heads * grid.q_blocks * grid.kv_blocks,
         computed=computed,
         full=full,
+        summaries=0,
         overflowed=bool(jax.device_get(tiles.overflowed).any()),
         flops=computed * pair_flops * dims,
         # products with q, k once more for the logits and for dq and dk; with v for dp and dv
-        backward_flops=computed * pair_flops * (3 * q.shape[-1] + 2 * v.shape[-1]),
+        backward_flops=computed * pair_flops * (3 * dim + 2 * v.shape[-1]),
         bytes=float(itemsize * (rows + computed * grid.block_kv * dims)),
     )
 

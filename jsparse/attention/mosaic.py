@@ -164,6 +164,11 @@ def device_refusal() -> str | None:
     return kernels.device_refusal(wanted, lambda found: found.startswith(majors))
 
 
+def least_side() -> int:
+    """The side of the smallest square tiles that the chip's kernels take."""
+    return min(chip().forward.heights)
+
+
 class _Parts(NamedTuple):
     """What happens to logits: in every tile, and in those where something is hidden.
 

@@ -3,15 +3,17 @@
 Materialises [q_len, kv_len]; for tests, and for inputs small enough not to care.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.problem import Plan
 from jsparse.core import heads as heads_
+from jsparse.core.pooling import block_counts, mean_blocks
 from jsparse.types import BlockMask, BlockPyramid, Frame, Mask, TokenGroups
 from jsparse.types.mask import pad_to_blocks
-
-Plan = BlockMask | TokenGroups | BlockPyramid
 
 
 def forward(
@@ -36,7 +38,7 @@ def forward(
     logits = jnp.where(broken_k | broken_v, jnp.nan, logits)
     logits = rule.hide(logits, mask, q_index, kv_index, batch, head, ragged=False)
     if isinstance(plan, BlockPyramid):
-        logits, v = _append_pooled(logits, v, operands, plan, mask, rule)
+        logits, v = _append_summaries(logits, v, operands, plan, mask, rule)
     elif plan is not None:
         logits = jnp.where(visible(plan, heads), logits, -jnp.inf)
 
@@ -63,12 +65,12 @@ def visible(plan: BlockMask | TokenGroups, heads: int) -> Bool[Array, "*batch he
     if isinstance(plan, TokenGroups):
         pairs = plan.visible()
     else:
-        tiles = jnp.repeat(plan.to_dense(), plan.block_q, axis=-2)[..., : plan.q_len, :]
+        tiles = _rows_of_tiles(plan, plan.list_heads)
         pairs = jnp.repeat(tiles, plan.block_kv, axis=-1)[..., : plan.kv_len]
     return jnp.repeat(pairs, heads // plan.list_heads, axis=-3)
 
 
-def _append_pooled(
+def _append_summaries(
     logits: Array,
     v: Array,
     operands: Operands,
@@ -76,39 +78,77 @@ def _append_pooled(
     mask: Mask | None,
     rule: LogitRule,
 ) -> tuple[Array, Array]:
-    """Hides what the list leaves out and appends one column per block in its place."""
-    if plan.pooled_k is None or plan.pooled_v is None or plan.log_count is None:
-        raise NotImplementedError("the reference takes pyramids of pooled columns, not of levels.")
-    if operands.bias is not None or rule.score_mod is not None:
-        raise NotImplementedError(
-            "bias and score_mod act on pairs; a pooled column stands for many and has none."
-        )
+    """Hides what is not computed exactly and appends the columns that stand for several keys."""
     q = operands.q.astype(jnp.float32)
-    heads = q.shape[-2]
+    batches, _, heads, _ = q.shape
+    if plan.levels is None:
+        lists, summaries = plan.block_mask, [_pooled(plan, heads)]
+    else:
+        lists, *coarser = (_entries_of(plan, level) for level in range(plan.top_level + 1))
+        summaries = [_means(operands, tiles, n, heads) for n, tiles in enumerate(coarser, start=1)]
+    all_logits, all_v = [jnp.where(visible(lists, heads), logits, -jnp.inf)], [v]
+    for columns in summaries:
+        broken_k, k = _cut_out(heads_.expand_kv_heads(columns.k, heads).astype(jnp.float32))
+        broken_v, values = _cut_out(heads_.expand_kv_heads(columns.v, heads).astype(jnp.float32))
+        pooled = rule.capped(rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, k), operands.scale))
+        pooled = jnp.where(broken_k | broken_v, jnp.nan, pooled + columns.bias)
+        shown = columns.shown & _whole_runs(columns.size, mask, rule, batches, heads)
+        all_logits.append(jnp.where(shown, pooled, -jnp.inf))
+        all_v.append(jnp.broadcast_to(values, (batches, *values.shape[1:])))
+    return jnp.concatenate(all_logits, -1), jnp.concatenate(all_v, -3)
+
+
+class _Summaries(NamedTuple):
+    """Keys and values that stand for `size` tokens each, and the rows whose lists ask for them."""
+
+    k: Float[Array, "*k_batch columns kv_heads dim"]
+    v: Float[Array, "*k_batch columns kv_heads v_dim"]
+    bias: Float[Array, "*bias_batch bias_heads 1 columns"]
+    shown: Bool[Array, "*list_batch heads q_len columns"]
+    size: int
+
+
+def _pooled(plan: BlockPyramid, heads: int) -> _Summaries:
+    lists, k, v, log_count = plan.block_mask, plan.pooled_k, plan.pooled_v, plan.log_count
+    assert k is not None
+    assert v is not None
+    assert log_count is not None
+    bias = jnp.repeat(log_count, heads // log_count.shape[-1], axis=-1)
+    bias = jnp.swapaxes(bias, -1, -2)[..., None, :]
+    return _Summaries(k, v, bias, ~_rows_of_tiles(lists, heads), lists.block_kv)
+
+
+def _means(operands: Operands, tiles: BlockMask, level: int, heads: int) -> _Summaries:
+    size = 2**level
+    k, v = (mean_blocks(x, size) for x in (operands.k, operands.v))
+    bias = jnp.log(block_counts(tiles.kv_len, size).astype(jnp.float32))[None, None, None]
+    shown = jnp.repeat(_rows_of_tiles(tiles, heads), tiles.block_kv // size, axis=-1)
+    return _Summaries(k, v, bias, shown[..., : bias.shape[-1]], size)
+
+
+def _entries_of(plan: BlockPyramid, level: int) -> BlockMask:
+    """The entries of one level."""
     lists = plan.block_mask
+    own = jnp.where(plan.levels == level, lists.kv_indices, -1)
+    counts = lists.kv_num_blocks
+    return BlockMask.from_lists(own, counts, **lists.grid._asdict(), overflowed=lists.overflowed)
+
+
+def _rows_of_tiles(lists: BlockMask, heads: int) -> Bool[Array, "*batch heads q_len kv_blocks"]:
+    """Which blocks the list of each query names."""
     tiles = jnp.repeat(lists.to_dense(), heads // lists.list_heads, axis=-3)
-    tiles = jnp.repeat(tiles, lists.block_q, axis=-2)[..., : plan.q_len, :]
-    hidden = tiles | ~_whole_blocks(lists, mask, q.shape[0], heads)
-    logits = jnp.where(visible(lists, heads), logits, -jnp.inf)
-    pooled_k = heads_.expand_kv_heads(plan.pooled_k, heads).astype(jnp.float32)
-    pooled_v = heads_.expand_kv_heads(plan.pooled_v, heads).astype(jnp.float32)
-    log_count = jnp.repeat(plan.log_count, heads // plan.log_count.shape[-1], axis=-1)
-    pooled = rule.capped(rule.scaled(jnp.einsum("bqhd,bkhd->bhqk", q, pooled_k), operands.scale))
-    pooled = pooled + jnp.swapaxes(log_count, -1, -2)[..., None, :]
-    pooled = jnp.where(hidden, -jnp.inf, pooled)
-    pooled_v = jnp.broadcast_to(pooled_v, (v.shape[0], *pooled_v.shape[1:]))
-    return jnp.concatenate([logits, pooled], -1), jnp.concatenate([v, pooled_v], -3)
+    return jnp.repeat(tiles, lists.block_q, axis=-2)[..., : lists.q_len, :]
 
 
-def _whole_blocks(
-    lists: BlockMask, mask: Mask | None, batches: int, heads: int
-) -> Bool[Array, "batch heads q_len kv_blocks"]:
-    """Blocks of which a query may see every key."""
-    grid = lists.grid
-    pairs = jnp.ones((batches, heads, grid.q_len, grid.kv_len), bool)
-    if mask is not None:
-        batch, head = jnp.arange(batches)[:, None, None, None], jnp.arange(heads)[:, None, None]
-        frame = Frame(grid.q_len, grid.kv_len, batch, head)
-        pairs &= mask.visible(jnp.arange(grid.q_len)[:, None], jnp.arange(grid.kv_len), frame)
-    pairs = pad_to_blocks(pairs, grid.block_kv, True)
-    return pairs.reshape(*pairs.shape[:-1], -1, grid.block_kv).all(-1)
+def _whole_runs(
+    size: int, mask: Mask | None, rule: LogitRule, batches: int, heads: int
+) -> Bool[Array, "_ _ _ columns"]:
+    """Runs of `size` keys of which a query may see every one that exists."""
+    if mask is None:
+        return jnp.ones((1, 1, 1, -(-rule.kv_len // size)), bool)
+    batch, head = jnp.arange(batches)[:, None, None, None], jnp.arange(heads)[:, None, None]
+    frame = Frame(rule.q_len, rule.kv_len, batch, head)
+    pairs = mask.visible(jnp.arange(rule.q_len)[:, None], jnp.arange(rule.kv_len), frame)
+    pairs = jnp.broadcast_to(pairs, (batches, heads, rule.q_len, rule.kv_len))
+    pairs = pad_to_blocks(pairs, size, True)
+    return pairs.reshape(*pairs.shape[:-1], -1, size).all(-1)

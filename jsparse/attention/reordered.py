@@ -51,7 +51,7 @@ def attend_reordered(
         bias = bias.reshape((1,) * (len(full) - bias.ndim) + bias.shape)
         checks.broadcasts("bias", bias.shape, full)
         for axis, order in ((-2, q_order), (-1, kv_order)):
-            bias = _reorder_pairs(bias, order, axis, heads)
+            bias = reordering.reorder_pairs(bias, order, axis, heads)
     if score_mod is not None:
         places = [_original_place(x, heads, batch_shape) for x in (q_order, kv_order)]
         score_mod = _at(places, score_mod)
@@ -65,18 +65,6 @@ def attend_reordered(
         by_token = jnp.swapaxes(lse, -1, -2)[..., None]
         lse = jnp.swapaxes(reordering.restore(by_token, q_order)[..., 0], -1, -2)
     return (out, lse) if return_lse else out
-
-
-def _reorder_pairs(bias: Array, order: Array | None, axis: int, heads: int) -> Array:
-    """A bias with one of its two token axes in another order, if it has tokens there."""
-    if order is None or bias.shape[axis] == 1:
-        return bias
-    if order.shape[-2] > 1:
-        order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
-    index = jnp.expand_dims(order, -3 - axis)
-    return jnp.take_along_axis(
-        bias, index.reshape((1,) * (bias.ndim - index.ndim) + index.shape), axis
-    )
 
 
 def _at(places: list[Callable[..., Any]], score_mod: Callable[..., Array]) -> Callable[..., Array]:

@@ -23,6 +23,21 @@ def refusal(
     return device_refusal() or problem_refusal(operands, mask, rule, block_q, block_kv)
 
 
+def device_refusal() -> str | None:
+    """Why kernels cannot run on this machine's default device, or None if they can."""
+    if _compat.interpreting_triton():
+        return None
+    return kernels.device_refusal(
+        "an NVIDIA GPU of compute capability 8.0 or newer",
+        lambda capability: capability.partition(".")[0].isdecimal() and float(capability) >= 8.0,
+    )
+
+
+def least_side() -> int:
+    """The side of the smallest square tiles worth laying out: what their products are made of."""
+    return 64
+
+
 def problem_refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
@@ -98,16 +113,6 @@ def backward(
 
 
 PASSES = Passes(forward, backward, xla.differentiable_forward)
-
-
-def device_refusal() -> str | None:
-    """Why kernels cannot run on this machine's default device, or None if they can."""
-    if _compat.interpreting_triton():
-        return None
-    return kernels.device_refusal(
-        "an NVIDIA GPU of compute capability 8.0 or newer",
-        lambda capability: capability.partition(".")[0].isdecimal() and float(capability) >= 8.0,
-    )
 
 
 def _tile_rule(

@@ -8,11 +8,13 @@ from jsparse.checks.attention import block_lists as block_lists
 from jsparse.checks.attention import blocks_exist as blocks_exist
 from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
+from jsparse.checks.attention import concrete_levels as concrete_levels
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import features as features
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
+from jsparse.checks.attention import level_range as level_range
 from jsparse.checks.attention import levels as levels
 from jsparse.checks.attention import list_heads as list_heads
 from jsparse.checks.attention import mask_array as mask_array
@@ -33,6 +35,7 @@ from jsparse.checks.attention import plan_lengths as plan_lengths
 from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
+from jsparse.checks.attention import pooled_operands as pooled_operands
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape

@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse import _compat
 from jsparse.checks.debug import when_known
-from jsparse.checks.values import at_most, integers, positive
+from jsparse.checks.values import at_most, integers, non_negative, positive
 
 
 def tile_grid(grid: Any) -> None:
@@ -80,6 +81,43 @@ def levels(values: Any, block_mask: Any) -> None:
         raise ValueError(
             f"levels has shape {values.shape}; the list has {block_mask.kv_indices.shape}."
         )
+
+
+def concrete_levels(values: Any) -> None:
+    """The highest of some levels can be read."""
+    if _compat.is_traced(values):
+        raise ValueError("levels is traced; say the highest there may be by top_level=.")
+
+
+def level_range(values: Any, top_level: int, block_mask: Any) -> None:
+    """Levels cut blocks into whole parts, and concrete ones are none but those."""
+    non_negative(top_level=top_level)
+    if block_mask.block_kv % 2**top_level:
+        raise ValueError(
+            f"top_level={top_level} averages {2**top_level} tokens; block_kv={block_mask.block_kv} "
+            "must be a multiple of that."
+        )
+    if not _compat.is_traced((values, block_mask)):
+        counted = np.asarray(values)[np.asarray(block_mask.entries())]
+        outside = counted[(counted < 0) | (counted > top_level)]
+        if outside.size:
+            raise ValueError(
+                f"levels holds {outside[0]}; they run from 0 to top_level={top_level}. Leave an "
+                "entry that is not wanted out of the list."
+            )
+
+
+def pooled_operands(plan: Any, kv_heads: int, dim: int, v_dim: int) -> None:
+    """A plan's summaries are of the heads and widths of the keys and values."""
+    for name, value, width in (
+        ("pooled_k", plan.pooled_k, dim),
+        ("pooled_v", plan.pooled_v, v_dim),
+    ):
+        if value.shape[-2:] != (kv_heads, width):
+            raise ValueError(
+                f"The plan's {name} has {value.shape[-2]} heads of width {value.shape[-1]}; k and "
+                f"v ask for {kv_heads} of {width}."
+            )
 
 
 def pooled_columns(pooled_k: Any, pooled_v: Any, log_count: Any, block_mask: Any) -> None:

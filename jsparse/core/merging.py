@@ -1,5 +1,6 @@
 """Merging partial attentions over disjoint keys by their log-sum-exp."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ def merge(parts: Sequence[Part]) -> Part:
     total = weights.sum(0)
     # not `> 0`: a row of NaNs has to show
     seen = total != 0
-    share = weights / jnp.where(seen, total, 1.0)
-    outs = jnp.stack([out.astype(jnp.float32) for out, _ in parts])
-    out = (outs * jnp.swapaxes(share, -1, -2)[..., None]).sum(0)
+    share = jnp.swapaxes(weights / jnp.where(seen, total, 1.0), -1, -2)[..., None]
+    # added one by one: of a stack, XLA's loops compute the shares anew for each number
+    weighted = (out.astype(jnp.float32) * own for (out, _), own in zip(parts, share, strict=True))
+    out = functools.reduce(jnp.add, weighted)
     lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
     return out.astype(parts[0][0].dtype), lse

@@ -11,9 +11,20 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import checks
+from jsparse.types import (
+    Frame,
+    Mask,
+    TileBounds,
+    TileGrid,
+    array_field,
+    entry,
+    pytree_dataclass,
+    static_field,
+)
+from jsparse.types.mask import Index, TileClassifier, block_extrema
 
 Order = Int[Array, "*batch order_heads length"]
 
@@ -100,9 +111,86 @@ def restore(
     return reorder(x, inverse(order))
 
 
+def reorder_pairs(
+    x: Float[Array, "..."], order: Order | None, axis: int, heads: int
+) -> Float[Array, "..."]:
+    """Puts one of the two token axes of an array of pairs, such as a bias, in another order.
+
+    Args:
+      x: Each of its axes may be 1, the same for all; without tokens on that axis it stays as it is.
+      order: A permutation of the tokens, per head or shared; None leaves them.
+      axis: -2 for the queries, -1 for the keys.
+      heads: Query heads; an order per kv head holds for its group.
+    """
+    if order is None or x.shape[axis] == 1:
+        return x
+    if order.shape[-2] > 1:
+        order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
+    index = jnp.expand_dims(order, -3 - axis)
+    return jnp.take_along_axis(x, index.reshape((1,) * (x.ndim - index.ndim) + index.shape), axis)
+
+
 def _for_each_head(x: Array, order: Array) -> tuple[Array, Array]:
     checks.order_fits(order, x.shape)
     heads = max(x.shape[-2], order.shape[-2])
     x = jnp.repeat(x, heads // x.shape[-2], axis=-2)
     order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
     return x, jnp.broadcast_to(order, (*x.shape[:-3], *order.shape[-2:]))
+
+
+@pytree_dataclass
+class Reordered(Mask):
+    """Token `n` of either side is seen, and sees, as the original token `order[n]`.
+
+    `lengths` are the numbers of original tokens where orders have more places than those.
+    """
+
+    mask: Mask
+    q_order: Int[Array, "*batch order_heads q_len"] | None = array_field(core_ndim=2)
+    kv_order: Int[Array, "*batch order_heads kv_len"] | None = array_field(core_ndim=2)
+    lengths: tuple[int, int] | None = static_field(default=None)
+
+    @property
+    def heads(self) -> int:
+        orders = [x for x in (self.q_order, self.kv_order) if x is not None]
+        return max([self.mask.heads, *(x.shape[-2] for x in orders)])
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        q_index = _look_up(self.q_order, q_index, frame)
+        kv_index = _look_up(self.kv_order, kv_index, frame)
+        return self.mask.visible(q_index, kv_index, self._original(frame))
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        # a tile's tokens lie somewhere between their first and last original position
+        q_extrema = None if self.q_order is None else block_extrema(self.q_order, grid.block_q)
+        kv_extrema = None if self.kv_order is None else block_extrema(self.kv_order, grid.block_kv)
+
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            q_range, kv_range = grid.q_range(q_block), grid.kv_range(kv_block)
+            if q_extrema is not None:
+                q_range = tuple(_look_up(x, q_block, frame) for x in q_extrema)
+            if kv_extrema is not None:
+                kv_range = tuple(_look_up(x, kv_block, frame) for x in kv_extrema)
+            return self.mask.within(q_range, kv_range, self._original(frame))
+
+        return classify
+
+    def _original(self, frame: Frame) -> Frame:
+        if self.lengths is None:
+            return frame
+        return frame._replace(q_len=self.lengths[0], kv_len=self.lengths[1])
+
+    def check_lengths(self, q_len: int, kv_len: int) -> None:
+        self.mask.check_lengths(*(self.lengths or (q_len, kv_len)))
+        for name, order, length in (
+            ("q_order", self.q_order, q_len),
+            ("kv_order", self.kv_order, kv_len),
+        ):
+            if order is not None:
+                checks.mask_length(name, order.shape[-1], length)
+
+
+def _look_up(x: Array | None, index: Index, frame: Frame) -> Index:
+    if x is None:
+        return index
+    return x[entry(len(x), frame.batch), entry(x.shape[-2], frame.head), index]

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jsparse import _compat
-from jsparse.types import BlockMask, parts_of
+from jsparse.attention import grouped, pyramid
+from jsparse.attention.problem import Plan
+from jsparse.types import BlockMask, BlockPyramid, TokenGroups
 
 
 class Cost(NamedTuple):
@@ -26,7 +28,7 @@ class Cost(NamedTuple):
 
 
 def attend_cost(
-    plan: BlockMask | Sequence[BlockMask],
+    plan: Plan | Sequence[Plan],
     *,
     heads: int,
     kv_heads: int,
@@ -40,7 +42,7 @@ def attend_cost(
     tuple add up.
     """
     total = Cost(0.0, 0.0)
-    for part in parts_of(plan):
+    for part in tile_lists(plan):
         tiles, rows, _ = _sizes(part, heads, kv_heads)
         flops = 2.0 * tiles * part.block_q * part.block_kv * (dim + v_dim)
         numbers = rows * (dim + v_dim) + tiles * part.block_kv * (dim + v_dim)
@@ -49,7 +51,7 @@ def attend_cost(
 
 
 def attend_backward_cost(
-    plan: BlockMask | Sequence[BlockMask],
+    plan: Plan | Sequence[Plan],
     *,
     heads: int,
     kv_heads: int,
@@ -65,13 +67,24 @@ def attend_backward_cost(
     outgoing gradient once for their product. The parts of a tuple add up.
     """
     total = Cost(0.0, 0.0)
-    for part in parts_of(plan):
+    for part in tile_lists(plan):
         tiles, rows, columns = _sizes(part, heads, kv_heads)
         flops = 2.0 * tiles * part.block_q * part.block_kv * (3 * dim + 2 * v_dim)
         per_tile = part.block_q * (3 * dim + v_dim + 2)
         numbers = 2 * rows * v_dim + tiles * per_tile + 2 * columns * (dim + v_dim)
         total = total.plus(Cost(flops, float(itemsize * numbers)))
     return total
+
+
+def tile_lists(plan: Plan | Sequence[Plan]) -> tuple[BlockMask, ...]:
+    """The lists of tiles that a plan of any kind comes down to where nothing is masked."""
+    if isinstance(plan, BlockMask):
+        return (plan,)
+    if isinstance(plan, TokenGroups):
+        return (grouped.tile_list(plan, grouped.tile_side(plan, 1)),)
+    if isinstance(plan, BlockPyramid):
+        return pyramid.tile_lists(plan)
+    return tuple(tiles for part in plan for tiles in tile_lists(part))
 
 
 def plan_cost(plan_of: Callable[..., Any], *args: Any) -> Cost:

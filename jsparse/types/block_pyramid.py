@@ -1,10 +1,11 @@
 """Exact tiles, and what stands for the rest."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.types.block_mask import BlockMask
-from jsparse.types.pytree import array_field, pytree_dataclass
+from jsparse.types.pytree import array_field, pytree_dataclass, static_field
 
 
 @pytree_dataclass
@@ -14,7 +15,8 @@ class BlockPyramid:
     Two forms, and a plan has exactly one of them:
 
     * `levels`, one per entry of the list: level 0 is the exact tile, level n its keys and values
-      mean-pooled over 2**n tokens.
+      mean-pooled over 2**n tokens, up to `top_level`. Where the keys end within 2**n tokens, the
+      mean is over those that exist; the log of their number is added to a mean's logit.
     * `pooled_k`, `pooled_v`, `log_count`: a column per kv block that stands for that block in every
       row whose list leaves it out, with `log_count` added to its logit in the same softmax. Values
       are means where `log_count` is the log of the token count, sums where it is 0. Under a mask a
@@ -35,14 +37,35 @@ class BlockPyramid:
     log_count: Float[Array, "*batch kv_blocks kv_heads"] | None = array_field(
         core_ndim=2, default=None
     )
+    top_level: int = static_field(default=0)
 
     @classmethod
     def from_levels(
-        cls, block_mask: BlockMask, levels: Int[Array, "*batch list_heads q_blocks width"]
+        cls,
+        block_mask: BlockMask,
+        levels: Int[Array, "*batch list_heads q_blocks width"],
+        *,
+        top_level: int | None = None,
     ) -> "BlockPyramid":
-        """A plan whose entries each have a level."""
+        """A plan whose entries each have a level.
+
+        Args:
+          block_mask: The entries.
+          levels: From 0 to `top_level`; a traced entry of another level counts as padding.
+          top_level: The highest level there may be; `block_kv` is a multiple of `2**top_level`.
+            Default: the highest there is, where levels are concrete.
+
+        Raises:
+          ValueError: if levels do not fit the list or `top_level`, or they are traced and
+            `top_level` is not given.
+        """
         checks.levels(levels, block_mask)
-        return cls(block_mask, levels=levels)
+        if top_level is None:
+            checks.concrete_levels(levels)
+            used = jnp.where(block_mask.entries(), levels, 0)
+            top_level = max(0, int(used.max(initial=0)))
+        checks.level_range(levels, top_level, block_mask)
+        return cls(block_mask, levels=jnp.asarray(levels, jnp.int32), top_level=top_level)
 
     @classmethod
     def from_pooled(

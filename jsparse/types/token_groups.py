@@ -83,6 +83,21 @@ class TokenGroups:
         """Where each query stands in `q_order`."""
         return jnp.argsort(self.q_order, axis=-1)
 
+    def kv_runs(
+        self,
+    ) -> tuple[Int[Array, "*batch list_heads q_len"], Int[Array, "*batch list_heads q_len"]]:
+        """Where in `kv_order` the keys begin, and where they end, of each query of `q_order`.
+
+        Neither falls from one query to the next. A query without keys has an empty run.
+        """
+        places = jnp.arange(self.q_len, dtype=jnp.int32)
+        group = _searchsorted(self.q_offsets, places, side="right") - 1
+        first = jnp.clip(group, 0, self.groups)
+        end = jnp.clip(group + 1, 0, self.groups)
+        end = jnp.where(group < 0, first, end)
+        take = functools.partial(jnp.take_along_axis, self.kv_offsets, axis=-1)
+        return take(first), take(end)
+
     def visible(self) -> Bool[Array, "*batch list_heads q_len kv_len"]:
         """Who may see whom, as one bool per pair; for tests and small inputs."""
         q_ids, kv_ids = self.q_ids()[..., :, None], self.kv_ids()[..., None, :]

@@ -34,11 +34,14 @@ def test_an_overflowed_plan_is_named():
     assert "too narrow" in str(found)
 
 
-def test_a_plan_that_no_executor_takes():
-    q, k, v = qkv(8)
-    ids = jnp.zeros((1, 8), int)
-    with pytest.raises(NotImplementedError, match="TokenGroups"):
-        js.explain(q, k, v, js.TokenGroups.from_ids(ids, ids, groups=1))
+def test_a_problem_that_no_implementation_takes():
+    q, k, v = qkv(16)
+    lists = js.BlockMask.from_dense(
+        jnp.eye(4, dtype=bool)[None], q_len=16, kv_len=16, block_q=4, block_kv=4
+    )
+    pyramid = js.BlockPyramid.from_levels(lists, jnp.zeros_like(lists.kv_indices))
+    with pytest.raises(NotImplementedError, match="act on pairs"):
+        js.explain(q, k, v, pyramid, bias=jnp.zeros(16))
 
 
 def test_counts_follow_lists_per_head():

@@ -81,8 +81,6 @@ def test_token_groups_in_the_reference():
     np.testing.assert_allclose(
         out, js.attend(q, k, v, mask=dense, implementation="reference"), atol=1e-6
     )
-    with pytest.raises(NotImplementedError, match="implementation='reference'"):
-        js.attend(q, k, v, groups)
 
 
 def test_pooled_columns_in_the_reference():

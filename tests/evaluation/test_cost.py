@@ -45,6 +45,18 @@ def test_parts_of_a_plan_cost_what_each_costs(cost):
     assert both.flops == pytest.approx(tiles.flops * (1 + 4 / 16 / 20))
 
 
+def test_plans_of_other_kinds_cost_the_tiles_that_they_come_down_to():
+    groups = js.TokenGroups.from_ids(*[jnp.arange(256)[None] // 64] * 2, groups=4)
+    assert attend_cost(groups, **SIZES).flops == 4 * 4 * 2 * 64 * 64 * (16 + 24)
+    # rows list 2 and 3 of 3 blocks; a row of tiles has one column to see, of a tile of 16
+    tiles, zeros = plan_of(2), jnp.zeros((3, 2, 1))
+    pooled = js.BlockPyramid.from_pooled(tiles, zeros, zeros, zeros[..., 0])
+    columns = 4 * 2 * 32 * 16 * (16 + 24)
+    assert attend_cost(pooled, **SIZES).flops == attend_cost(tiles, **SIZES).flops + columns
+    levels = js.BlockPyramid.from_levels(tiles, jnp.ones_like(tiles.kv_indices))
+    assert attend_cost(levels, **SIZES).flops == attend_cost(tiles, **SIZES).flops / 2
+
+
 def test_cost_of_a_causal_prompt_follows_the_block_formula():
     """Tiles of a causal plan: M (M + 1) / 2, of which top-k rows keep k (k + 1) / 2 + (M - k) k."""
     blocks, keep = 32, 5
