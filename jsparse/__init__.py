@@ -9,6 +9,7 @@ from jsparse import registry as registry
 
 # attention
 from jsparse.attention.attend import attend as attend
+from jsparse.attention.skipping import attend_skipping as attend_skipping
 from jsparse.attention.length_switch import from_length as from_length
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jsparse import checks
 from jsparse.attention import mosaic, reference, triton, xla
-from jsparse.attention.block_sparse import Passes, block_sparse_attention
+from jsparse.attention.block_sparse import Passes, block_sparse_attention, skipping_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
@@ -24,13 +24,17 @@ DEFAULT_BLOCK = 128
 
 
 class Problem(NamedTuple):
-    """A checked call: batch axes flattened to one, modifications split into static and traced."""
+    """A checked call: batch axes flattened to one, modifications split into static and traced.
+
+    With `log_threshold [batch, heads]` tiles far below what their rows saw before are skipped.
+    """
 
     operands: Operands
     plan: Plan | None
     mask: Mask | None
     rule: LogitRule
     batch_shape: tuple[int, ...]
+    log_threshold: Float[Array, "batch heads"] | None = None
 
 
 def attend(
@@ -84,12 +88,12 @@ def attend(
         problem = prepare(
             q, k, v, plan, mask=mask, bias=bias, score_mod=score_mod, softcap=softcap, scale=scale
         )
-        out, lse = _run(problem, implementation)
+        out, lse = run(problem, implementation)
         out = out.reshape(*q.shape[:-1], v.shape[-1])
         lse = lse.reshape(*problem.batch_shape, *lse.shape[1:])
     if sinks is not None:
         checks.sinks_shape(sinks, q.shape[-2])
-        out, lse = _add_sinks(out, lse, sinks)
+        out, lse = add_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -155,13 +159,14 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
     return flatten_batch(plan, batch_shape)
 
 
-def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
+def run(problem: Problem, implementation: str | None) -> Any:
+    """Computes `(out, lse)`, where tiles may be skipped `(out, lse, kept)`."""
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
         reason = _REFUSES[implementation](problem)
         if reason:
             raise NotImplementedError(f"implementation={implementation!r}: {reason}")
-        return _CALLS[implementation](problem)
+        return _call(implementation, problem)
     chosen, refused = refusals(problem)
     if chosen is None:
         reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
@@ -169,7 +174,11 @@ def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
             "No implementation can do this here; implementation='reference' can, with memory for "
             f"every pair of tokens. {reasons}"
         )
-    return _CALLS[chosen](problem)
+    return _call(chosen, problem)
+
+
+def _call(name: str, problem: Problem) -> Any:
+    return (_CALLS if problem.log_threshold is None else _SKIPPING_CALLS)[name](problem)
 
 
 def refusals(problem: Problem) -> tuple[str | None, dict[str, str]]:
@@ -193,8 +202,15 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
     return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
 
 
+def _reference_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    assert problem.log_threshold is not None
+    operands, _, mask, rule, _, log_threshold = problem
+    return reference.skipping_forward(operands, with_plan(problem), mask, log_threshold, rule)
+
+
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
 _compiled = jax.jit(block_sparse_attention, static_argnames=("rule", "passes"))
+_compiled_skipping = jax.jit(skipping_attention, static_argnames=("rule", "passes"))
 
 
 def _xla(problem: Problem) -> tuple[Array, Array]:
@@ -205,10 +221,22 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     return call(problem.operands, plan, problem.mask, rule=problem.rule, passes=xla.PASSES)
 
 
+def _xla_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    operands, _, mask, rule, _, log_threshold = problem
+    call = _compiled_skipping if rule.score_mod is None else skipping_attention
+    return call(operands, with_plan(problem), mask, log_threshold, rule=rule, passes=xla.PASSES)
+
+
 def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
     return block_sparse_attention(
         problem.operands, with_plan(problem), problem.mask, problem.rule, passes()
     )
+
+
+def _triton_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    operands, _, mask, rule, _, log_threshold = problem
+    plan = with_plan(problem)
+    return skipping_attention(operands, plan, mask, log_threshold, rule, triton.PASSES)
 
 
 def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
@@ -218,7 +246,8 @@ def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:
     block_q = block_kv = DEFAULT_BLOCK
     if isinstance(problem.plan, BlockMask):
         block_q, block_kv = problem.plan.block_q, problem.plan.block_kv
-    return adapter.refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
+    refusal = adapter.refusal if problem.log_threshold is None else adapter.skipping_refusal
+    return refusal(problem.operands, problem.mask, problem.rule, block_q, block_kv)
 
 
 _CALLS = {
@@ -226,6 +255,12 @@ _CALLS = {
     "xla": _xla,
     "mosaic": partial(_by_kernels, lambda: mosaic.chip().passes),
     "triton": partial(_by_kernels, lambda: triton.PASSES),
+}
+# with tiles skipped on the way
+_SKIPPING_CALLS: dict[str, Callable[[Problem], tuple[Array, Array, BlockMask]]] = {
+    "reference": _reference_skipping,
+    "xla": _xla_skipping,
+    "triton": _triton_skipping,
 }
 _REFUSES: dict[str, Callable[[Problem], str | None]] = {
     "reference": lambda problem: None,
@@ -273,7 +308,8 @@ def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, impleme
     return merge(parts)
 
 
-def _add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Merges the sinks, which give no value, with what was computed over keys."""
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], lse.shape)
     # neither keys nor a sink: the difference of two infinities is no number, nor is its gradient
     nothing = jnp.isneginf(lse) & jnp.isneginf(sink)

@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jsparse.attention import kernels, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
+from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
@@ -21,6 +23,16 @@ def refusal(
 ) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
     return _device_refuses() or problem_refusal(operands, mask, rule, block_q, block_kv)
+
+
+def skipping_refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str | None:
+    """Why the kernels cannot do this here while they skip tiles on the way, or None."""
+    q, _, v = operands[:3]
+    sizes = q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
+    problem = operands, mask, rule, block_q, block_kv
+    return _device_refuses() or triton.skipping_refusal(*sizes) or problem_refusal(*problem)
 
 
 def problem_refusal(
@@ -47,6 +59,32 @@ def forward(
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
     out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
     return out[..., : v.shape[-1]], lse
+
+
+def skipping_forward(
+    operands: Operands,
+    lists: Lists,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> tuple[
+    Float[Array, "batch q_len heads v_dim"],
+    Float[Array, "batch heads q_len"],
+    Bool[Array, "batch heads q_blocks width"],
+]:
+    """Computes `(out, lse)` without the tiles that are far below, and which entries were not."""
+    q, k, v = operands[:3]
+    parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
+    problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+    skipping = triton.Skipping(log_threshold / np.log(2.0), rule.q_len)
+    found = lists.kv_indices, lists.kv_num_blocks
+    out, lse, kept = triton.forward_skipping(problem, *found, skipping, tiles)
+    # what was not listed is not written
+    listed = indices(kept.shape[-1]) < lists.kv_num_blocks[..., None]
+    listed = jnp.repeat(listed, sizes.heads // listed.shape[1], axis=1)
+    return out[..., : v.shape[-1]], lse, listed & (kept != 0)
 
 
 def backward(
@@ -97,7 +135,7 @@ def backward(
     return looped._replace(q=result.q, k=result.k, v=result.v)
 
 
-PASSES = Passes(forward, backward, xla.differentiable_forward)
+PASSES = Passes(forward, backward, xla.differentiable_forward, skipping_forward)
 
 
 def _device_refuses() -> str | None:

@@ -36,6 +36,7 @@ from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
+from jsparse.checks.attention import skip_thresholds as skip_thresholds
 from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans

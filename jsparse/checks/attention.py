@@ -265,6 +265,23 @@ def order_fits(order: Any, shape: tuple[int, ...]) -> None:
     batch_fits("order", order.shape[:-2], tuple(batch))
 
 
+def skip_thresholds(threshold: Any, per_head: tuple[int, ...]) -> None:
+    """Thresholds lie in [0, 1] and broadcast to sequences and heads."""
+    shape = jnp.shape(threshold)
+    try:
+        fits = np.broadcast_shapes(shape, per_head) == tuple(per_head)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"threshold has shape {shape}, which does not broadcast to [*batch, heads] {per_head}."
+        )
+    if not _compat.is_traced(threshold):
+        found = np.asarray(threshold)
+        if not np.all((found >= 0) & (found <= 1)):
+            raise ValueError(f"threshold={found} must lie in [0, 1]; with 0 nothing is skipped.")
+
+
 def sinks_shape(sinks: Any, heads: int) -> None:
     """One sink logit per query head."""
     if getattr(sinks, "shape", None) != (heads,):

@@ -4,8 +4,9 @@ For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, 
 of tokens. JAX has deprecated this backend since 0.11 and will remove it; as Mosaic learns a shape
 or a chip, that goes there, and this file ends with the backend.
 
-Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the
-inverse list of a tile of keys, one query head of the group after the other. Each number has one
+Four kernels: the forward, the one that skips tiles on the way and `d_q` walk the list of a tile of
+queries, `d_k` with `d_v` the inverse list of a tile of keys, one query head of the group after the
+other. Each number has one
 writer, so reruns are equal bit by bit. Products of f32 are as precise as
 `jax.default_matmul_precision` says.
 """
@@ -22,6 +23,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # rule(logits, q_index, kv_index, values) -> logits; element by element, values as functions that
 # read them. gradient(..., d_logits) -> what flows back to the logits, then to each value: None
@@ -125,6 +128,11 @@ class Tiles(NamedTuple):
     rule: TileRule | None = None
     gradient: TileGradient | None = None
 
+    @property
+    def to_base_2(self) -> float:
+        """The factor from the forward pass's logits to base 2; without a rule scale is part of it."""
+        return LOG2_E if self.rule else LOG2_E * (1.0 if self.scale is None else self.scale)
+
 
 def forward(
     problem: Problem,
@@ -149,57 +157,127 @@ def forward(
     Raises:
       NotImplementedError: if the kernels cannot take this problem.
     """
-    batches, q_len, heads, dim = problem.q.shape
-    v_dim, dtype = problem.v.shape[-1], problem.v.dtype
-    reason = refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
+    sizes = tiles.block_q, tiles.block_kv, problem.q.shape[-1], problem.v.shape[-1]
+    reason = refusal(problem.v.dtype, *sizes)
     if reason:
         raise NotImplementedError("The Triton block-sparse attention: " + reason)
     chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
-    # with a rule logits stay in natural units; without, base 2 and scale are one factor
-    factor = LOG2_E if tiles.rule else LOG2_E * (1.0 if tiles.scale is None else tiles.scale)
 
     def forward_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, *refs):
         *value_refs, out_ref, lse_ref = refs
         row = _row(problem, indices_ref, tiles, chosen)
-        queries = q_ref[row.batch, row.queries, row.head, :]
+        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
 
-        def step(number, carry):
-            acc, peak, total = carry
-            kv_start = row.kv_start(indices_ref, number)
-            at = row.batch, pl.ds(kv_start, chosen.other), row.kv_head
-            logits = _product(queries, k_ref[*at, :], 1)
-            if tiles.rule:
-                place = _Place(row.batch, row.head, row.q_start, kv_start, 0, logits.shape)
-                logits = tiles.rule(*_arguments(logits, tiles.scale, place, value_refs))
-            new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
-            # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
-            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-            probs = jnp.exp2(logits * factor - shift[:, None])
-            decay = jnp.exp2(peak - shift)
-            acc = acc * decay[:, None] + _product(probs.astype(dtype), v_ref[*at, :], 0)
-            return acc, new_peak, total * decay + probs.sum(axis=1)
+        def step(number, softmax):
+            logits, at = look(number)
+            return softmax.add(logits, tiles.to_base_2, v_ref[*at, :])
 
-        start = (
-            jnp.zeros((chosen.own, v_dim), jnp.float32),
-            jnp.full((chosen.own,), -jnp.inf, jnp.float32),
-            jnp.zeros((chosen.own,), jnp.float32),
-        )
-        acc, peak, total = _loop(0, row.steps(counts_ref), step, start)
-        seen = total != 0.0
-        safe = jnp.where(seen, total, 1.0)
-        out_ref[row.batch, row.queries, row.head, :] = acc / safe[:, None]
-        lse = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -jnp.inf)
-        lse_ref[row.batch, row.head, row.queries] = lse
+        start = _Softmax.of_nothing(chosen.own, problem.v.shape[-1])
+        _loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
 
+    return _call(forward_kernel, chosen, _programs(problem, chosen), _out_and_lse(problem))(
+        *problem[:3], kv_indices, kv_num_blocks, *problem.values
+    )
+
+
+class Skipping(NamedTuple):
+    """Which tiles a program leaves out on its way along the list.
+
+    Those in which each query's largest logit, in base 2, is less than the largest before plus
+    `log2_threshold`, f32 [batch, heads] and not positive. Queries from `q_len` on are padding and
+    have no say.
+    """
+
+    log2_threshold: jax.Array
+    q_len: int
+
+
+def skipping_config(
+    block_q: int, block_kv: int, width: int, dtype: Any, *, rule: bool
+) -> Config | None:
+    """A configuration whose programs decide over whole tiles, or None where none is known to fit.
+
+    Arguments are those of `default_config`.
+    """
+    most = default_config(block_q, block_kv, width, dtype, rule=rule, backward=False)
+    whole = dataclasses.replace(most, own=block_q, other=block_kv)
+    return whole
+
+
+def skipping_refusal(
+    dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int
+) -> str | None:
+    """Why the kernel that skips cannot take a problem, or None; arguments are `refusal`'s."""
+    return refusal(dtype, block_q, block_kv, dim, v_dim)
+
+
+def forward_skipping(
+    problem: Problem,
+    kv_indices: jax.Array,
+    kv_num_blocks: jax.Array,
+    skipping: Skipping,
+    tiles: Tiles,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes attention over the listed tiles, less those that are skipped on the way.
+
+    Of a tile that is skipped the logits are computed and nothing else; its values are not read.
+
+    Args:
+      problem: The arrays.
+      kv_indices: As for `forward`.
+      kv_num_blocks: As for `forward`.
+      skipping: What is skipped.
+      tiles: Tile sizes, and what happens to logits.
+      config: How a program is laid out; its pieces are whole tiles.
+
+    Returns:
+      `out` and `lse` of `forward`, and int32 [batch, heads, q_blocks, width]: 1 where an entry of
+      the list was kept, 0 where it was skipped, anything past the list's end.
+
+    Raises:
+      NotImplementedError: if the kernel cannot take this problem.
+    """
+    batches, q_len, heads, dim = problem.q.shape
+    v_dim, dtype = problem.v.shape[-1], problem.v.dtype
+    reason = skipping_refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
+    if reason:
+        raise NotImplementedError("The Triton attention that skips tiles: " + reason)
+    chosen = config or skipping_config(
+        tiles.block_q, tiles.block_kv, max(dim, v_dim), dtype, rule=bool(tiles.rule)
+    )
+    assert chosen is not None
+
+    def skipping_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, limits_ref, *refs):
+        *value_refs, out_ref, lse_ref, kept_ref = refs
+        row = _row(problem, indices_ref, tiles, chosen)
+        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
+        limit = limits_ref[row.batch, row.head]
+        q_index = row.q_start + lax.iota(jnp.int32, chosen.own)
+
+        def step(number, softmax):
+            logits, at = look(number)
+            # finite: a row that sees nothing here is below it even where it saw nothing before
+            least = jnp.maximum(softmax.peak + limit, _LOWEST)
+            least = jnp.where(q_index < skipping.q_len, least, jnp.inf)
+            # number by number, for a maximum would pass over a nan
+            below = logits * tiles.to_base_2 < least[:, None]
+            keep = jnp.where(below, 0, 1).max(axis=1).max(axis=0)
+            kept_ref[row.batch, row.head, row.list_at[-1], number] = keep
+            return lax.cond(
+                keep > 0,
+                lambda: softmax.add(logits, tiles.to_base_2, v_ref[*at, :]),
+                lambda: softmax,
+            )
+
+        start = _Softmax.of_nothing(chosen.own, v_dim)
+        _loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
+
+    kept = jax.ShapeDtypeStruct((batches, heads, *kv_indices.shape[2:]), jnp.int32)
+    arrays = *problem[:3], kv_indices, kv_num_blocks, skipping.log2_threshold
     return _call(
-        forward_kernel,
-        chosen,
-        batches * heads * (q_len // chosen.own),
-        [
-            jax.ShapeDtypeStruct((batches, q_len, heads, v_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
-        ],
-    )(*problem[:3], kv_indices, kv_num_blocks, *problem.values)
+        skipping_kernel, chosen, _programs(problem, chosen), [*_out_and_lse(problem), kept]
+    )(*arrays, *problem.values)
 
 
 class Cotangents(NamedTuple):
@@ -387,6 +465,19 @@ def _config(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: b
     return default_config(own, other, width, problem.q.dtype, rule=rule, backward=backward)
 
 
+def _programs(problem: Problem, config: Config) -> int:
+    batches, q_len, heads, _ = problem.q.shape
+    return batches * heads * (q_len // config.own)
+
+
+def _out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+    batches, q_len, heads, _ = problem.q.shape
+    return [
+        jax.ShapeDtypeStruct((batches, q_len, heads, problem.v.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
+    ]
+
+
 def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
     return pl.pallas_call(
         kernel,
@@ -433,6 +524,57 @@ class _Row(NamedTuple):
         entry, part = divmod_i32(number, self.tiles.block_kv // self.config.other)
         start = indices_ref[*self.list_at, entry] * self.tiles.block_kv
         return start + part * self.config.other
+
+    def logits(self, q_ref: Any, k_ref: Any, indices_ref: Any, value_refs: Any) -> Callable:
+        """Gives for a step's number the logits of its piece, and where its keys and values are."""
+        queries = q_ref[self.batch, self.queries, self.head, :]
+
+        def look(number):
+            kv_start = self.kv_start(indices_ref, number)
+            at = self.batch, pl.ds(kv_start, self.config.other), self.kv_head
+            logits = _product(queries, k_ref[*at, :], 1)
+            if self.tiles.rule:
+                place = _Place(self.batch, self.head, self.q_start, kv_start, 0, logits.shape)
+                arguments = _arguments(logits, self.tiles.scale, place, value_refs)
+                logits = self.tiles.rule(*arguments)
+            return logits, at
+
+        return look
+
+
+class _Softmax(NamedTuple):
+    """Rows so far: their values' sum, their largest logit in base 2, their numerators' sum."""
+
+    acc: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def of_nothing(cls, rows: int, v_dim: int) -> "_Softmax":
+        """Before the first piece."""
+        return cls(
+            jnp.zeros((rows, v_dim), jnp.float32),
+            jnp.full((rows,), -jnp.inf, jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+        )
+
+    def add(self, logits: jax.Array, to_base_2: float, values: jax.Array) -> "_Softmax":
+        """After a further piece."""
+        peak = jnp.maximum(self.peak, logits.max(axis=1) * to_base_2)
+        # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
+        probs = jnp.exp2(logits * to_base_2 - shift[:, None])
+        decay = jnp.exp2(self.peak - shift)
+        acc = self.acc * decay[:, None] + _product(probs.astype(values.dtype), values, 0)
+        return _Softmax(acc, peak, self.total * decay + probs.sum(axis=1))
+
+    def write(self, row: "_Row", out_ref: Any, lse_ref: Any) -> None:
+        """Writes the rows' output and log-sum-exp."""
+        seen = self.total != 0.0
+        safe = jnp.where(seen, self.total, 1.0)
+        out_ref[row.batch, row.queries, row.head, :] = self.acc / safe[:, None]
+        lse = jnp.where(seen, self.peak / LOG2_E + jnp.log(safe), -jnp.inf)
+        lse_ref[row.batch, row.head, row.queries] = lse
 
 
 def _row(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> _Row:
