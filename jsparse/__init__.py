@@ -17,6 +17,7 @@ from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import AShape as AShape
 from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
+from jsparse.estimators import blasst as blasst
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import minference as minference
 from jsparse.estimators import pbs_attn as pbs_attn

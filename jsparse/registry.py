@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jsparse.estimators import mean_pooled, minference, pbs_attn, xattention
+from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
+from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
@@ -211,6 +212,23 @@ METHODS: tuple[Row, ...] = (
         settings=(0.2, 0.5, 0.7, 0.9),
         keeps_all=1.0,
         by_last_queries=True,
+    ),
+    Row(
+        name="blasst",
+        family="estimators",
+        factory=blasst,
+        summary="tiles skipped on the way, by the running maximum",
+        paper="arXiv:2512.12087",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="threshold",
+        control_traced=True,
+        settings=(0.1, 0.01, 1e-3),
+        keeps_all=0.0,
+        per_head="calibration",
+        kinds=(Calibration,),
     ),
 )
 

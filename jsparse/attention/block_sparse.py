@@ -184,7 +184,9 @@ def _computed(rule: LogitRule, sizes: Sizes, passes: Passes):
     def computed(operands: Operands, lists: Lists, out: Array, lse: Array):
         return out, lse
 
+    # as above: an outer derivative needs to see what out and lse depend on
     def computed_fwd(operands, lists, out, lse):
+        out, lse = computed(operands, lists, out, lse)
         return (out, lse), (operands, lists, out, lse)
 
     def computed_bwd(residuals, cotangents):

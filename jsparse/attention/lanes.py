@@ -57,7 +57,7 @@ def lane_count(lists: Lists, sizes: Sizes) -> int:
 
 def lanes_that_go_on(lanes: int) -> int:
     """How many rows take a step's second half together, of those that do not skip it."""
-    return max(1, lanes // 8)
+    return max(1, lanes // 4)
 
 
 def row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:

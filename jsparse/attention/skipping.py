@@ -39,8 +39,9 @@ def attend_skipping(
     anything is never skipped.
 
     Logits are computed of every listed tile: at best, this saves what the tiles' second half costs.
-    In `xla` rows of tiles go along together, and a step's second half is paid for by those that do
-    not skip it, rounded up to an eighth of them.
+    In `xla` rows of tiles go along together, one tile of each per step or several below 128 keys.
+    The second half of a step is computed for those rows that skip less than all of it, a quarter of
+    all at a time, so a step that all skip costs no more than its logits.
 
     The gradient is that of attention over the tiles that were kept, and visits these alone.
 

@@ -52,10 +52,11 @@ class _Softmax(NamedTuple):
     def add(
         self,
         logits: Float[Array, "lanes parts rows column_part"],
+        largest: Float[Array, "lanes rows"],
         values: Float[Array, "lanes columns v_dim"],
     ) -> "_Softmax":
-        """What is known after these tiles too."""
-        peak = jax.lax.stop_gradient(jnp.maximum(self.peak, logits.max((1, 3))))
+        """What is known after these tiles too, of whose logits `largest` are the largest."""
+        peak = jax.lax.stop_gradient(jnp.maximum(self.peak, largest))
         probs = jnp.exp(logits - on_rows(peak))
         decay = jnp.exp(self.peak - peak)
         new = weighted(probs.astype(values.dtype), values)
@@ -156,7 +157,7 @@ def _adding_all(
     def walk(group: _Group):
         def step(number, softmax: _Softmax):
             logits, there = group.look(number * group.together)
-            return softmax.add(logits, there.tiles(v, sizes.block_kv))
+            return softmax.add(logits, logits.max((1, 3)), there.tiles(v, sizes.block_kv))
 
         start = _Softmax.of_nothing(len(group.here.block), sizes.block_q, v.shape[-1])
         return repeat(group.steps, step, start), None
@@ -201,9 +202,8 @@ def skipping_forward(
 ) -> tuple[Array, Array, Bool[Array, "batch heads q_blocks width"]]:
     """Computes `(out, lse)` without the tiles that are far below, and which entries were not.
 
-    Logits are computed of every listed tile. Of those that are skipped no exponential is taken and
-    no value read: a step's rows that go on are brought together, a few at a time, and the others
-    are left as they are.
+    Logits are computed of every listed tile. A step's rows that do not skip it are brought together,
+    a few at a time, for its exponentials and values; the others are left as they are.
     """
     v, width = operands.v, lists.kv_indices.shape[-1]
     at_once = lane_count(lists, sizes)
@@ -225,9 +225,10 @@ def skipping_forward(
             # a row that sees nothing of a tile has no say either; one with a nan keeps it
             far = peaks < jnp.maximum(before + limit, LOWEST)
             keep = ~(far | ~true_rows).all(1)
+            largest = peaks.max(-1, where=keep[:, None], initial=-jnp.inf)
+            columns = jnp.repeat(keep, sizes.block_kv, axis=1)
             if together > 1:
-                columns = on_columns(jnp.repeat(keep, sizes.block_kv, axis=1))
-                logits = jnp.where(columns, logits, -jnp.inf)
+                logits = jnp.where(on_columns(columns), logits, -jnp.inf)
             goes_on = keep.any(1)
             # those that go on first
             order = jnp.argsort(~goes_on).astype(jnp.int32)
@@ -237,7 +238,11 @@ def skipping_forward(
                 place = number * few + indices(few)
                 mine = at(order, jnp.minimum(place, lanes - 1))
                 tiles = Columns(*(at(x, mine) for x in there)).tiles(v, sizes.block_kv)
-                found = _Softmax(*(at(x, mine) for x in softmax)).add(at(logits, mine), tiles)
+                if together > 1:
+                    # of several tiles in a step some may be skipped: zero times nan is nan
+                    tiles = jnp.where(at(columns, mine)[..., None], tiles, 0)
+                found = _Softmax(*(at(x, mine) for x in softmax))
+                found = found.add(at(logits, mine), at(largest, mine), tiles)
                 target = jnp.where(place < count, mine, lanes)
                 return _Softmax(*(x.at[target].set(y, mode="drop") for x, y in zip(softmax, found)))
 

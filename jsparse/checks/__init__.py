@@ -10,6 +10,7 @@ from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
+from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
@@ -71,6 +72,7 @@ from jsparse.checks.tables import table_schema as table_schema
 from jsparse.checks.tables import table_value as table_value
 from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
+from jsparse.checks.values import factors as factors
 from jsparse.checks.values import fractions as fractions
 from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
@@ -83,3 +85,4 @@ from jsparse.checks.values import positive as positive
 from jsparse.checks.values import positive_number as positive_number
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
 from jsparse.checks.values import scalar as scalar
+from jsparse.checks.values import unit_interval as unit_interval

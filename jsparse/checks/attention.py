@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import _compat
-from jsparse.checks.values import at_most, integers, positive
+from jsparse.checks.values import at_most, integers, positive, unit_interval
 
 
 def tile_grid(grid: Any) -> None:
@@ -276,10 +276,15 @@ def skip_thresholds(threshold: Any, per_head: tuple[int, ...]) -> None:
         raise ValueError(
             f"threshold has shape {shape}, which does not broadcast to [*batch, heads] {per_head}."
         )
-    if not _compat.is_traced(threshold):
-        found = np.asarray(threshold)
-        if not np.all((found >= 0) & (found <= 1)):
-            raise ValueError(f"threshold={found} must lie in [0, 1]; with 0 nothing is skipped.")
+    unit_interval(threshold=threshold)
+
+
+def factor_or_calibration(calibration: Any, *factors: Any) -> None:
+    """What a threshold follows from is said once."""
+    if calibration is not None and any(factor is not None for factor in factors):
+        raise ValueError(
+            "calibration and a scale factor both say what the threshold is; pass one of them."
+        )
 
 
 def sinks_shape(sinks: Any, heads: int) -> None:

@@ -192,23 +192,22 @@ class Skipping(NamedTuple):
     q_len: int
 
 
-def skipping_config(
-    block_q: int, block_kv: int, width: int, dtype: Any, *, rule: bool
-) -> Config | None:
-    """A configuration whose programs decide over whole tiles, or None where none is known to fit.
+def skipping_refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
+    """Why the kernel that skips cannot take a problem, or None; arguments are `refusal`'s.
 
-    Arguments are those of `default_config`.
+    A program decides over a whole tile before it takes any exponential of it, so it holds all of
+    the tile's logits.
     """
-    most = default_config(block_q, block_kv, width, dtype, rule=rule, backward=False)
-    whole = dataclasses.replace(most, own=block_q, other=block_kv)
-    return whole
-
-
-def skipping_refusal(
-    dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int
-) -> str | None:
-    """Why the kernel that skips cannot take a problem, or None; arguments are `refusal`'s."""
-    return refusal(dtype, block_q, block_kv, dim, v_dim)
+    reason = refusal(dtype, block_q, block_kv, dim, v_dim)
+    if reason:
+        return reason
+    largest = default_config(128, 128, max(dim, v_dim), dtype, rule=True, backward=False)
+    if block_q > largest.own or block_kv > largest.other:
+        return (
+            f"where tiles are skipped it takes at most {largest.own} queries by {largest.other} "
+            f"keys of {max(dim, v_dim)} {jnp.dtype(dtype).name}, not {block_q} by {block_kv}."
+        )
+    return None
 
 
 def forward_skipping(
@@ -229,7 +228,7 @@ def forward_skipping(
       kv_num_blocks: As for `forward`.
       skipping: What is skipped.
       tiles: Tile sizes, and what happens to logits.
-      config: How a program is laid out; its pieces are whole tiles.
+      config: How a program is laid out; its pieces must be whole tiles.
 
     Returns:
       `out` and `lse` of `forward`, and int32 [batch, heads, q_blocks, width]: 1 where an entry of
@@ -243,10 +242,7 @@ def forward_skipping(
     reason = skipping_refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
     if reason:
         raise NotImplementedError("The Triton attention that skips tiles: " + reason)
-    chosen = config or skipping_config(
-        tiles.block_q, tiles.block_kv, max(dim, v_dim), dtype, rule=bool(tiles.rule)
-    )
-    assert chosen is not None
+    chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
 
     def skipping_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, limits_ref, *refs):
         *value_refs, out_ref, lse_ref, kept_ref = refs
