@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   jsparse compare captured.safetensors --block 64 --repeats 5
   jsparse plan captured.safetensors --method minference --budget 0.3 --output plan.json
   jsparse plan captured.safetensors --method xattention --coverage 0.9 --output plan.json
+  jsparse plan captured.safetensors --method blasst --target-sparsity 0.5 --output plan.json
   jsparse tune --dims 128 --tiles 128x128 64x128 --length 32768
 """
 
@@ -55,6 +56,7 @@ jsparse compare --help), and writes them as a table of JSON:
   minference   the pattern that keeps most of dense attention, among those that cost no more than
                the budget
   xattention   the threshold at which the blocks that hold most of dense attention are taken
+  blasst       how the threshold goes with length and with the share of tiles that is skipped
 
 In Python, jsparse.planning.methods_of(load_table("plan.json")) makes a method for each layer, and
 jsparse.nn.with_methods puts these into a model.
@@ -132,6 +134,7 @@ _SCORES = {"mass": kept_mass, "outputs": near_outputs}
 _SEARCH_OPTIONS = {
     "minference": ("budget", "start", "score", "block"),
     "xattention": ("coverage", "stride", "block"),
+    "blasst": ("target_sparsity", "block"),
 }
 
 
@@ -182,6 +185,13 @@ def _add_plan(commands: Any) -> None:
     )
     own.add_argument(
         "--stride", type=int, metavar="TOKENS", help="of a cell; default: the method's own"
+    )
+    own = planned.add_argument_group("blasst")
+    own.add_argument(
+        "--target-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="of the tiles, to be skipped; default: 0.5",
     )
 
 
@@ -238,7 +248,8 @@ def _print_choices(table: HeadTable) -> None:
 def _value(choice: Choice) -> str:
     if not dataclasses.is_dataclass(choice.value):
         return f"{choice.value:.2f}"
-    sizes = " ".join(map(str, dataclasses.astuple(choice.value)))  # type: ignore[arg-type]
+    values = dataclasses.astuple(choice.value)  # type: ignore[arg-type]
+    sizes = " ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values)
     return f"{type(choice.value).__name__} {sizes}"
 
 

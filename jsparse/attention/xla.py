@@ -202,8 +202,8 @@ def skipping_forward(
 ) -> tuple[Array, Array, Bool[Array, "batch heads q_blocks width"]]:
     """Computes `(out, lse)` without the tiles that are far below, and which entries were not.
 
-    Logits are computed of every listed tile. A step's rows that do not skip it are brought together,
-    a few at a time, for its exponentials and values; the others are left as they are.
+    Logits are computed of every listed tile. A step's rows that do not skip it are brought
+    together, a few at a time, for exponentials and values; the others are left as they are.
     """
     v, width = operands.v, lists.kv_indices.shape[-1]
     at_once = lane_count(lists, sizes)
@@ -244,7 +244,9 @@ def skipping_forward(
                 found = _Softmax(*(at(x, mine) for x in softmax))
                 found = found.add(at(logits, mine), at(largest, mine), tiles)
                 target = jnp.where(place < count, mine, lanes)
-                return _Softmax(*(x.at[target].set(y, mode="drop") for x, y in zip(softmax, found)))
+                return jax.tree.map(
+                    lambda x, new: x.at[target].set(new, mode="drop"), softmax, found
+                )
 
             softmax = loop(-(-count // few), add, softmax)
             return softmax, jax.lax.dynamic_update_slice(kept, keep, (0, first))

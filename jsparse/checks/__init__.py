@@ -8,6 +8,7 @@ from jsparse.checks.attention import block_lists as block_lists
 from jsparse.checks.attention import blocks_exist as blocks_exist
 from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
+from jsparse.checks.attention import calibrations as calibrations
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
@@ -60,9 +61,12 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.tables import all_queries as all_queries
 from jsparse.checks.tables import layer_methods as layer_methods
+from jsparse.checks.tables import lengths_to_fit as lengths_to_fit
 from jsparse.checks.tables import rows_left as rows_left
 from jsparse.checks.tables import search_options as search_options
+from jsparse.checks.tables import something_to_fit as something_to_fit
 from jsparse.checks.tables import table_layers as table_layers
 from jsparse.checks.tables import table_method as table_method
 from jsparse.checks.tables import table_parts as table_parts

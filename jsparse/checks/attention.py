@@ -1,5 +1,6 @@
 """Checks of what attention is called with: operands, plans, masks, layers."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -277,6 +278,19 @@ def skip_thresholds(threshold: Any, per_head: tuple[int, ...]) -> None:
             f"threshold has shape {shape}, which does not broadcast to [*batch, heads] {per_head}."
         )
     unit_interval(threshold=threshold)
+
+
+def calibrations(given: Any, kind: type) -> None:
+    """Curves that heads were calibrated to are of their kind, and rise."""
+    for curve in given:
+        if not isinstance(curve, kind):
+            raise ValueError(f"calibration has {curve!r}; it must hold {kind.__name__}(...) alone.")
+        for name, value in dataclasses.asdict(curve).items():
+            most = 20.0 if name.endswith("b") else float("inf")
+            if not 0 <= value <= most or value == float("inf"):
+                raise ValueError(
+                    f"{name}={value!r} of {curve} must be finite and lie in [0, {most:g}]."
+                )
 
 
 def factor_or_calibration(calibration: Any, *factors: Any) -> None:

@@ -103,6 +103,7 @@ def blasst(
     checks.factors(scale_factor=scale_factor, decode_scale_factor=decode_scale_factor)
     checks.fractions(target_sparsity=target_sparsity)
     checks.positive(block_q=block_q, block_kv=block_kv)
+    checks.calibrations(calibration or (), Calibration)
     checks.factor_or_calibration(calibration, scale_factor, decode_scale_factor)
 
     def threshold_of(q, k, positions):

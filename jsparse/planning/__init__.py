@@ -3,6 +3,7 @@
 from jsparse.planning.patterns import kept_mass as kept_mass
 from jsparse.planning.patterns import near_outputs as near_outputs
 from jsparse.planning.patterns import search_patterns as search_patterns
+from jsparse.planning.scale_factors import search_scale_factors as search_scale_factors
 from jsparse.planning.table import Choice as Choice
 from jsparse.planning.table import Provenance as Provenance
 from jsparse.planning.table import Table as Table
@@ -12,4 +13,8 @@ from jsparse.planning.table import save_table as save_table
 from jsparse.planning.thresholds import search_thresholds as search_thresholds
 
 # what finds a table for a method
-SEARCHES = {"minference": search_patterns, "xattention": search_thresholds}
+SEARCHES = {
+    "minference": search_patterns,
+    "xattention": search_thresholds,
+    "blasst": search_scale_factors,
+}

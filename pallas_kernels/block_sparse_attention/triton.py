@@ -130,7 +130,7 @@ class Tiles(NamedTuple):
 
     @property
     def to_base_2(self) -> float:
-        """The factor from the forward pass's logits to base 2; without a rule scale is part of it."""
+        """The factor from logits to base 2, which has the scale in it where there is no rule."""
         return LOG2_E if self.rule else LOG2_E * (1.0 if self.scale is None else self.scale)
 
 
