@@ -39,6 +39,8 @@ class Row(NamedTuple):
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
         depends on tokens after it; what is in them does not.
+      by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
+        before them, which purely random inputs have none of.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -61,6 +63,7 @@ class Row(NamedTuple):
     kinds: tuple[type, ...] = ()
     by_kv_head: bool = False
     by_last_queries: bool = False
+    by_running_maximum: bool = False
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -229,6 +232,7 @@ METHODS: tuple[Row, ...] = (
         keeps_all=0.0,
         per_head="calibration",
         kinds=(Calibration,),
+        by_running_maximum=True,
     ),
 )
 

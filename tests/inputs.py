@@ -31,5 +31,5 @@ def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
     level = np.random.default_rng(1).normal(size=(blocks, *k.shape[-2:-1])) * spread
     level = np.repeat(level, block, axis=0)[: k.shape[-3]]
     # one of the features is the level's own
-    k = k.at[..., 0].set(level)
+    k = k.at[..., 0].set(jnp.asarray(level, k.dtype))
     return q.at[..., 0].set(q.shape[-1] ** 0.5), k, v
