@@ -203,9 +203,14 @@ def _reference(problem: Problem) -> tuple[Array, Array]:
 
 
 def _reference_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
-    assert problem.log_threshold is not None
+    return reference.skipping_forward(*_along(problem))
+
+
+def _along(problem: Problem) -> tuple[Operands, BlockMask, Mask | None, Array, LogitRule]:
+    """What goes along which tiles, and what it skips."""
     operands, _, mask, rule, _, log_threshold = problem
-    return reference.skipping_forward(operands, with_plan(problem), mask, log_threshold, rule)
+    assert log_threshold is not None
+    return operands, with_plan(problem), mask, log_threshold, rule
 
 
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
@@ -222,9 +227,8 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
 
 
 def _xla_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
-    operands, _, mask, rule, _, log_threshold = problem
-    call = _compiled_skipping if rule.score_mod is None else skipping_attention
-    return call(operands, with_plan(problem), mask, log_threshold, rule=rule, passes=xla.PASSES)
+    call = _compiled_skipping if problem.rule.score_mod is None else skipping_attention
+    return call(*_along(problem), xla.PASSES)
 
 
 def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
@@ -234,9 +238,7 @@ def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, 
 
 
 def _triton_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
-    operands, _, mask, rule, _, log_threshold = problem
-    plan = with_plan(problem)
-    return skipping_attention(operands, plan, mask, log_threshold, rule, triton.PASSES)
+    return skipping_attention(*_along(problem), triton.PASSES)
 
 
 def _kernels_refuse(adapter: Any, problem: Problem) -> str | None:

@@ -13,7 +13,7 @@ from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import triton
+from pallas_kernels.block_sparse_attention import triton, triton_skipping
 
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
@@ -32,7 +32,7 @@ def skipping_refusal(
     q, _, v = operands[:3]
     sizes = q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     problem = operands, mask, rule, block_q, block_kv
-    return _device_refuses() or triton.skipping_refusal(*sizes) or problem_refusal(*problem)
+    return _device_refuses() or triton_skipping.refusal(*sizes) or problem_refusal(*problem)
 
 
 def problem_refusal(
@@ -78,9 +78,9 @@ def skipping_forward(
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
-    skipping = triton.Skipping(log_threshold / np.log(2.0), rule.q_len)
+    skipping = triton_skipping.Skipping(log_threshold / np.log(2.0), rule.q_len)
     found = lists.kv_indices, lists.kv_num_blocks
-    out, lse, kept = triton.forward_skipping(problem, *found, skipping, tiles)
+    out, lse, kept = triton_skipping.forward(problem, *found, skipping, tiles)
     # what was not listed is not written
     listed = indices(kept.shape[-1]) < lists.kv_num_blocks[..., None]
     listed = jnp.repeat(listed, sizes.heads // listed.shape[1], axis=1)

@@ -218,7 +218,7 @@ def compare(
     blocks = {setting.block or BLOCK for setting in which}
     checks.longer_than_a_tile(min(q_len, kv_len), max(blocks))
     itemsize = layers[0].q.dtype.itemsize
-    sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
     tensors = (x for layer in layers for x in layer)
     store = Store(
         partial, fingerprint(tensors, repeats, score is None, Result._fields, sorted(blocks))

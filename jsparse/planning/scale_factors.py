@@ -65,7 +65,7 @@ def fit(
     grid = np.linspace(0.0, _STEEPEST, 81)
     best = grid[int(np.argmin([squares(b)[0] for b in grid]))]
     around = max(0.0, best - 0.25), min(_STEEPEST, best + 0.25)
-    found = optimize.minimize_scalar(
+    found: Any = optimize.minimize_scalar(
         lambda b: squares(b)[0], bounds=around, method="bounded", options={"xatol": 1e-10}
     )
     b = min((best, float(found.x)), key=lambda b: squares(b)[0])
@@ -148,7 +148,7 @@ def search_scale_factors(
     prefill, decode = (fit(shares[:, :, phase], every) for phase in (0, 1))
     checks.something_to_fit(prefill)
     # where single queries skip nothing that can be fitted, they shall skip nothing
-    pooled = prefill, decode or (0.0, 0.0)
+    pooled = prefill or (0.0, 0.0), decode or (0.0, 0.0)
 
     chosen = []
     for number, (layer, of_layer) in enumerate(zip(layers, shares, strict=True)):
@@ -230,7 +230,12 @@ def _at_target(
     (_, lse), info = method.attend((), *layer, mask=causal(), return_lse=True)
     _, dense_lse = attend(*layer, mask=causal(), return_lse=True)
     scored, kept = info.scored, info.kept
-    sizes = {"heads": 1, "kv_heads": 1, "dim": layer.q.shape[-1], "v_dim": layer.v.shape[-1]}
+    sizes: dict[str, Any] = {
+        "heads": 1,
+        "kv_heads": 1,
+        "dim": layer.q.shape[-1],
+        "v_dim": layer.v.shape[-1],
+    }
     dense = attend_cost(block_mask(causal(), **scored.grid._asdict()), **sizes).flops
 
     def of_head(head: int) -> BlockMask:

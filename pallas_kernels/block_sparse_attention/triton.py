@@ -4,9 +4,8 @@ For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, 
 of tokens. JAX has deprecated this backend since 0.11 and will remove it; as Mosaic learns a shape
 or a chip, that goes there, and this file ends with the backend.
 
-Four kernels: the forward, the one that skips tiles on the way and `d_q` walk the list of a tile of
-queries, `d_k` with `d_v` the inverse list of a tile of keys, one query head of the group after the
-other. Each number has one
+Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the
+inverse list of a tile of keys, one query head of the group after the other. Each number has one
 writer, so reruns are equal bit by bit. Products of f32 are as precise as
 `jax.default_matmul_precision` says.
 """
@@ -23,8 +22,6 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
-
-_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # rule(logits, q_index, kv_index, values) -> logits; element by element, values as functions that
 # read them. gradient(..., d_logits) -> what flows back to the logits, then to each value: None
@@ -161,119 +158,23 @@ def forward(
     reason = refusal(problem.v.dtype, *sizes)
     if reason:
         raise NotImplementedError("The Triton block-sparse attention: " + reason)
-    chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
+    chosen = config or config_of(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
 
     def forward_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, *refs):
         *value_refs, out_ref, lse_ref = refs
-        row = _row(problem, indices_ref, tiles, chosen)
+        row = row_of(problem, indices_ref, tiles, chosen)
         look = row.logits(q_ref, k_ref, indices_ref, value_refs)
 
         def step(number, softmax):
             logits, at = look(number)
             return softmax.add(logits, tiles.to_base_2, v_ref[*at, :])
 
-        start = _Softmax.of_nothing(chosen.own, problem.v.shape[-1])
-        _loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
+        start = Softmax.of_nothing(chosen.own, problem.v.shape[-1])
+        loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
 
-    return _call(forward_kernel, chosen, _programs(problem, chosen), _out_and_lse(problem))(
+    return call(forward_kernel, chosen, programs(problem, chosen), out_and_lse(problem))(
         *problem[:3], kv_indices, kv_num_blocks, *problem.values
     )
-
-
-class Skipping(NamedTuple):
-    """Which tiles a program leaves out on its way along the list.
-
-    Those in which each query's largest logit, in base 2, is less than the largest before plus
-    `log2_threshold`, f32 [batch, heads] and not positive. Queries from `q_len` on are padding and
-    have no say.
-    """
-
-    log2_threshold: jax.Array
-    q_len: int
-
-
-def skipping_refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why the kernel that skips cannot take a problem, or None; arguments are `refusal`'s.
-
-    A program decides over a whole tile before it takes any exponential of it, so it holds all of
-    the tile's logits.
-    """
-    reason = refusal(dtype, block_q, block_kv, dim, v_dim)
-    if reason:
-        return reason
-    largest = default_config(128, 128, max(dim, v_dim), dtype, rule=True, backward=False)
-    if block_q > largest.own or block_kv > largest.other:
-        return (
-            f"where tiles are skipped it takes at most {largest.own} queries by {largest.other} "
-            f"keys of {max(dim, v_dim)} {jnp.dtype(dtype).name}, not {block_q} by {block_kv}."
-        )
-    return None
-
-
-def forward_skipping(
-    problem: Problem,
-    kv_indices: jax.Array,
-    kv_num_blocks: jax.Array,
-    skipping: Skipping,
-    tiles: Tiles,
-    config: Config | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes attention over the listed tiles, less those that are skipped on the way.
-
-    Of a tile that is skipped the logits are computed and nothing else; its values are not read.
-
-    Args:
-      problem: The arrays.
-      kv_indices: As for `forward`.
-      kv_num_blocks: As for `forward`.
-      skipping: What is skipped.
-      tiles: Tile sizes, and what happens to logits.
-      config: How a program is laid out; its pieces must be whole tiles.
-
-    Returns:
-      `out` and `lse` of `forward`, and int32 [batch, heads, q_blocks, width]: 1 where an entry of
-      the list was kept, 0 where it was skipped, anything past the list's end.
-
-    Raises:
-      NotImplementedError: if the kernel cannot take this problem.
-    """
-    batches, q_len, heads, dim = problem.q.shape
-    v_dim, dtype = problem.v.shape[-1], problem.v.dtype
-    reason = skipping_refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
-    if reason:
-        raise NotImplementedError("The Triton attention that skips tiles: " + reason)
-    chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
-
-    def skipping_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, limits_ref, *refs):
-        *value_refs, out_ref, lse_ref, kept_ref = refs
-        row = _row(problem, indices_ref, tiles, chosen)
-        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
-        limit = limits_ref[row.batch, row.head]
-        q_index = row.q_start + lax.iota(jnp.int32, chosen.own)
-
-        def step(number, softmax):
-            logits, at = look(number)
-            # finite: a row that sees nothing here is below it even where it saw nothing before
-            least = jnp.maximum(softmax.peak + limit, _LOWEST)
-            least = jnp.where(q_index < skipping.q_len, least, jnp.inf)
-            # number by number, for a maximum would pass over a nan
-            below = logits * tiles.to_base_2 < least[:, None]
-            keep = jnp.where(below, 0, 1).max(axis=1).max(axis=0)
-            kept_ref[row.batch, row.head, row.list_at[-1], number] = keep
-            return lax.cond(
-                keep > 0,
-                lambda: softmax.add(logits, tiles.to_base_2, v_ref[*at, :]),
-                lambda: softmax,
-            )
-
-        start = _Softmax.of_nothing(chosen.own, v_dim)
-        _loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
-
-    kept = jax.ShapeDtypeStruct((batches, heads, *kv_indices.shape[2:]), jnp.int32)
-    arrays = *problem[:3], kv_indices, kv_num_blocks, skipping.log2_threshold
-    return _call(
-        skipping_kernel, chosen, _programs(problem, chosen), [*_out_and_lse(problem), kept]
-    )(*arrays, *problem.values)
 
 
 class Cotangents(NamedTuple):
@@ -326,7 +227,7 @@ def d_queries(
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs
     ):
         value_refs, d_q_ref, *d_value_refs = _split(refs, len(problem.values))
-        row = _row(problem, indices_ref, tiles, chosen)
+        row = row_of(problem, indices_ref, tiles, chosen)
         here, rows = (row.batch, row.queries, row.head), (row.batch, row.head, row.queries)
         queries, d_out = q_ref[*here, :], d_out_ref[*here, :]
         lse2, delta = lse_ref[rows], delta_ref[rows]
@@ -350,13 +251,13 @@ def d_queries(
             jnp.zeros((chosen.own, dim), jnp.float32),
             tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted),
         )
-        d_q, d_values = _loop(0, row.steps(counts_ref), step, start)
+        d_q, d_values = loop(0, row.steps(counts_ref), step, start)
         d_q_ref[*here, :] = d_q.astype(dtype)
         for ref, d_value in zip(d_value_refs, d_values, strict=True):
             ref[rows] = d_value
 
     sums = jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)
-    d_q, *d_values = _call(
+    d_q, *d_values = call(
         d_queries_kernel,
         chosen,
         batches * heads * (q_len // chosen.own),
@@ -392,7 +293,7 @@ def d_keys(
     """
     batches, kv_len, kv_heads, dim = problem.k.shape
     heads, v_dim, dtype = problem.q.shape[2], problem.v.shape[-1], problem.k.dtype
-    chosen = config or _config(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
+    chosen = config or config_of(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
     parts, group = tiles.block_q // chosen.other, heads // kv_heads
     wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] > 1]
 
@@ -431,7 +332,7 @@ def d_keys(
                 return d_k, d_v, tuple(a + b for a, b in zip(d_values, sums, strict=True))
 
             start = *carry, tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted)
-            d_k, d_v, d_values = _loop(first * parts, last * parts, step, start)
+            d_k, d_v, d_values = loop(first * parts, last * parts, step, start)
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
                 ref[batch, head, pl.ds(kv_start, chosen.own)] = d_value
             return d_k, d_v
@@ -440,12 +341,12 @@ def d_keys(
             jnp.zeros((chosen.own, dim), jnp.float32),
             jnp.zeros((chosen.own, v_dim), jnp.float32),
         )
-        d_k, d_v = _loop(0, group, one_head, start)
+        d_k, d_v = loop(0, group, one_head, start)
         d_k_ref[*here, :] = d_k.astype(dtype)
         d_v_ref[*here, :] = d_v.astype(dtype)
 
     sums = jax.ShapeDtypeStruct((batches, heads, kv_len), jnp.float32)
-    d_k, d_v, *d_values = _call(
+    d_k, d_v, *d_values = call(
         d_keys_kernel,
         chosen,
         batches * kv_heads * (kv_len // chosen.own),
@@ -455,18 +356,21 @@ def d_keys(
     return d_k, d_v, tuple(found.get(n) for n in range(len(problem.values)))
 
 
-def _config(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
+def config_of(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
+    """The shipped configuration for a problem."""
     width = max(problem.q.shape[-1], problem.v.shape[-1])
     rule = tiles.rule is not None
     return default_config(own, other, width, problem.q.dtype, rule=rule, backward=backward)
 
 
-def _programs(problem: Problem, config: Config) -> int:
+def programs(problem: Problem, config: Config) -> int:
+    """How many programs a pass over queries takes."""
     batches, q_len, heads, _ = problem.q.shape
     return batches * heads * (q_len // config.own)
 
 
-def _out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+def out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+    """What a forward pass writes."""
     batches, q_len, heads, _ = problem.q.shape
     return [
         jax.ShapeDtypeStruct((batches, q_len, heads, problem.v.shape[-1]), jnp.float32),
@@ -474,8 +378,9 @@ def _out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
-    return pl.pallas_call(
+def call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
+    """The function of arrays that runs a kernel."""
+    return pl.pallascall(
         kernel,
         out_shape=out_shape,
         grid=(programs,),
@@ -485,9 +390,10 @@ def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> C
     )
 
 
-def _loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
+def loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
+    """`fori_loop` with counts of 32 bits."""
     # JAX's own integers are 64 bits wide where that is switched on
-    return lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
+    return lax.foriloop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
@@ -496,7 +402,7 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A program's part of a tile of queries, and the list of that tile."""
 
     batch: jax.Array
@@ -509,6 +415,7 @@ class _Row(NamedTuple):
 
     @property
     def queries(self) -> Any:
+        """Its tokens."""
         return pl.ds(self.q_start, self.config.own)
 
     def steps(self, counts_ref: Any) -> jax.Array:
@@ -538,7 +445,7 @@ class _Row(NamedTuple):
         return look
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """Rows so far: their values' sum, their largest logit in base 2, their numerators' sum."""
 
     acc: jax.Array
@@ -546,7 +453,7 @@ class _Softmax(NamedTuple):
     total: jax.Array
 
     @classmethod
-    def of_nothing(cls, rows: int, v_dim: int) -> "_Softmax":
+    def of_nothing(cls, rows: int, v_dim: int) -> "Softmax":
         """Before the first piece."""
         return cls(
             jnp.zeros((rows, v_dim), jnp.float32),
@@ -554,7 +461,7 @@ class _Softmax(NamedTuple):
             jnp.zeros((rows,), jnp.float32),
         )
 
-    def add(self, logits: jax.Array, to_base_2: float, values: jax.Array) -> "_Softmax":
+    def add(self, logits: jax.Array, to_base_2: float, values: jax.Array) -> "Softmax":
         """After a further piece."""
         peak = jnp.maximum(self.peak, logits.max(axis=1) * to_base_2)
         # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
@@ -562,9 +469,9 @@ class _Softmax(NamedTuple):
         probs = jnp.exp2(logits * to_base_2 - shift[:, None])
         decay = jnp.exp2(self.peak - shift)
         acc = self.acc * decay[:, None] + _product(probs.astype(values.dtype), values, 0)
-        return _Softmax(acc, peak, self.total * decay + probs.sum(axis=1))
+        return Softmax(acc, peak, self.total * decay + probs.sum(axis=1))
 
-    def write(self, row: "_Row", out_ref: Any, lse_ref: Any) -> None:
+    def write(self, row: "Row", out_ref: Any, lse_ref: Any) -> None:
         """Writes the rows' output and log-sum-exp."""
         seen = self.total != 0.0
         safe = jnp.where(seen, self.total, 1.0)
@@ -573,14 +480,15 @@ class _Softmax(NamedTuple):
         lse_ref[row.batch, row.head, row.queries] = lse
 
 
-def _row(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> _Row:
+def row_of(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> Row:
+    """What this program computes."""
     _, q_len, heads, _ = problem.q.shape
     program, part = divmod_i32(pl.program_id(0), q_len // config.own)
     batch, head = divmod_i32(program, heads)
     kv_head = lax.div(head, jnp.int32(heads // problem.k.shape[2]))
     q_block = lax.div(part, jnp.int32(tiles.block_q // config.own))
     list_at = *_list_of(batch, head, heads, indices_ref), q_block
-    return _Row(batch, head, kv_head, part * config.own, list_at, tiles, config)
+    return Row(batch, head, kv_head, part * config.own, list_at, tiles, config)
 
 
 def _list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:
