@@ -32,6 +32,8 @@ def skipping_refusal(
     q, _, v = operands[:3]
     sizes = q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
     problem = operands, mask, rule, block_q, block_kv
+    if rule.scale is not None and rule.scale <= 0:
+        return f"where tiles are skipped it takes scales above 0, not {rule.scale}."
     return _device_refuses() or triton_skipping.refusal(*sizes) or problem_refusal(*problem)
 
 

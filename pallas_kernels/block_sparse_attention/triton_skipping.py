@@ -62,8 +62,8 @@ def forward(
       config: How a program is laid out; its pieces must be whole tiles.
 
     Returns:
-      `out` and `lse` of `triton.forward`, and int32 [batch, heads, q_blocks, width]: 1 where an entry of
-      the list was kept, 0 where it was skipped, anything past the list's end.
+      `out` and `lse` of `triton.forward`, and int32 [batch, heads, q_blocks, width]: 1 where an
+      entry of the list was kept, 0 where it was skipped, anything past the list's end.
 
     Raises:
       NotImplementedError: if the kernel cannot take this problem.

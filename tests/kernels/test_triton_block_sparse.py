@@ -248,3 +248,8 @@ def test_tiles_too_large_to_decide_over_are_refused():
     options = {"threshold": 0.1, "implementation": "triton"}
     with pytest.raises(NotImplementedError, match="at most 64 queries by 32 keys of 128 float32"):
         js.attend_skipping(q, k, v, **options)
+    # its running maximum is taken before the scale
+    q, k, v = qkv(32, dim=16)
+    plan = js.block_mask(js.masks.causal(), 32, 32, block_q=16, block_kv=16)
+    with pytest.raises(NotImplementedError, match="scales above 0, not -1.0"):
+        js.attend_skipping(q, k, v, plan, scale=-1.0, **options)
