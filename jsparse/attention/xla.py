@@ -30,7 +30,7 @@ from jsparse.attention.lanes import (
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.xla_backward import backward
 
-LOWEST = float(jnp.finfo(jnp.float32).min)
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Softmax(NamedTuple):
@@ -45,7 +45,7 @@ class _Softmax(NamedTuple):
         """Before the first tile."""
         shape = lanes, rows
         # finite: in a row that saw nothing exp(-inf - peak) is 0, exp(-inf + inf) would be nan
-        peak = jnp.full(shape, LOWEST, jnp.float32)
+        peak = jnp.full(shape, _LOWEST, jnp.float32)
         total, acc = jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, v_dim), jnp.float32)
         return cls(peak, total, acc)
 
@@ -223,7 +223,7 @@ def skipping_forward(
             peaks = peaks_of_tiles(logits, together)
             before = jnp.maximum(softmax.peak[..., None], jax.lax.cummax(peaks, axis=2))
             # a row that sees nothing of a tile has no say either; one with a nan keeps it
-            far = peaks < jnp.maximum(before + limit, LOWEST)
+            far = peaks < jnp.maximum(before + limit, _LOWEST)
             keep = ~(far | ~true_rows).all(1)
             largest = peaks.max(-1, where=keep[:, None], initial=-jnp.inf)
             columns = jnp.repeat(keep, sizes.block_kv, axis=1)
@@ -249,7 +249,7 @@ def skipping_forward(
                 )
 
             softmax = loop(-(-count // few), add, softmax)
-            return softmax, jax.lax.dynamic_update_slice(kept, keep, (0, first))
+            return softmax, jax.lax.dynamic_update_slice(kept, keep, (jnp.int32(0), first))
 
         start = _Softmax.of_nothing(lanes, sizes.block_q, v.shape[-1])
         none = jnp.zeros((lanes, -(-width // together) * together), bool)

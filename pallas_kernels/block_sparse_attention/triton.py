@@ -380,7 +380,7 @@ def out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
 
 def call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
     """The function of arrays that runs a kernel."""
-    return pl.pallascall(
+    return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=(programs,),
@@ -393,7 +393,7 @@ def call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Ca
 def loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
     """`fori_loop` with counts of 32 bits."""
     # JAX's own integers are 64 bits wide where that is switched on
-    return lax.foriloop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
+    return lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
