@@ -36,7 +36,7 @@ import jsparse as js  # noqa: E402
 from benchmarks import compile_report  # noqa: E402
 from jsparse.attention import mosaic as adapter  # noqa: E402
 from jsparse.attention.attend import prepare  # noqa: E402
-from jsparse.attention.block_sparse import block_sparse_attention  # noqa: E402
+from jsparse.attention.block_sparse import block_sparse_attention, skipping_attention  # noqa: E402
 from pallas_kernels.block_sparse_attention import walk  # noqa: E402
 
 # what XLA's CUDA compiler wants to know of an H200 when none is there
@@ -69,6 +69,8 @@ class Case(NamedTuple):
     # given arrays of the shapes in `arrays`, the keyword arguments of attention
     options: Callable[..., dict[str, Any]] = lambda: {}
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
+    # whether tiles are skipped on the way; the first of the arrays is then the threshold
+    skipping: bool = False
 
 
 T = 8192
@@ -193,10 +195,12 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
             case.block_q,
             case.block_kv,
         )
-        problem = prepare(q, k, v, plan, **case.options(*arrays))
-        return block_sparse_attention(
-            problem.operands, problem.plan, problem.mask, problem.rule, passes
-        )
+        problem = prepare(q, k, v, plan, **case.options(*arrays[case.skipping :]))
+        operands, _, mask, rule, *_ = problem
+        if case.skipping:
+            limits = jnp.log(arrays[0])
+            return skipping_attention(operands, plan, mask, limits, rule, passes)[:2]
+        return block_sparse_attention(operands, plan, mask, rule, passes)
 
     def gradients(q, k, v, kv_indices, kv_num_blocks, *arrays):
         floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]

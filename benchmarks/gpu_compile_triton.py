@@ -69,6 +69,24 @@ CASES = (
         },
         arrays=(((16,), "float32"),),
     ),
+    *(
+        Case(
+            f"skipping, {name}",
+            dim,
+            dim,
+            *tile,
+            dtype=dtype,
+            options=options,
+            arrays=(((1, 16), "float32"),),
+            skipping=True,
+        )
+        for name, dim, tile, dtype, options in (
+            ("dim 64", 64, (128, 64), "bfloat16", lambda: {}),
+            ("causal", 128, (128, 64), "bfloat16", lambda: {"mask": js.masks.causal()}),
+            ("causal, dim 256", 256, (64, 32), "bfloat16", lambda: {"mask": js.masks.causal()}),
+            ("causal, f32", 128, (64, 32), "float32", lambda: {"mask": js.masks.causal()}),
+        )
+    ),
     Case(
         "every operation",
         *(16, 16, 16, 16),  # sines alone fill hundreds of lines
@@ -92,6 +110,7 @@ CASES = (
 # a kernel of each kind on every chip; the others cost minutes
 USUAL = frozenset(
     {"dim 64", "dim 128, f32", "causal", "segments", "softcap, score_mod, dim 64", "dense mask"}
+    | {"skipping, causal"}
 )
 KERNELS = {"forward": 1, "gradients": 3}
 
@@ -133,7 +152,7 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
         rows = list(measure(function, inputs, chip))
         for row in rows:
             # the gradients compute the forward pass again; one report of that is enough
-            if name == "forward" or not row["kernel"].startswith("forward"):
+            if name == "forward" or row["kernel"] not in ("forward", "skipping"):
                 yield {"name": case.name, "capability": chip.capability, **row}
         if len(rows) != KERNELS[name]:
             sys.exit(f"{case.name}, {name}: {len(rows)} kernels, not {KERNELS[name]}, were dumped.")

@@ -9,6 +9,7 @@ from jsparse import registry as registry
 
 # attention
 from jsparse.attention.attend import attend as attend
+from jsparse.attention.skipping import attend_skipping as attend_skipping
 from jsparse.attention.length_switch import from_length as from_length
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
@@ -16,6 +17,7 @@ from jsparse.core.tiling import block_mask as block_mask
 from jsparse.estimators import AShape as AShape
 from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
+from jsparse.estimators import blasst as blasst
 from jsparse.estimators import mean_pooled as mean_pooled
 from jsparse.estimators import minference as minference
 from jsparse.estimators import pbs_attn as pbs_attn

@@ -32,6 +32,7 @@ _EXAMPLES = """examples:
   jsparse plan captured.safetensors --method minference --budget 0.3 --output plan.json
   jsparse plan captured.safetensors --method xattention --coverage 0.9 --output plan.json
   jsparse plan 2k.safetensors 4k.safetensors --held-out 6k.safetensors --method moa --density 0.3
+  jsparse plan captured.safetensors --method blasst --target-sparsity 0.5 --output plan.json
   jsparse tune --dims 128 --tiles 128x128 64x128 --length 32768
 """
 
@@ -60,6 +61,7 @@ jsparse compare --help), and writes them as a table of JSON:
                heads; of several files, made of texts of one length or more and for the choice of
                another, which hold also layers.<n>.d_out, the gradient of the model's loss by each
                layer's attention (save_captured(profile(model, loss, tokens), FILE) makes them)
+  blasst       how the threshold goes with length and with the share of tiles that is skipped
 
 In Python, jsparse.planning.methods_of(load_table("plan.json")) makes a method for each layer, and
 jsparse.nn.with_methods puts these into a model.
@@ -138,6 +140,7 @@ _SEARCH_OPTIONS = {
     "minference": ("budget", "start", "score", "block"),
     "moa": ("held_out", "density", "extended", "interval", "share_in_group", "block"),
     "xattention": ("coverage", "stride", "block"),
+    "blasst": ("target_sparsity", "block"),
 }
 
 
@@ -204,6 +207,13 @@ def _add_plan(commands: Any) -> None:
     )
     own.add_argument(
         "--stride", type=int, metavar="TOKENS", help="of a cell; default: the method's own"
+    )
+    own = planned.add_argument_group("blasst")
+    own.add_argument(
+        "--target-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="of the tiles, to be skipped; default: 0.5",
     )
 
     own = planned.add_argument_group("moa")
@@ -295,7 +305,8 @@ def _print_choices(table: HeadTable) -> None:
 def _value(choice: Choice) -> str:
     if not dataclasses.is_dataclass(choice.value):
         return f"{choice.value:.2f}"
-    sizes = " ".join(map(str, dataclasses.astuple(choice.value)))  # type: ignore[arg-type]
+    values = dataclasses.astuple(choice.value)  # type: ignore[arg-type]
+    sizes = " ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in values)
     return f"{type(choice.value).__name__} {sizes}"
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jsparse.estimators import mean_pooled, minference, pbs_attn, xattention
+from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
+from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
@@ -39,6 +40,8 @@ class Row(NamedTuple):
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
       by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
         depends on tokens after it; what is in them does not.
+      by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
+        before them, which purely random inputs have none of.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -61,6 +64,7 @@ class Row(NamedTuple):
     kinds: tuple[type, ...] = ()
     by_kv_head: bool = False
     by_last_queries: bool = False
+    by_running_maximum: bool = False
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -228,6 +232,24 @@ METHODS: tuple[Row, ...] = (
         settings=(0.2, 0.5, 0.7, 0.9),
         keeps_all=1.0,
         by_last_queries=True,
+    ),
+    Row(
+        name="blasst",
+        family="estimators",
+        factory=blasst,
+        summary="tiles skipped on the way, by the running maximum",
+        paper="arXiv:2512.12087",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=True,
+        control="threshold",
+        control_traced=True,
+        settings=(1.0, 0.5, 0.1),
+        keeps_all=0.0,
+        per_head="calibration",
+        kinds=(Calibration,),
+        by_running_maximum=True,
     ),
 )
 

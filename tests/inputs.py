@@ -22,3 +22,14 @@ def qkv(
     kv_len = q_len if kv_len is None else kv_len
     shapes = (q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, v_dim or dim)
     return tuple(jnp.asarray(rng.normal(size=(*batch, *shape)), dtype) for shape in shapes)
+
+
+def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
+    """Normal q, k, v, the keys of each block with logits of a level of their own."""
+    q, k, v = qkv(q_len, kv_len, **sizes)
+    blocks = -(-k.shape[-3] // block)
+    level = np.random.default_rng(1).normal(size=(blocks, *k.shape[-2:-1])) * spread
+    level = np.repeat(level, block, axis=0)[: k.shape[-3]]
+    # one of the features is the level's own
+    k = k.at[..., 0].set(jnp.asarray(level, k.dtype))
+    return q.at[..., 0].set(q.shape[-1] ** 0.5), k, v

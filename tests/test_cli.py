@@ -21,7 +21,7 @@ from jsparse.planning import (
     near_outputs,
 )
 from jsparse.registry import METHODS
-from tests.inputs import qkv
+from tests.inputs import leveled, qkv
 
 
 @pytest.fixture
@@ -194,6 +194,19 @@ def test_plan_prints_the_choices_and_writes_a_table(capsys, file, tmp_path):
     assert table.provenance.search == {"coverage": 0.8}
     assert f"{table.layers[1][3].value:.2f}" in out
     assert [p.name for p in output.parent.iterdir()] == ["plan.json"]
+
+
+def test_plan_calibrates_blasst(capsys, tmp_path):
+    layer = Captured(*leveled(96, heads=2, kv_heads=1))
+    file, output = tmp_path / "captured.safetensors", tmp_path / "plan.json"
+    save_captured([layer], file)
+    options = ["--method", "blasst", "--target-sparsity", "0.3", "--block", "16"]
+    main(["plan", str(file), *options, "--output", str(output)])
+    table = load_table(output)
+    assert table.arguments == {"target_sparsity": 0.3, "block_q": 16, "block_kv": 16}
+    assert f"Calibration {table.layers[0][1].value.a:.3g} " in capsys.readouterr().out
+    line = fails(capsys, "plan", file, "--target-sparsity", "0.3", "--output", output)
+    assert "--target-sparsity is not for minference" in line
 
 
 def test_plan_hands_its_options_to_the_search_and_says_what_is_too_dear(

@@ -19,7 +19,7 @@ from jsparse.attention import (
     triton,
     xla,
 )
-from jsparse.attention.block_sparse import Passes, block_sparse_attention
+from jsparse.attention.block_sparse import Passes, block_sparse_attention, skipping_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.attention.packing import pack, unpack
 from jsparse.attention.problem import Lowered, Plan, Problem
@@ -84,12 +84,12 @@ def attend(
         problem = prepare(
             q, k, v, plan, mask=mask, bias=bias, score_mod=score_mod, softcap=softcap, scale=scale
         )
-        out, lse = _run(problem, implementation)
+        out, lse = run(problem, implementation)
         out = out.reshape(*q.shape[:-1], v.shape[-1])
         lse = lse.reshape(*problem.batch_shape, *lse.shape[1:])
     if sinks is not None:
         checks.sinks_shape(sinks, q.shape[-2])
-        out, lse = _add_sinks(out, lse, sinks)
+        out, lse = add_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -163,7 +163,8 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
     return flatten_batch(plan, batch_shape)
 
 
-def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
+def run(problem: Problem, implementation: str | None) -> Any:
+    """Computes `(out, lse)`, where tiles may be skipped `(out, lse, kept)`."""
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
         lowered = _lowered(problem, implementation)
@@ -174,7 +175,8 @@ def _run(problem: Problem, implementation: str | None) -> tuple[Array, Array]:
         if implementation is None or lowered is None:
             reasons = " ".join(f"{name}: {reason}" for name, reason in refused.items())
             raise NotImplementedError(f"No implementation can do this here. {reasons}")
-    return lowered.finish(*map(_CALLS[implementation], lowered.parts))
+    calls = _CALLS if problem.log_threshold is None else _SKIPPING_CALLS
+    return lowered.finish(*map(calls[implementation], lowered.parts))
 
 
 class Choice(NamedTuple):
@@ -208,6 +210,8 @@ def _lowered(problem: Problem, implementation: str) -> Lowered | str:
     if isinstance(plan, BlockPyramid):
         if problem.operands.bias is not None or problem.rule.score_mod is not None:
             return "bias and score_mod act on pairs; a pooled column stands for many and has none."
+    if problem.log_threshold is not None and not isinstance(plan, BlockMask | None):
+        return f"tiles are skipped along a list of them, and the plan is {type(plan).__name__}."
     if implementation == "reference":
         return own
     adapter = _ADAPTERS.get(implementation)
@@ -224,8 +228,12 @@ def _lowered(problem: Problem, implementation: str) -> Lowered | str:
 
 
 def _part_refusal(adapter: Any, part: Problem) -> str | None:
-    operands, plan, mask, rule, _ = part
+    operands, plan, mask, rule, *_ = part
     block_q = block_kv = DEFAULT_BLOCK
+    if part.log_threshold is not None:
+        if plan is not None:
+            block_q, block_kv = plan.block_q, plan.block_kv
+        return adapter.skipping_refusal(operands, mask, rule, block_q, block_kv)
     if isinstance(plan, BlockMask):
         operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
         block_q, block_kv = plan.block_q, plan.block_kv
@@ -252,6 +260,19 @@ def _executed(
 
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
 _compiled = jax.jit(_executed, static_argnames=("rule", "passes", "least_queries"))
+_compiled_skipping = jax.jit(skipping_attention, static_argnames=("rule", "passes"))
+
+
+def _along(problem: Problem) -> tuple[Operands, BlockMask, Mask | None, Array, LogitRule]:
+    """What goes along which tiles, and what it skips."""
+    operands, _, mask, rule, _, log_threshold = problem
+    assert log_threshold is not None
+    plan = with_plan(problem).without_missing_blocks()
+    return operands, plan, mask, log_threshold, rule
+
+
+def _reference_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    return reference.skipping_forward(*_along(problem))
 
 
 def _xla_passes(plan: BlockMask) -> Passes:
@@ -272,12 +293,25 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     )
 
 
+def _xla_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    call = _compiled_skipping if problem.rule.score_mod is None else skipping_attention
+    return call(*_along(problem), xla.PASSES)
+
+
 def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
-    operands, _, mask, rule, _ = problem
     of_any = passes()
     return _executed(
-        operands, with_plan(problem), mask, rule, lambda plan: of_any, kernels.LEAST_QUERIES
+        problem.operands,
+        with_plan(problem),
+        problem.mask,
+        problem.rule,
+        lambda plan: of_any,
+        kernels.LEAST_QUERIES,
     )
+
+
+def _triton_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
+    return skipping_attention(*_along(problem), triton.PASSES)
 
 
 _CALLS = {
@@ -285,6 +319,12 @@ _CALLS = {
     "xla": _xla,
     "mosaic": partial(_by_kernels, lambda: mosaic.chip().passes),
     "triton": partial(_by_kernels, lambda: triton.PASSES),
+}
+# with tiles skipped on the way
+_SKIPPING_CALLS: dict[str, Callable[[Problem], tuple[Array, Array, BlockMask]]] = {
+    "reference": _reference_skipping,
+    "xla": _xla_skipping,
+    "triton": _triton_skipping,
 }
 _ADAPTERS: dict[str, Any] = {"mosaic": mosaic, "triton": triton}
 
@@ -325,7 +365,8 @@ def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, impleme
     return merge(parts)
 
 
-def _add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Merges the sinks, which give no value, with what was computed over keys."""
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], lse.shape)
     # neither keys nor a sink: the difference of two infinities is no number, nor is its gradient
     nothing = jnp.isneginf(lse) & jnp.isneginf(sink)

@@ -49,11 +49,15 @@ class Passes(NamedTuple):
     `forward(operands, lists, rule, sizes) -> (out, lse)` in f32. `backward(operands, lists, out,
     lse, d_out, d_lse, rule, sizes)` gives the gradient by the operands.
     `differentiable` is a `forward` that JAX can differentiate: second derivatives go through it.
+    `skipping(operands, lists, log_threshold, rule, sizes) -> (out, lse, kept)` is a `forward` that
+    leaves out listed tiles far below what their rows saw before, and says for each entry of each
+    head's lists whether it was kept; None where there is none.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., Operands]
     differentiable: Callable[..., tuple[Array, Array]]
+    skipping: Callable[..., tuple[Array, Array, Array]] | None = None
 
 
 def block_sparse_attention(
@@ -70,6 +74,51 @@ def block_sparse_attention(
     derivatives stay theirs.
     """
     grid = plan.grid
+    sizes, lists, padded = _whole_tiles(operands, plan, mask, rule)
+    out, lse = _attention(rule, sizes, passes)(padded, lists)
+    return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
+
+
+def skipping_attention(
+    operands: Operands,
+    plan: BlockMask,
+    mask: Mask | None,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    passes: Passes,
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"], BlockMask]:
+    """Computes `(out, lse, kept)`: the same, less the tiles that are skipped on the way.
+
+    `kept` lists the tiles that were not. The gradient is that of attention over these: they alone
+    are visited, and where the choice would have fallen otherwise has no part in it.
+    """
+    grid = plan.grid
+    sizes, lists, padded = _whole_tiles(operands, plan, mask, rule)
+    assert passes.skipping is not None  # refused before
+    skipping = passes.skipping
+    loop = jax.custom_batching.sequential_vmap(
+        lambda operands, lists, log_threshold: skipping(operands, lists, log_threshold, rule, sizes)
+    )
+    out, lse, entries = loop(*jax.lax.stop_gradient((padded, lists, log_threshold)))
+    times = entries.shape[1] // plan.list_heads
+    listed = jnp.repeat(plan.kv_indices, times, axis=1)
+    overflowed = jnp.repeat(plan.overflowed, times, axis=1)
+    kept = BlockMask.from_lists(
+        jnp.where(entries, listed, -1),
+        jnp.full(entries.shape[:-1], plan.width, jnp.int32),
+        overflowed=jnp.broadcast_to(overflowed, entries.shape[:2]),
+        **grid._asdict(),
+    )
+    left = Lists(kept.kv_indices, kept.kv_num_blocks, mask)
+    out, lse = _computed(rule, sizes, passes)(padded, left, out, lse)
+    return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len], kept
+
+
+def _whole_tiles(
+    operands: Operands, plan: BlockMask, mask: Mask | None, rule: LogitRule
+) -> tuple[Sizes, Lists, Operands]:
+    """The problem with its lengths padded to whole tiles."""
+    grid = plan.grid
     batches, _, heads, _ = operands.q.shape
     sizes = Sizes(
         batches,
@@ -81,15 +130,13 @@ def block_sparse_attention(
         grid.kv_blocks,
         ragged=bool(grid.kv_len % grid.block_kv),
     )
-    lists = Lists(plan.kv_indices, plan.kv_num_blocks, mask)
     padded = operands._replace(
         q=_pad_tokens(operands.q, grid.q_blocks * grid.block_q),
         k=_pad_tokens(operands.k, grid.kv_blocks * grid.block_kv),
         v=_pad_tokens(operands.v, grid.kv_blocks * grid.block_kv),
         bias=_pad_bias(operands.bias, grid, rule.group),
     )
-    out, lse = _attention(rule, sizes, passes)(padded, lists)
-    return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
+    return sizes, Lists(plan.kv_indices, plan.kv_num_blocks, mask), padded
 
 
 def _pad_tokens(x: Array, length: int) -> Array:
@@ -107,8 +154,8 @@ def _pad_bias(bias: Array | None, grid, group: int) -> Array | None:
 
 def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
     """Builds the differentiable function for one rule and one set of sizes."""
+    gradient = _gradient(rule, sizes, passes)
     forward_pass = as_one_batch(passes.forward, rule, sizes)
-    backward_pass = as_one_batch(passes.backward, rule, sizes, gradient=True)
 
     @jax.custom_vjp
     def attention(operands: Operands, lists: Lists):
@@ -124,6 +171,34 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
         return gradient(operands, lists, out, lse, *cotangents), _no_tangents(lists)
 
     attention.defvjp(attention_fwd, attention_bwd)
+    return attention
+
+
+def _computed(rule: LogitRule, sizes: Sizes, passes: Passes):
+    """Builds the function that gives what was computed over some lists its gradient."""
+    gradient = _gradient(rule, sizes, passes)
+
+    @jax.custom_vjp
+    def computed(operands: Operands, lists: Lists, out: Array, lse: Array):
+        return out, lse
+
+    # as above: an outer derivative needs to see what out and lse depend on
+    def computed_fwd(operands, lists, out, lse):
+        out, lse = computed(operands, lists, out, lse)
+        return (out, lse), (operands, lists, out, lse)
+
+    def computed_bwd(residuals, cotangents):
+        operands, lists, out, lse = residuals
+        d_operands = gradient(operands, lists, out, lse, *cotangents)
+        return d_operands, _no_tangents(lists), jnp.zeros_like(out), jnp.zeros_like(lse)
+
+    computed.defvjp(computed_fwd, computed_bwd)
+    return computed
+
+
+def _gradient(rule: LogitRule, sizes: Sizes, passes: Passes):
+    """Builds the gradient by the operands, which is itself a function with a derivative."""
+    backward_pass = as_one_batch(passes.backward, rule, sizes, gradient=True)
 
     @jax.custom_vjp
     def gradient(operands, lists, out, lse, d_out, d_lse):
@@ -147,7 +222,7 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
         return d_operands, _no_tangents(lists), *zeros, dd_out, dd_lse
 
     gradient.defvjp(gradient_fwd, gradient_bwd)
-    return attention
+    return gradient
 
 
 def _no_tangents(tree):

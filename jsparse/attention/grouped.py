@@ -94,7 +94,7 @@ def lower(problem: Problem, least_side: int) -> Lowered:
       problem: Whose plan is `TokenGroups`.
       least_side: The smallest tiles that the executor takes.
     """
-    operands, groups, mask, rule, batch_shape = problem
+    operands, groups, mask, rule, batch_shape, *_ = problem
     assert isinstance(groups, TokenGroups)
     heads = operands.q.shape[-2]
     repeats = heads // groups.list_heads if groups.list_heads > 1 else 1

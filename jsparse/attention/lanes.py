@@ -56,6 +56,11 @@ def lane_count(lists: Lists, sizes: Sizes) -> int:
     return max(1, min(rows, _tuning().logits // (max(sizes.block_q, _LEAST_ROWS) * columns)))
 
 
+def lanes_that_go_on(lanes: int) -> int:
+    """How many rows take a step's second half together, of those that do not skip it."""
+    return max(1, lanes // 4)
+
+
 def row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:
     """How many tiles each row of the problem has."""
     counts = lists.kv_num_blocks
@@ -271,6 +276,16 @@ def scores(
     rows = jnp.broadcast_to(rows[:, :, None], (*columns.shape[:3], *rows.shape[2:]))
     dims = (((4,), (4,)), ((0, 1, 2), (0, 1, 2)))
     return jax.lax.dot_general(rows, columns, dims, preferred_element_type=jnp.float32).sum(1)
+
+
+def peaks_of_tiles(
+    logits: Float[Array, "lanes parts rows column_part"], together: int
+) -> Float[Array, "lanes rows together"]:
+    """The largest logit of each row in each tile of a step."""
+    if together == 1:
+        return logits.max((1, 3))[..., None]
+    lanes, _, rows, _ = logits.shape
+    return jnp.moveaxis(logits, 1, 2).reshape(lanes, rows, together, -1).max(-1)
 
 
 def weighted(

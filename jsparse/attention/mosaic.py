@@ -43,6 +43,13 @@ def refusal(
     return parts if isinstance(parts, str) else None
 
 
+def skipping_refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str:
+    """Why the kernels cannot skip tiles on the way."""
+    return device_refusal() or "its kernels compute every listed tile and skip none on the way."
+
+
 def forward(
     kernel: Forward, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.types import BlockMask, BlockPyramid, Mask, TokenGroups
@@ -13,13 +13,17 @@ Part = tuple[Array, Array]
 
 
 class Problem(NamedTuple):
-    """A checked call: batch axes flattened to one, modifications split into static and traced."""
+    """A checked call: batch axes flattened to one, modifications split into static and traced.
+
+    With `log_threshold [batch, heads]` tiles far below what their rows saw before are skipped.
+    """
 
     operands: Operands
     plan: Plan | None
     mask: Mask | None
     rule: LogitRule
     batch_shape: tuple[int, ...]
+    log_threshold: Float[Array, "batch heads"] | None = None
 
 
 class Lowered(NamedTuple):

@@ -63,7 +63,7 @@ def lower(problem: Problem, least_side: int) -> Lowered:
 
 def _pooled(problem: Problem, plan: BlockPyramid, least_side: int) -> Problem:
     """Attention to the columns that stand for what the list leaves out."""
-    operands, _, mask, rule, batch_shape = problem
+    operands, _, mask, rule, batch_shape, *_ = problem
     k, v, log_count = plan.pooled_k, plan.pooled_v, plan.log_count
     assert k is not None
     assert v is not None
@@ -229,7 +229,7 @@ class _Columns(NamedTuple):
 def _leveled(problem: Problem, plan: BlockPyramid) -> Problem:
     """Attention to keys and values of all levels, one after the other."""
     columns = _Columns.of(plan)
-    operands, _, mask, rule, _ = problem
+    operands, _, mask, rule, *_ = problem
 
     def pyramid(x: Array) -> Array:
         levels = [x, *(mean_blocks(x, 2**n).astype(x.dtype) for n in range(1, plan.top_level + 1))]

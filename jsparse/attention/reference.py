@@ -3,8 +3,10 @@
 Materialises [q_len, kv_len]; for tests, and for inputs small enough not to care.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -20,6 +22,41 @@ def forward(
     operands: Operands, plan: Plan | None, mask: Mask | None, rule: LogitRule
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` with every pair formed. Differentiable any number of times by JAX."""
+    return _softmax(*_logits(operands, plan, mask, rule), operands.v.dtype)
+
+
+def skipping_forward(
+    operands: Operands,
+    plan: BlockMask,
+    mask: Mask | None,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"], BlockMask]:
+    """Computes `(out, lse, kept)` without the tiles that are far below those before them.
+
+    A tile that is skipped holds no row's largest logit so far, so the largest logit of all tiles
+    up to one is that of the tiles that were kept.
+    """
+    logits, v = _logits(operands, plan, mask, rule)
+    grid = plan.grid
+    peaks = pad_to_blocks(logits, grid.block_kv, -jnp.inf)
+    peaks = peaks.reshape(*logits.shape[:-1], grid.kv_blocks, grid.block_kv).max(-1)
+    so_far = jax.lax.cummax(peaks, axis=peaks.ndim - 1)
+    near = (peaks >= so_far + log_threshold[..., None, None]) | jnp.isnan(peaks + so_far)
+    near &= ~jnp.isneginf(peaks)
+    near = jnp.pad(near, ((0, 0), (0, 0), (0, -grid.q_len % grid.block_q), (0, 0)))
+    tiles = near.reshape(*near.shape[:2], grid.q_blocks, grid.block_q, grid.kv_blocks).any(3)
+    overflowed = jnp.repeat(plan.overflowed, tiles.shape[1] // plan.list_heads, axis=-1)
+    kept = BlockMask.from_dense(tiles, **grid._asdict(), width=plan.width)
+    kept = dataclasses.replace(kept, overflowed=jnp.broadcast_to(overflowed, tiles.shape[:2]))
+    logits = jnp.where(visible(kept, tiles.shape[1]), logits, -jnp.inf)
+    return *_softmax(logits, v, operands.v.dtype), kept
+
+
+def _logits(
+    operands: Operands, plan: Plan | None, mask: Mask | None, rule: LogitRule
+) -> tuple[Float[Array, "batch heads q_len columns"], Float[Array, "batch columns heads v_dim"]]:
+    """The logit of every pair, -inf where it is hidden, and the values; both of all heads."""
     batches, q_len, heads, _ = operands.q.shape
     k = heads_.expand_kv_heads(operands.k, heads).astype(jnp.float32)
     v = heads_.expand_kv_heads(operands.v, heads).astype(jnp.float32)
@@ -41,7 +78,14 @@ def forward(
         logits, v = _append_summaries(logits, v, operands, plan, mask, rule)
     elif plan is not None:
         logits = jnp.where(visible(plan, heads), logits, -jnp.inf)
+    return logits, v
 
+
+def _softmax(
+    logits: Float[Array, "batch heads q_len columns"],
+    v: Float[Array, "batch columns heads v_dim"],
+    dtype: Any,
+) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     peak = logits.max(-1, keepdims=True)
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
     probs = jnp.exp(logits - peak)
@@ -51,7 +95,7 @@ def forward(
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(seen, probs / safe, 0.0), v)
     lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)[..., 0]
-    return out.astype(operands.v.dtype), lse
+    return out.astype(dtype), lse
 
 
 def _cut_out(x: Array) -> tuple[Bool[Array, "batch heads 1 kv_len"], Array]:

@@ -3,15 +3,17 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from jsparse.attention import kernels, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
+from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
 from pallas_kernels import _compat
-from pallas_kernels.block_sparse_attention import triton
+from pallas_kernels.block_sparse_attention import triton, triton_skipping
 
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
@@ -38,6 +40,18 @@ def least_side() -> int:
     return 64
 
 
+def skipping_refusal(
+    operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
+) -> str | None:
+    """Why the kernels cannot do this here while they skip tiles on the way, or None."""
+    q, _, v = operands[:3]
+    sizes = q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v)
+    problem = operands, mask, rule, block_q, block_kv
+    if rule.scale is not None and rule.scale <= 0:
+        return f"where tiles are skipped it takes scales above 0, not {rule.scale}."
+    return device_refusal() or triton_skipping.refusal(*sizes) or problem_refusal(*problem)
+
+
 def problem_refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
 ) -> str | None:
@@ -62,6 +76,32 @@ def forward(
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
     out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
     return out[..., : v.shape[-1]], lse
+
+
+def skipping_forward(
+    operands: Operands,
+    lists: Lists,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> tuple[
+    Float[Array, "batch q_len heads v_dim"],
+    Float[Array, "batch heads q_len"],
+    Bool[Array, "batch heads q_blocks width"],
+]:
+    """Computes `(out, lse)` without the tiles that are far below, and which entries were not."""
+    q, k, v = operands[:3]
+    parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
+    problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+    skipping = triton_skipping.Skipping(log_threshold / np.log(2.0), rule.q_len)
+    found = lists.kv_indices, lists.kv_num_blocks
+    out, lse, kept = triton_skipping.forward(problem, *found, skipping, tiles)
+    # what was not listed is not written
+    listed = indices(kept.shape[-1]) < lists.kv_num_blocks[..., None]
+    listed = jnp.repeat(listed, sizes.heads // listed.shape[1], axis=1)
+    return out[..., : v.shape[-1]], lse, listed & (kept != 0)
 
 
 def backward(
@@ -112,7 +152,7 @@ def backward(
     return looped._replace(q=result.q, k=result.k, v=result.v)
 
 
-PASSES = Passes(forward, backward, xla.differentiable_forward)
+PASSES = Passes(forward, backward, xla.differentiable_forward, skipping_forward)
 
 
 def _tile_rule(

@@ -1,11 +1,11 @@
 """Block-sparse attention in XLA: the forward pass, and the executor that all devices have."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
@@ -17,9 +17,11 @@ from jsparse.attention.lanes import (
     by_count,
     indices,
     lane_count,
+    lanes_that_go_on,
     loop,
     on_columns,
     on_rows,
+    peaks_of_tiles,
     row_counts,
     scores,
     tiles_together,
@@ -30,6 +32,61 @@ from jsparse.attention.xla_backward import backward
 
 # tiles of fewer queries leave the time to the reading of keys
 LEAST_QUERIES = 64
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class _Softmax(NamedTuple):
+    """What is known of rows so far: their largest logit, and sums of what is over its share."""
+
+    peak: Float[Array, "lanes rows"]
+    total: Float[Array, "lanes rows"]
+    acc: Float[Array, "lanes rows v_dim"]
+
+    @classmethod
+    def of_nothing(cls, lanes: int, rows: int, v_dim: int) -> "_Softmax":
+        """Before the first tile."""
+        shape = lanes, rows
+        # finite: in a row that saw nothing exp(-inf - peak) is 0, exp(-inf + inf) would be nan
+        peak = jnp.full(shape, _LOWEST, jnp.float32)
+        total, acc = jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, v_dim), jnp.float32)
+        return cls(peak, total, acc)
+
+    def add(
+        self,
+        logits: Float[Array, "lanes parts rows column_part"],
+        largest: Float[Array, "lanes rows"],
+        values: Float[Array, "lanes columns v_dim"],
+    ) -> "_Softmax":
+        """What is known after these tiles too, of whose logits `largest` are the largest."""
+        peak = jax.lax.stop_gradient(jnp.maximum(self.peak, largest))
+        probs = jnp.exp(logits - on_rows(peak))
+        decay = jnp.exp(self.peak - peak)
+        new = weighted(probs.astype(values.dtype), values)
+        total = self.total * decay + probs.sum((1, 3))
+        return _Softmax(peak, total, self.acc * decay[..., None] + new)
+
+    def end(self) -> tuple[Float[Array, "lanes rows v_dim"], Float[Array, "lanes rows"]]:
+        """The rows' `(out, lse)`."""
+        seen = self.total != 0
+        safe = jnp.where(seen, self.total, 1.0)
+        return self.acc / safe[..., None], jnp.where(seen, self.peak + jnp.log(safe), -jnp.inf)
+
+
+class _Group(NamedTuple):
+    """Rows of tiles that are computed together, and how their tiles are read.
+
+    `look(first)` gives the logits of their entries from `first` on, and which tiles these are.
+    """
+
+    lanes: Lanes
+    here: Rows
+    together: int
+    look: Callable[[Array], tuple[Array, Blocks]]
+
+    @property
+    def steps(self) -> Array:
+        """How many steps the longest list takes."""
+        return -(-self.lanes.longest // self.together)
 
 
 def _walk_rows(
@@ -38,9 +95,14 @@ def _walk_rows(
     rule: LogitRule,
     sizes: Sizes,
     at_once: int,
-    repeat: Callable[..., Any],
-) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Attention by running softmax; `repeat(longest, step, state)` makes the steps of a group."""
+    walk: Callable[[_Group], tuple[_Softmax, Any]],
+    kept: Any = None,
+) -> tuple[Array, Array, Any]:
+    """Attention by running softmax, as many rows of tiles together as `at_once` says.
+
+    `walk(group)` gives the softmax of a group's rows after all their tiles; what it says besides is
+    written into `kept [batch, heads, q_blocks, ...]`.
+    """
     s = sizes
     q, k, v = operands.q, operands.k, operands.v
     bias = Bias.of(operands.bias, s, rule.group)
@@ -48,16 +110,14 @@ def _walk_rows(
     together = tiles_together(lists, s)
 
     def group(carry, rows: tuple[Lanes, Rows]):
-        out, lse = carry
+        out, lse, kept = carry
         lanes, here = rows
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
         queries = here.rows(q, s.block_q)
         q_index = on_rows(here.tokens(s.block_q))
         owner = here.batch[:, None, None, None], here.head[:, None, None, None]
 
-        def step(number, state):
-            peak, total, acc = state
-            first = number * together
+        def look(first):
             index = list_batch, list_head, here.block, lanes.entries(first, together).T
             kv_blocks = at(lists.kv_indices, *index).T
             there = Blocks(here.batch, here.head // s.group, kv_blocks)
@@ -70,46 +130,47 @@ def _walk_rows(
                 *where,
             )
             logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged)
-            logits = logits + lanes.over(first, together, s.block_kv)
-            new_peak = jax.lax.stop_gradient(jnp.maximum(peak, logits.max((1, 3))))
-            probs = jnp.exp(logits - on_rows(new_peak))
-            decay = jnp.exp(peak - new_peak)
-            new = weighted(probs.astype(v.dtype), there.tiles(v, s.block_kv))
-            return new_peak, total * decay + probs.sum((1, 3)), acc * decay[..., None] + new
+            return logits + lanes.over(first, together, s.block_kv), there
 
-        shape = (at_once, s.block_q)
-        state = (
-            # finite: in a row that saw nothing exp(-inf - peak) is 0, exp(-inf + inf) would be nan
-            jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros((*shape, v.shape[-1]), jnp.float32),
-        )
-        peak, total, acc = repeat(-(-lanes.longest // together), step, state)
-        seen = total != 0
-        safe = jnp.where(seen, total, 1.0)
+        softmax, kept_here = walk(_Group(lanes, here, together, look))
+        row_out, row_lse = softmax.end()
+        options: Any = {"mode": "drop", "wrap_negative_indices": False}
         target = lanes.only_listed(here.batch, nowhere=s.batches)
-        out = out.at[target, here.block, :, here.head].set(
-            acc / safe[..., None], mode="drop", wrap_negative_indices=False
-        )
-        row_lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
-        return (
-            out,
-            lse.at[target, here.head, here.block].set(
-                row_lse, mode="drop", wrap_negative_indices=False
-            ),
-        ), None
+        out = out.at[target, here.block, :, here.head].set(row_out, **options)
+        lse = lse.at[target, here.head, here.block].set(row_lse, **options)
+        if kept is not None:
+            kept = kept.at[target, here.head, here.block].set(kept_here, **options)
+        return (out, lse, kept), None
 
     # the backward pass needs rowsum(out * d_out) in f32, so the output stays f32 until the end
     out = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, v.shape[-1]), jnp.float32)
     lse = jnp.full((s.batches, s.heads, s.q_blocks, s.block_q), -jnp.inf, jnp.float32)
     where = Rows.of(groups.index, s)
-    (out, lse), _ = jax.lax.scan(group, (out, lse), (groups, where))
-    return out.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(s.batches, s.heads, -1)
+    (out, lse, kept), _ = jax.lax.scan(group, (out, lse, kept), (groups, where))
+    return out.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(s.batches, s.heads, -1), kept
+
+
+def _adding_all(
+    operands: Operands, sizes: Sizes, repeat: Callable[..., Any]
+) -> Callable[[_Group], tuple[_Softmax, None]]:
+    """Walks every tile; `repeat(longest, step, state)` makes the steps of a group."""
+    v = operands.v
+
+    def walk(group: _Group):
+        def step(number, softmax: _Softmax):
+            logits, there = group.look(number * group.together)
+            return softmax.add(logits, logits.max((1, 3)), there.tiles(v, sizes.block_kv))
+
+        start = _Softmax.of_nothing(len(group.here.block), sizes.block_q, v.shape[-1])
+        return repeat(group.steps, step, start), None
+
+    return walk
 
 
 def forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
     """Computes `(out, lse)`, both f32."""
-    return _walk_rows(operands, lists, rule, sizes, lane_count(lists, sizes), loop)
+    walk = _adding_all(operands, sizes, loop)
+    return _walk_rows(operands, lists, rule, sizes, lane_count(lists, sizes), walk)[:2]
 
 
 def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
@@ -130,7 +191,75 @@ def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, si
         return jax.lax.scan(jax.checkpoint(scanned), state, indices(steps))[0]
 
     rows = sizes.batches * sizes.heads * sizes.q_blocks
-    return _walk_rows(operands, lists, rule, sizes, rows, repeat)
+    walk = _adding_all(operands, sizes, repeat)
+    return _walk_rows(operands, lists, rule, sizes, rows, walk)[:2]
 
 
-PASSES = Passes(forward, backward, differentiable_forward)
+def skipping_forward(
+    operands: Operands,
+    lists: Lists,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> tuple[Array, Array, Bool[Array, "batch heads q_blocks width"]]:
+    """Computes `(out, lse)` without the tiles that are far below, and which entries were not.
+
+    Logits are computed of every listed tile. A step's rows that do not skip it are brought
+    together, a few at a time, for exponentials and values; the others are left as they are.
+    """
+    v, width = operands.v, lists.kv_indices.shape[-1]
+    at_once = lane_count(lists, sizes)
+    few = lanes_that_go_on(at_once)
+
+    def walk(group: _Group):
+        here, together = group.here, group.together
+        lanes = len(here.block)
+        limit = at(log_threshold, here.batch, here.head)[:, None, None]
+        # rows past the last query have no say
+        true_rows = (here.tokens(sizes.block_q) < rule.q_len)[..., None]
+
+        def step(number, state: tuple[_Softmax, Array]):
+            softmax, kept = state
+            first = number * together
+            logits, there = group.look(first)
+            peaks = peaks_of_tiles(logits, together)
+            before = jnp.maximum(softmax.peak[..., None], jax.lax.cummax(peaks, axis=2))
+            # a row that sees nothing of a tile has no say either; one with a nan keeps it
+            far = peaks < jnp.maximum(before + limit, _LOWEST)
+            keep = ~(far | ~true_rows).all(1)
+            largest = peaks.max(-1, where=keep[:, None], initial=-jnp.inf)
+            columns = jnp.repeat(keep, sizes.block_kv, axis=1)
+            if together > 1:
+                logits = jnp.where(on_columns(columns), logits, -jnp.inf)
+            goes_on = keep.any(1)
+            # those that go on first
+            order = jnp.argsort(~goes_on).astype(jnp.int32)
+            count = goes_on.sum(dtype=jnp.int32)
+
+            def add(number, softmax: _Softmax):
+                place = number * few + indices(few)
+                mine = at(order, jnp.minimum(place, lanes - 1))
+                tiles = Blocks(*(at(x, mine) for x in there)).tiles(v, sizes.block_kv)
+                if together > 1:
+                    # of several tiles in a step some may be skipped: zero times nan is nan
+                    tiles = jnp.where(at(columns, mine)[..., None], tiles, 0)
+                found = _Softmax(*(at(x, mine) for x in softmax))
+                found = found.add(at(logits, mine), at(largest, mine), tiles)
+                target = jnp.where(place < count, mine, lanes)
+                return jax.tree.map(
+                    lambda x, new: x.at[target].set(new, mode="drop"), softmax, found
+                )
+
+            softmax = loop(-(-count // few), add, softmax)
+            return softmax, jax.lax.dynamic_update_slice(kept, keep, (jnp.int32(0), first))
+
+        start = _Softmax.of_nothing(lanes, sizes.block_q, v.shape[-1])
+        none = jnp.zeros((lanes, -(-width // together) * together), bool)
+        softmax, kept = loop(group.steps, step, (start, none))
+        return softmax, kept[:, :width]
+
+    kept = jnp.zeros((sizes.batches, sizes.heads, sizes.q_blocks, width), bool)
+    return _walk_rows(operands, lists, rule, sizes, at_once, walk, kept)
+
+
+PASSES = Passes(forward, backward, differentiable_forward, skipping_forward)

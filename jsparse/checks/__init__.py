@@ -8,9 +8,11 @@ from jsparse.checks.attention import block_lists as block_lists
 from jsparse.checks.attention import blocks_exist as blocks_exist
 from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
+from jsparse.checks.attention import calibrations as calibrations
 from jsparse.checks.attention import concrete_levels as concrete_levels
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
+from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
@@ -39,6 +41,7 @@ from jsparse.checks.attention import pooled_operands as pooled_operands
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
+from jsparse.checks.attention import skip_thresholds as skip_thresholds
 from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
@@ -64,13 +67,16 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.tables import all_queries as all_queries
 from jsparse.checks.tables import layer_methods as layer_methods
+from jsparse.checks.tables import lengths_to_fit as lengths_to_fit
 from jsparse.checks.tables import one_text as one_text
 from jsparse.checks.tables import profiles as profiles
 from jsparse.checks.tables import rows_left as rows_left
 from jsparse.checks.tables import search_options as search_options
 from jsparse.checks.tables import some_plan as some_plan
 from jsparse.checks.tables import some_rules as some_rules
+from jsparse.checks.tables import something_to_fit as something_to_fit
 from jsparse.checks.tables import table_layers as table_layers
 from jsparse.checks.tables import table_method as table_method
 from jsparse.checks.tables import table_parts as table_parts
@@ -81,6 +87,7 @@ from jsparse.checks.tables import table_value as table_value
 from jsparse.checks.tables import texts_held_out as texts_held_out
 from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
+from jsparse.checks.values import factors as factors
 from jsparse.checks.values import finite as finite
 from jsparse.checks.values import fractions as fractions
 from jsparse.checks.values import integers as integers
@@ -95,3 +102,4 @@ from jsparse.checks.values import positive_number as positive_number
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
 from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
+from jsparse.checks.values import unit_interval as unit_interval

@@ -1,5 +1,6 @@
 """Checks of what attention is called with: operands, plans, masks, layers."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from jsparse import _compat
 from jsparse.checks.debug import when_known
-from jsparse.checks.values import at_most, integers, non_negative, positive
+from jsparse.checks.values import at_most, integers, non_negative, positive, unit_interval
 
 
 def tile_grid(grid: Any) -> None:
@@ -316,6 +317,41 @@ def order_fits(order: Any, shape: tuple[int, ...]) -> None:
             f"order has {count} heads and the array {heads}; one must be a multiple of the other."
         )
     batch_fits("order", order.shape[:-2], tuple(batch))
+
+
+def skip_thresholds(threshold: Any, per_head: tuple[int, ...]) -> None:
+    """Thresholds lie in [0, 1] and broadcast to sequences and heads."""
+    shape = jnp.shape(threshold)
+    try:
+        fits = np.broadcast_shapes(shape, per_head) == tuple(per_head)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"threshold has shape {shape}, which does not broadcast to [*batch, heads] {per_head}."
+        )
+    unit_interval(threshold=threshold)
+
+
+def calibrations(given: Any, kind: type) -> None:
+    """Curves that heads were calibrated to are of their kind, and rise."""
+    for curve in given:
+        if not isinstance(curve, kind):
+            raise ValueError(f"calibration has {curve!r}; it must hold {kind.__name__}(...) alone.")
+        for name, value in dataclasses.asdict(curve).items():
+            most = 20.0 if name.endswith("b") else float("inf")
+            if not 0 <= value <= most or value == float("inf"):
+                raise ValueError(
+                    f"{name}={value!r} of {curve} must be finite and lie in [0, {most:g}]."
+                )
+
+
+def factor_or_calibration(calibration: Any, *factors: Any) -> None:
+    """What a threshold follows from is said once."""
+    if calibration is not None and any(factor is not None for factor in factors):
+        raise ValueError(
+            "calibration and a scale factor both say what the threshold is; pass one of them."
+        )
 
 
 def sinks_shape(sinks: Any, heads: int) -> None:

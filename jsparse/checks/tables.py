@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from jsparse.checks.files import finite_layers, same_layers
+from jsparse.checks.values import positive
 
 
 def table_readable(path: Any, error: Any) -> None:
@@ -93,6 +94,34 @@ def rows_left(start: int, q_len: int) -> None:
         raise ValueError(
             f"start={start} leaves none of {q_len} queries to score; pass a lower start, or a "
             "longer text."
+        )
+
+
+def all_queries(q_len: int, kv_len: int) -> None:
+    """Queries and keys are the same tokens."""
+    if q_len != kv_len:
+        raise ValueError(
+            f"There are {q_len} queries of {kv_len} keys; capture a whole text, with a query each."
+        )
+
+
+def lengths_to_fit(lengths: Any, block_size: int, captured: int) -> None:
+    """Each length has a tile and was captured."""
+    positive(lengths=len(lengths))
+    for length in lengths:
+        if not block_size <= length <= captured:
+            raise ValueError(
+                f"lengths={list(lengths)} must lie between a tile of {block_size} and the "
+                f"{captured} tokens that were captured."
+            )
+
+
+def something_to_fit(fitted: Any) -> None:
+    """Some threshold skipped neither too few tiles nor too many."""
+    if fitted is None:
+        raise ValueError(
+            "No two thresholds skip different shares between 0.1 and 0.9 of the tiles of any head; "
+            "capture a longer text, or pass a smaller block_size or more thresholds."
         )
 
 

@@ -1,6 +1,7 @@
 """Checks of numbers and arrays, whatever they are for."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -128,10 +129,25 @@ def shares(**values: Any) -> None:
 
 def fractions(**values: Any) -> None:
     """Each value is a number in (0, 1], or a concrete array of such numbers."""
+    _each("lie in (0, 1]", lambda found: (found > 0) & (found <= 1), values)
+
+
+def unit_interval(**values: Any) -> None:
+    """Each value is a number in [0, 1], or a concrete array of such numbers."""
+    _each("lie in [0, 1]", lambda found: (found >= 0) & (found <= 1), values)
+
+
+def factors(**values: Any) -> None:
+    """Each value is a finite number above 0, or a concrete array of such numbers; or None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    _each("be finite and above 0", lambda found: (found > 0) & np.isfinite(found), given)
+
+
+def _each(demand: str, holds: Callable[[Any], Any], values: dict[str, Any]) -> None:
     for name, value in values.items():
         if not hasattr(value, "dtype"):
             number(**{name: value})
         if not _compat.is_traced(value):
             found = np.asarray(value)
-            if not np.all((found > 0) & (found <= 1)):
-                raise ValueError(f"{name}={found} must lie in (0, 1].")
+            if not np.all(holds(found)):
+                raise ValueError(f"{name}={found} must {demand}.")

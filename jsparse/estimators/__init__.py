@@ -1,5 +1,7 @@
 """Plans from q and k; no parameters."""
 
+from jsparse.estimators.blasst import Calibration as Calibration
+from jsparse.estimators.blasst import blasst as blasst
 from jsparse.estimators.mean_pooled import mean_pooled as mean_pooled
 from jsparse.estimators.minference import AShape as AShape
 from jsparse.estimators.minference import BlockSparse as BlockSparse

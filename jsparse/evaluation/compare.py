@@ -20,6 +20,7 @@ from jsparse.core.tiling import block_mask
 from jsparse.evaluation.capture import Captured
 from jsparse.evaluation.cost import Cost, attend_backward_cost, attend_cost, plan_cost
 from jsparse.evaluation.metrics import (
+    Walked,
     in_place,
     output_error,
     pairs_attended,
@@ -134,7 +135,7 @@ class _Programs(NamedTuple):
 
         def plan(operand, q, k):
             tiles, info = method(operand).plan((), q, k, mask=mask)
-            return tiles, Orders.of(info)
+            return tiles, Orders.of(info), Walked.of(info)
 
         def attend(operand, q, k, v):
             return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
@@ -217,7 +218,7 @@ def compare(
     blocks = {setting.block or BLOCK for setting in which}
     checks.longer_than_a_tile(min(q_len, kv_len), max(blocks))
     itemsize = layers[0].q.dtype.itemsize
-    sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "v_dim": v_dim}
     tensors = (x for layer in layers for x in layer)
     store = Store(
         partial, fingerprint(tensors, repeats, score is None, Result._fields, sorted(blocks))
@@ -241,13 +242,20 @@ def compare(
         program = programs.setdefault(name, _Programs.of(setting, mask))
         plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
         planned = [plan_of(layer.q, layer.k) for layer in layers]
-        plans = [plan for plan, _ in planned]
+        plans = [plan for plan, _, _ in planned]
         # the mask as each plan sees it, whose tiles may be of tokens in another order
-        masks = [follow(mask, orders, heads) for _, orders in planned]
-        tiles[setting.label] = [_tiles(plan, orders, mask, heads) for plan, orders in planned]
+        masks = [follow(mask, orders, heads) for _, orders, _ in planned]
+        tiles[setting.label] = [_tiles(plan, orders, mask, heads) for plan, orders, _ in planned]
+        walked = [found for _, _, found in planned]
 
         def figures(
-            setting=setting, plan_of=plan_of, run=run, pairs=pairs, plans=plans, masks=masks
+            setting=setting,
+            plan_of=plan_of,
+            run=run,
+            pairs=pairs,
+            plans=plans,
+            masks=masks,
+            walked=walked,
         ):
             outs = [run(*layer) for layer in layers]
             errors = [
@@ -258,10 +266,14 @@ def compare(
                 recalled_mass(lse, full)
                 for (_, lse), (_, full) in zip(outs, references, strict=True)
             ]
-            planning = plan_cost(plan_of, layers[0].q, layers[0].k)
-            whole, backward = Cost(0.0, 0.0), Cost(0.0, 0.0)
-            for plan in plans:
-                attending = attend_cost(plan, **sizes, itemsize=itemsize)
+            # what is decided on the way needs no plan
+            plans_first = walked[0] is None
+            nothing = Cost(0.0, 0.0)
+            planning = plan_cost(plan_of, *layers[0][:2]) if plans_first else nothing
+            whole = backward = nothing
+            for plan, found in zip(plans, walked, strict=True):
+                scored = None if found is None else found.scored
+                attending = attend_cost(plan, **sizes, itemsize=itemsize, scored=scored)
                 whole = whole.plus(planning).plus(attending)
                 backward = backward.plus(attend_backward_cost(plan, **sizes, itemsize=itemsize))
             result = Result(
@@ -276,7 +288,9 @@ def compare(
                 error=[error.relative.tolist() for error in errors],
                 largest_error=[error.largest.tolist() for error in errors],
                 cosine=[error.cosine.tolist() for error in errors],
-                plan_seconds=_median_seconds(lambda q, k, v: plan_of(q, k), layers, repeats),
+                plan_seconds=_median_seconds(lambda q, k, v: plan_of(q, k), layers, repeats)
+                if plans_first
+                else 0.0,
                 seconds=_median_seconds(run, layers, repeats),
                 dense_seconds=dense_seconds,
                 plan_flops=planning.flops * len(layers),

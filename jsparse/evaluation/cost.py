@@ -35,17 +35,21 @@ def attend_cost(
     dim: int,
     v_dim: int,
     itemsize: int = 4,
+    scored: BlockMask | None = None,
 ) -> Cost:
     """Counts what attending to a plan takes, forward.
 
     Two products per tile; queries and outputs once, keys and values once per tile. The parts of a
-    tuple add up.
+    tuple add up. Where tiles are skipped on the way, `scored` are those whose logits and keys it
+    takes all the same to find the plan, which is then one list.
     """
     total = Cost(0.0, 0.0)
     for part in tile_lists(plan):
         tiles, rows, _ = _sizes(part, heads, kv_heads)
-        flops = 2.0 * tiles * part.block_q * part.block_kv * (dim + v_dim)
-        numbers = rows * (dim + v_dim) + tiles * part.block_kv * (dim + v_dim)
+        looked_at = tiles if scored is None else _sizes(scored, heads, kv_heads)[0]
+        per_tile = looked_at * dim + tiles * v_dim
+        flops = 2.0 * part.block_q * part.block_kv * per_tile
+        numbers = rows * (dim + v_dim) + part.block_kv * per_tile
         total = total.plus(Cost(flops, float(itemsize * numbers)))
     return total
 

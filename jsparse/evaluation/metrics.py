@@ -14,6 +14,25 @@ from jsparse.core.reordering import Orders
 from jsparse.types import BlockMask, Mask, Method, TileGrid, parts_of
 
 
+class Walked(NamedTuple):
+    """What attending itself decides, where it skips tiles on the way.
+
+    Attributes:
+      scored: The tiles whose logits it computes.
+      kept: Those of them that it does not skip.
+    """
+
+    scored: BlockMask
+    kept: BlockMask
+
+    @classmethod
+    def of(cls, info: Any) -> "Walked | None":
+        """What a method's `info` says: fields of the same names, where it has them."""
+        if not hasattr(info, "scored"):
+            return None
+        return cls(info.scored, info.kept)
+
+
 class OutputError(NamedTuple):
     """Distances of each head's output from that of dense attention.
 
@@ -149,7 +168,7 @@ def pairs_attended(
 
     With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
     executor that does the work does the counting too, one tile at a time. Exact up to f32
-    rounding.
+    rounding. What is skipped for its logits is found with the true ones before.
 
     Args:
       method: What plans and attends.
@@ -163,7 +182,12 @@ def pairs_attended(
     def zero(logit, batch, head, q_index, kv_index):
         return jnp.zeros_like(logit)
 
-    (_, lse), _ = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
+    (_, lse), info = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
+    if Walked.of(info) is not None:
+        walked = Walked.of(method.attend(params, q, k, v, **given)[1])
+        assert walked is not None
+        options = {"mask": given.get("mask"), "score_mod": zero, "return_lse": True}
+        _, lse = attend(q, k, v, walked.kept, **options)
     return jnp.exp(lse).sum(-1)
 
 

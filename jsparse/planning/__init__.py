@@ -9,6 +9,7 @@ from jsparse.planning.patterns import search_patterns as search_patterns
 from jsparse.planning.rules import Lengths as Lengths
 from jsparse.planning.rules import elastic_rules as elastic_rules
 from jsparse.planning.rules import search_rules as search_rules
+from jsparse.planning.scale_factors import search_scale_factors as search_scale_factors
 from jsparse.planning.table import Choice as Choice
 from jsparse.planning.table import Provenance as Provenance
 from jsparse.planning.table import Table as Table
@@ -22,4 +23,5 @@ SEARCHES = {
     "minference": search_patterns,
     "moa": search_rules,
     "xattention": search_thresholds,
+    "blasst": search_scale_factors,
 }

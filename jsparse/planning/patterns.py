@@ -180,7 +180,8 @@ def _programs(method: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _shares(plan: BlockMask | Sequence[BlockMask], layer: Captured) -> list[float]:
     """Each head's operations over those of dense causal attention in tiles of the same size."""
-    heads, sizes = layer.q.shape[1], {"dim": layer.q.shape[-1], "v_dim": layer.v.shape[-1]}
+    heads = layer.q.shape[1]
+    sizes: dict[str, Any] = {"dim": layer.q.shape[-1], "v_dim": layer.v.shape[-1]}
     first = parts_of(plan)[0]
     dense = attend_cost(block_mask(causal(), **first.grid._asdict()), heads=1, kv_heads=1, **sizes)
 

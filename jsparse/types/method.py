@@ -14,7 +14,8 @@ class Method(NamedTuple):
         `kv_order` of `info` say so.
       attend: `attend(params, q, k, v, *, x, positions, mask, state, key, **attend) -> (out, info)`,
         where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...); with
-        `return_lse=True`, `out` is `(out, lse)`.
+        `return_lse=True`, `out` is `(out, lse)`. Where attending itself skips tiles, the fields
+        `scored` and `kept` of either `info` are the plans of what it looks at and what it keeps.
     """
 
     init: Callable[..., Any]

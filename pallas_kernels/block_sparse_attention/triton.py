@@ -125,6 +125,11 @@ class Tiles(NamedTuple):
     rule: TileRule | None = None
     gradient: TileGradient | None = None
 
+    @property
+    def to_base_2(self) -> float:
+        """The factor from logits to base 2, which has the scale in it where there is no rule."""
+        return LOG2_E if self.rule else LOG2_E * (1.0 if self.scale is None else self.scale)
+
 
 def forward(
     problem: Problem,
@@ -149,57 +154,27 @@ def forward(
     Raises:
       NotImplementedError: if the kernels cannot take this problem.
     """
-    batches, q_len, heads, dim = problem.q.shape
-    v_dim, dtype = problem.v.shape[-1], problem.v.dtype
-    reason = refusal(dtype, tiles.block_q, tiles.block_kv, dim, v_dim)
+    sizes = tiles.block_q, tiles.block_kv, problem.q.shape[-1], problem.v.shape[-1]
+    reason = refusal(problem.v.dtype, *sizes)
     if reason:
         raise NotImplementedError("The Triton block-sparse attention: " + reason)
-    chosen = config or _config(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
-    # with a rule logits stay in natural units; without, base 2 and scale are one factor
-    factor = LOG2_E if tiles.rule else LOG2_E * (1.0 if tiles.scale is None else tiles.scale)
+    chosen = config or config_of(problem, tiles, tiles.block_q, tiles.block_kv, backward=False)
 
     def forward_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, *refs):
         *value_refs, out_ref, lse_ref = refs
-        row = _row(problem, indices_ref, tiles, chosen)
-        queries = q_ref[row.batch, row.queries, row.head, :]
+        row = row_of(problem, indices_ref, tiles, chosen)
+        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
 
-        def step(number, carry):
-            acc, peak, total = carry
-            kv_start = row.kv_start(indices_ref, number)
-            at = row.batch, pl.ds(kv_start, chosen.other), row.kv_head
-            logits = _product(queries, k_ref[*at, :], 1)
-            if tiles.rule:
-                place = _Place(row.batch, row.head, row.q_start, kv_start, 0, logits.shape)
-                logits = tiles.rule(*_arguments(logits, tiles.scale, place, value_refs))
-            new_peak = jnp.maximum(peak, logits.max(axis=1) * factor)
-            # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
-            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-            probs = jnp.exp2(logits * factor - shift[:, None])
-            decay = jnp.exp2(peak - shift)
-            acc = acc * decay[:, None] + _product(probs.astype(dtype), v_ref[*at, :], 0)
-            return acc, new_peak, total * decay + probs.sum(axis=1)
+        def step(number, softmax):
+            logits, at = look(number)
+            return softmax.add(logits, tiles.to_base_2, v_ref[*at, :])
 
-        start = (
-            jnp.zeros((chosen.own, v_dim), jnp.float32),
-            jnp.full((chosen.own,), -jnp.inf, jnp.float32),
-            jnp.zeros((chosen.own,), jnp.float32),
-        )
-        acc, peak, total = _loop(0, row.steps(counts_ref), step, start)
-        seen = total != 0.0
-        safe = jnp.where(seen, total, 1.0)
-        out_ref[row.batch, row.queries, row.head, :] = acc / safe[:, None]
-        lse = jnp.where(seen, peak / LOG2_E + jnp.log(safe), -jnp.inf)
-        lse_ref[row.batch, row.head, row.queries] = lse
+        start = Softmax.of_nothing(chosen.own, problem.v.shape[-1])
+        loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
 
-    return _call(
-        forward_kernel,
-        chosen,
-        batches * heads * (q_len // chosen.own),
-        [
-            jax.ShapeDtypeStruct((batches, q_len, heads, v_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
-        ],
-    )(*problem[:3], kv_indices, kv_num_blocks, *problem.values)
+    return call(forward_kernel, chosen, programs(problem, chosen), out_and_lse(problem))(
+        *problem[:3], kv_indices, kv_num_blocks, *problem.values
+    )
 
 
 class Cotangents(NamedTuple):
@@ -252,7 +227,7 @@ def d_queries(
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs
     ):
         value_refs, d_q_ref, *d_value_refs = _split(refs, len(problem.values))
-        row = _row(problem, indices_ref, tiles, chosen)
+        row = row_of(problem, indices_ref, tiles, chosen)
         here, rows = (row.batch, row.queries, row.head), (row.batch, row.head, row.queries)
         queries, d_out = q_ref[*here, :], d_out_ref[*here, :]
         lse2, delta = lse_ref[rows], delta_ref[rows]
@@ -276,13 +251,13 @@ def d_queries(
             jnp.zeros((chosen.own, dim), jnp.float32),
             tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted),
         )
-        d_q, d_values = _loop(0, row.steps(counts_ref), step, start)
+        d_q, d_values = loop(0, row.steps(counts_ref), step, start)
         d_q_ref[*here, :] = d_q.astype(dtype)
         for ref, d_value in zip(d_value_refs, d_values, strict=True):
             ref[rows] = d_value
 
     sums = jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)
-    d_q, *d_values = _call(
+    d_q, *d_values = call(
         d_queries_kernel,
         chosen,
         batches * heads * (q_len // chosen.own),
@@ -318,7 +293,7 @@ def d_keys(
     """
     batches, kv_len, kv_heads, dim = problem.k.shape
     heads, v_dim, dtype = problem.q.shape[2], problem.v.shape[-1], problem.k.dtype
-    chosen = config or _config(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
+    chosen = config or config_of(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
     parts, group = tiles.block_q // chosen.other, heads // kv_heads
     wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] > 1]
 
@@ -357,7 +332,7 @@ def d_keys(
                 return d_k, d_v, tuple(a + b for a, b in zip(d_values, sums, strict=True))
 
             start = *carry, tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted)
-            d_k, d_v, d_values = _loop(first * parts, last * parts, step, start)
+            d_k, d_v, d_values = loop(first * parts, last * parts, step, start)
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
                 ref[batch, head, pl.ds(kv_start, chosen.own)] = d_value
             return d_k, d_v
@@ -366,12 +341,12 @@ def d_keys(
             jnp.zeros((chosen.own, dim), jnp.float32),
             jnp.zeros((chosen.own, v_dim), jnp.float32),
         )
-        d_k, d_v = _loop(0, group, one_head, start)
+        d_k, d_v = loop(0, group, one_head, start)
         d_k_ref[*here, :] = d_k.astype(dtype)
         d_v_ref[*here, :] = d_v.astype(dtype)
 
     sums = jax.ShapeDtypeStruct((batches, heads, kv_len), jnp.float32)
-    d_k, d_v, *d_values = _call(
+    d_k, d_v, *d_values = call(
         d_keys_kernel,
         chosen,
         batches * kv_heads * (kv_len // chosen.own),
@@ -381,13 +356,30 @@ def d_keys(
     return d_k, d_v, tuple(found.get(n) for n in range(len(problem.values)))
 
 
-def _config(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
+def config_of(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
+    """The shipped configuration for a problem."""
     width = max(problem.q.shape[-1], problem.v.shape[-1])
     rule = tiles.rule is not None
     return default_config(own, other, width, problem.q.dtype, rule=rule, backward=backward)
 
 
-def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
+def programs(problem: Problem, config: Config) -> int:
+    """How many programs a pass over queries takes."""
+    batches, q_len, heads, _ = problem.q.shape
+    return batches * heads * (q_len // config.own)
+
+
+def out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+    """What a forward pass writes."""
+    batches, q_len, heads, _ = problem.q.shape
+    return [
+        jax.ShapeDtypeStruct((batches, q_len, heads, problem.v.shape[-1]), jnp.float32),
+        jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32),
+    ]
+
+
+def call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Callable:
+    """The function of arrays that runs a kernel."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
@@ -398,7 +390,8 @@ def _call(kernel: Callable, config: Config, programs: int, out_shape: list) -> C
     )
 
 
-def _loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
+def loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
+    """`fori_loop` with counts of 32 bits."""
     # JAX's own integers are 64 bits wide where that is switched on
     return lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
 
@@ -409,7 +402,7 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A program's part of a tile of queries, and the list of that tile."""
 
     batch: jax.Array
@@ -422,6 +415,7 @@ class _Row(NamedTuple):
 
     @property
     def queries(self) -> Any:
+        """Its tokens."""
         return pl.ds(self.q_start, self.config.own)
 
     def steps(self, counts_ref: Any) -> jax.Array:
@@ -434,15 +428,67 @@ class _Row(NamedTuple):
         start = indices_ref[*self.list_at, entry] * self.tiles.block_kv
         return start + part * self.config.other
 
+    def logits(self, q_ref: Any, k_ref: Any, indices_ref: Any, value_refs: Any) -> Callable:
+        """Gives for a step's number the logits of its piece, and where its keys and values are."""
+        queries = q_ref[self.batch, self.queries, self.head, :]
 
-def _row(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> _Row:
+        def look(number):
+            kv_start = self.kv_start(indices_ref, number)
+            at = self.batch, pl.ds(kv_start, self.config.other), self.kv_head
+            logits = _product(queries, k_ref[*at, :], 1)
+            if self.tiles.rule:
+                place = _Place(self.batch, self.head, self.q_start, kv_start, 0, logits.shape)
+                arguments = _arguments(logits, self.tiles.scale, place, value_refs)
+                logits = self.tiles.rule(*arguments)
+            return logits, at
+
+        return look
+
+
+class Softmax(NamedTuple):
+    """Rows so far: their values' sum, their largest logit in base 2, their numerators' sum."""
+
+    acc: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def of_nothing(cls, rows: int, v_dim: int) -> "Softmax":
+        """Before the first piece."""
+        return cls(
+            jnp.zeros((rows, v_dim), jnp.float32),
+            jnp.full((rows,), -jnp.inf, jnp.float32),
+            jnp.zeros((rows,), jnp.float32),
+        )
+
+    def add(self, logits: jax.Array, to_base_2: float, values: jax.Array) -> "Softmax":
+        """After a further piece."""
+        peak = jnp.maximum(self.peak, logits.max(axis=1) * to_base_2)
+        # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
+        probs = jnp.exp2(logits * to_base_2 - shift[:, None])
+        decay = jnp.exp2(self.peak - shift)
+        acc = self.acc * decay[:, None] + _product(probs.astype(values.dtype), values, 0)
+        return Softmax(acc, peak, self.total * decay + probs.sum(axis=1))
+
+    def write(self, row: "Row", out_ref: Any, lse_ref: Any) -> None:
+        """Writes the rows' output and log-sum-exp."""
+        seen = self.total != 0.0
+        safe = jnp.where(seen, self.total, 1.0)
+        out_ref[row.batch, row.queries, row.head, :] = self.acc / safe[:, None]
+        lse = jnp.where(seen, self.peak / LOG2_E + jnp.log(safe), -jnp.inf)
+        lse_ref[row.batch, row.head, row.queries] = lse
+
+
+def row_of(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> Row:
+    """What this program computes."""
     _, q_len, heads, _ = problem.q.shape
     program, part = divmod_i32(pl.program_id(0), q_len // config.own)
     batch, head = divmod_i32(program, heads)
     kv_head = lax.div(head, jnp.int32(heads // problem.k.shape[2]))
     q_block = lax.div(part, jnp.int32(tiles.block_q // config.own))
     list_at = *_list_of(batch, head, heads, indices_ref), q_block
-    return _Row(batch, head, kv_head, part * config.own, list_at, tiles, config)
+    return Row(batch, head, kv_head, part * config.own, list_at, tiles, config)
 
 
 def _list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
 from jsparse.masks.reordered import follow
 from jsparse.types import parts_of
-from tests.inputs import qkv
+from tests.inputs import leveled, qkv
 
 CAUSAL = js.masks.causal()
 LENGTH = 300  # two tiles and a ragged one
@@ -28,6 +28,11 @@ controlled = pytest.mark.parametrize(
 def sparsest(row):
     """The method at its sparsest setting, so that something is left out."""
     return row.factory(**({row.control: row.settings[0]} if row.control else {}))
+
+
+def inputs_of(row, *sizes, **named):
+    """q, k, v with something for the method to leave out."""
+    return leveled(*sizes, block=128, **named) if row.by_running_maximum else qkv(*sizes, **named)
 
 
 def run(method, q, k, v, mask=CAUSAL, **attend):
@@ -61,7 +66,7 @@ def plan(row):
 @by_name
 def test_jit_equals_eager(row):
     method = sparsest(row)
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     # the same lists; sums may be taken in another order
     np.testing.assert_array_equal(tiles_of(plan(row)(q, k)), tiles_of(lists_of(method, q, k)))
     np.testing.assert_allclose(attend(row)(q, k, v), run(method, q, k, v), atol=2e-6)
@@ -78,7 +83,7 @@ def test_other_data_is_no_other_program(row):
 
     traced = jax.jit(attend_to)
     for seed in (0, 1):
-        q, k, v = qkv(LENGTH, seed=seed)
+        q, k, v = inputs_of(row, LENGTH, seed=seed)
         out = traced(q, k, v, plan(row)(q, k))
         expected = js.attend(q, k, v, lists_of(sparsest(row), q, k), mask=CAUSAL)
         np.testing.assert_allclose(out, expected, atol=2e-6)
@@ -87,7 +92,7 @@ def test_other_data_is_no_other_program(row):
 
 @by_name
 def test_batch_axes_and_vmap_agree(row):
-    q, k, v = qkv(LENGTH, batch=(2,))
+    q, k, v = inputs_of(row, LENGTH, batch=(2,))
     together = attend(row)(q, k, v)
     alone = [attend(row)(q[n], k[n], v[n]) for n in range(2)]
     np.testing.assert_allclose(together, jnp.stack(alone), atol=2e-6)
@@ -100,7 +105,7 @@ def test_batch_axes_and_vmap_agree(row):
 
 @by_name
 def test_each_sequence_gets_its_own_tiles(row):
-    q, k, _ = qkv(1200, batch=(2,))
+    q, k, _ = inputs_of(row, 1200, batch=(2,))
     together = tiles_of(plan(row)(q, k))
     for n in range(2):
         alone = tiles_of(plan(row)(q[n], k[n]))
@@ -110,7 +115,7 @@ def test_each_sequence_gets_its_own_tiles(row):
 
 @by_name
 def test_lists_are_ascending_unique_and_in_range(row):
-    q, k, _ = qkv(LENGTH)
+    q, k, _ = inputs_of(row, LENGTH)
     parts = parts_of(plan(row)(q, k))
     for tiles in parts:
         entries, indices = np.asarray(tiles.entries()), np.asarray(tiles.kv_indices)
@@ -124,7 +129,7 @@ def test_lists_are_ascending_unique_and_in_range(row):
 
 @by_name
 def test_parts_of_a_plan_have_no_pair_in_common(row):
-    q, k, _ = qkv(LENGTH)
+    q, k, _ = inputs_of(row, LENGTH)
     pairs = sum(
         np.asarray(visible(part, part.list_heads), int) for part in parts_of(plan(row)(q, k))
     )
@@ -133,7 +138,7 @@ def test_parts_of_a_plan_have_no_pair_in_common(row):
 
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     found, info = sparsest(row).plan((), q, k, mask=CAUSAL)
     # the mask as the method sees it, if it has put tokens in another order
     mask = follow(CAUSAL, Orders.of(info), q.shape[-2])
@@ -156,7 +161,7 @@ def test_causal_never_looks_ahead(row):
 )
 def test_estimates_never_look_ahead(row):
     """Which tiles a row gets does not depend on keys after it, however large they are."""
-    q, k, _ = qkv(1200)
+    q, k, _ = inputs_of(row, 1200)
     tiles = plan(row)(q, k).to_dense()
     later = plan(row)(q, k.at[768:].mul(-9.0)).to_dense()
     np.testing.assert_array_equal(later[..., :6, :], tiles[..., :6, :])
@@ -164,7 +169,7 @@ def test_estimates_never_look_ahead(row):
 
 @controlled
 def test_density_grows_with_the_control(row):
-    q, k, _ = qkv(1200)
+    q, k, _ = inputs_of(row, 1200)
 
     def density(value):
         plan = lists_of(row.factory(**{row.control: value}), q, k)
@@ -182,7 +187,7 @@ def test_density_grows_with_the_control(row):
 
 @controlled
 def test_keeping_all_is_dense(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     out = run(row.factory(**{row.control: row.keeps_all}), q, k, v)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
@@ -191,7 +196,7 @@ def test_keeping_all_is_dense(row):
 @controlled
 def test_the_sparsest_setting_leaves_something_out(row):
     # nine of the largest blocks that a method has by default
-    q, k, v = qkv(2100, heads=2, kv_heads=1)
+    q, k, v = inputs_of(row, 2100, heads=2, kv_heads=1)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     assert float(jnp.abs(attend(row)(q, k, v) - dense).max()) > 1e-3
 
@@ -200,7 +205,7 @@ def test_the_sparsest_setting_leaves_something_out(row):
     "row", [r for r in js.registry.METHODS if r.bidirectional], ids=lambda r: r.name
 )
 def test_without_a_mask_all_keys_can_be_chosen(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     out = run(row.factory(**{row.control: row.keeps_all}), q, k, v, mask=None)
     dense = js.attend(q, k, v, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
@@ -210,7 +215,7 @@ def test_without_a_mask_all_keys_can_be_chosen(row):
 def test_output_is_attention_over_the_plan(row):
     """The executor computes what the plan says, no more and no less."""
     method = sparsest(row)
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     got = attend(row)(q, k, v)
     expected = run(method, q, k, v, implementation="reference")
     np.testing.assert_allclose(got, expected, atol=4e-6)
@@ -219,7 +224,7 @@ def test_output_is_attention_over_the_plan(row):
 @by_name
 def test_gradients_are_finite_and_those_of_the_plan(row):
     method = sparsest(row)
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
 
     def gradients(implementation):
         def loss(q, k, v):
@@ -234,7 +239,7 @@ def test_gradients_are_finite_and_those_of_the_plan(row):
 
 @by_name
 def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     out, clean = attend(row)(q.at[140].set(jnp.nan), k, v), attend(row)(q, k, v)
     assert jnp.isnan(out[140]).all()
     # an estimate may be spoilt for the whole row of tiles, the outputs of other tokens never
@@ -245,7 +250,7 @@ def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
 
 @by_name
 def test_rows_without_keys_give_zeros(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     ids = jnp.where(jnp.arange(LENGTH) < 130, -1, 0)
     mask = CAUSAL & js.masks.segments(ids)
     method = sparsest(row)
@@ -266,7 +271,7 @@ def test_rows_without_keys_give_zeros(row):
 )
 def test_fewer_queries_than_keys_are_the_last_ones(row):
     """Whole tiles of queries dropped at the front leave the rest as it was."""
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     whole, part = attend(row)(q, k, v), attend(row)(q[128:], k, v)
     np.testing.assert_allclose(part, whole[128:], atol=4e-6)
 
@@ -275,14 +280,14 @@ def test_fewer_queries_than_keys_are_the_last_ones(row):
     "row", [r for r in js.registry.METHODS if not r.by_kv_head], ids=lambda r: r.name
 )
 def test_grouped_heads_equal_repeated_ones(row):
-    q, k, v = qkv(LENGTH)
+    q, k, v = inputs_of(row, LENGTH)
     repeated = attend(row)(q, jnp.repeat(k, 2, axis=-2), jnp.repeat(v, 2, axis=-2))
     np.testing.assert_allclose(attend(row)(q, k, v), repeated, atol=2e-6)
 
 
 @by_name
 def test_bfloat16_is_as_good_as_plain_bfloat16(row):
-    q, k, v = qkv(LENGTH, dtype=jnp.bfloat16)
+    q, k, v = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)
     out = np.asarray(attend(row)(q, k, v), np.float64)
     single = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -301,7 +306,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     ids=lambda r: r.name,
 )
 def test_a_narrow_list_says_that_it_overflowed(row):
-    q, k, _ = qkv(LENGTH)
+    q, k, _ = inputs_of(row, LENGTH)
     method = row.factory(**{row.control: row.keeps_all, "width": 2})
     tiles = parts_of(jax.jit(lambda q, k: lists_of(method, q, k))(q, k))[0]
     assert tiles.width == 2

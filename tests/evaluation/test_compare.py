@@ -12,7 +12,8 @@ import jsparse as js
 from jsparse.evaluation import Captured, compare
 from jsparse.evaluation.compare import Setting, settings
 from jsparse.evaluation.store import Store, fingerprint
-from tests.inputs import qkv
+from tests.inputs import leveled, qkv
+from tests.oracles import blasst as oracle
 
 LENGTH = 300
 ROWS = {row.name: row for row in js.registry.METHODS}
@@ -65,6 +66,23 @@ def test_figures_of_exact_and_sparse_settings(comparison):
         assert result.score == 1.25
     assert comparison.dense_score == 1.0
     assert comparison.tiles["mean_pooled 0.3"][0].shape == (4, 3, 3)
+
+
+def test_what_is_decided_on_the_way_is_no_plan_and_saves_half_of_what_it_skips():
+    layer = Captured(*leveled(LENGTH, block=128))
+    (result,) = compare([layer], which=[Setting(ROWS["blasst"], 0.2)], repeats=1).results
+    _, _, kept = oracle.attend(*layer, 0.2, block_q=128, block_kv=128)
+    tiles = kept.sum((1, 2))
+    assert 12 <= tiles.sum() < 24
+    np.testing.assert_allclose(result.density, [tiles / 6], rtol=1e-6)
+    pairs = np.repeat(np.repeat(kept, 128, -1), 128, -2)[:, :LENGTH, :LENGTH] & np.tri(
+        LENGTH, dtype=bool
+    )
+    total = LENGTH * (LENGTH + 1) / 2
+    np.testing.assert_allclose(result.token_density, [pairs.sum((1, 2)) / total], rtol=1e-5)
+    assert result.plan_seconds == result.plan_flops == 0
+    assert result.flops == pytest.approx(result.dense_flops * (1 + tiles.sum() / 24) / 2)
+    assert result.backward_flops == pytest.approx(result.dense_backward_flops * tiles.sum() / 24)
 
 
 def test_a_traced_control_gives_what_a_static_one_gives(comparison):

@@ -35,6 +35,15 @@ def test_attend_forward_and_backward_by_hand(list_heads):
     assert half == Cost(forward.flops, forward.bytes / 2)
 
 
+def test_what_is_skipped_on_the_way_costs_its_logits_and_keys():
+    kept = js.BlockMask.from_dense(jnp.ones((4, 2, 1), bool) & jnp.eye(2, 3, dtype=bool),
+                                   q_len=64, kv_len=48, block_q=32, block_kv=16)  # fmt: skip
+    cost = attend_cost(kept, **SIZES, scored=plan_of(1))
+    assert cost.flops == 2 * 32 * 16 * (20 * 16 + 8 * 24)
+    assert cost.bytes == 4 * (64 * 4 * (16 + 24) + 16 * (20 * 16 + 8 * 24))
+    assert attend_cost(kept, **SIZES, scored=kept) == attend_cost(kept, **SIZES)
+
+
 @pytest.mark.parametrize("cost", [attend_cost, attend_backward_cost])
 def test_parts_of_a_plan_cost_what_each_costs(cost):
     columns = jnp.zeros((4, 2, 48), bool).at[:, 1, 7].set(True)

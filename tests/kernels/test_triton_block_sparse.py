@@ -12,7 +12,7 @@ import jsparse as js
 from jsparse.testing import CASES, FEATURES, AttentionSuite, Problem
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton
-from tests.inputs import qkv
+from tests.inputs import leveled, qkv
 
 # the others differ from these in what no line of the kernels is for
 QUICK = (
@@ -186,3 +186,70 @@ def test_without_a_gpu_it_is_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(NotImplementedError, match="compute capability 8.0 or newer"):
         attend(*qkv(16))
+
+
+@interpreted
+def test_tiles_are_skipped_as_the_reference_skips_them():
+    """By whole tiles, under a rule; values of a skipped tile are not read, its logits are."""
+    q, k, v = leveled(90, batch=(2,), v_dim=24)
+    mask = js.masks.causal() & js.masks.segments(jnp.where(jnp.arange(90) < 37, 0, 1))
+    plan = js.block_mask(js.masks.causal(), 90, 90, block_q=32, block_kv=16)
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(4, 90, 1)), jnp.float32)
+    thresholds = jnp.asarray([[0.0, 1e-3, 0.1, 1.0], [1.0, 0.3, 0.01, 0.0]])
+
+    def loss(implementation, q, k, v, bias):
+        options = {"mask": mask, "bias": bias, "implementation": implementation}
+        out, lse, kept = js.attend_skipping(q, k, v, plan, threshold=thresholds, **options)
+        return jnp.sin(out).sum() + jnp.cos(lse).sum(), (out, lse, kept)
+
+    def run(implementation, *operands):
+        function = functools.partial(loss, implementation)
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2, 3), has_aux=True))(*operands)
+
+    (got, aux), gradients = run("triton", q, k, v, bias)
+    (expected, true_aux), true_gradients = run("reference", q, k, v, bias)
+    tiles = np.asarray(aux[2].to_dense())
+    np.testing.assert_array_equal(tiles, true_aux[2].to_dense())
+    counts = tiles.sum((-1, -2))
+    assert counts[0, 0] > counts[0, 3]
+    assert counts[1, 0] < counts[1, 3]
+    close((got, aux[:2], gradients), (expected, true_aux[:2], true_gradients), 2e-5)
+    spoilt = v.at[:, 32:48].set(jnp.nan)
+    out = run("triton", q, k, spoilt, bias)[0][1][0]
+    broken = np.isnan(out).any(-1)
+    rows = np.repeat(tiles[..., 2], 32, -1)[..., :90]
+    np.testing.assert_array_equal(np.swapaxes(broken, 1, 2), rows)
+
+
+@interpreted
+def test_who_has_a_say_in_what_is_skipped():
+    k = jnp.repeat(jnp.asarray([9.0, 0.0, 0.0]), 16)[:, None, None] * jnp.ones((48, 1, 1))
+    q = jnp.ones((20, 1, 1))
+    plan = js.block_mask(js.masks.causal(offset=48), 20, 48, block_q=16, block_kv=16)
+
+    def kept(q, mask=None):
+        options = {"scale": 1.0, "mask": mask, "implementation": "triton"}
+        return js.attend_skipping(q, k, k, plan, threshold=0.5, **options)[2].to_dense().tolist()
+
+    first, every = [True, False, False], [True, True, True]
+    # rows past the end of q, whose logits are all alike, have none
+    assert kept(q) == [[first, first]]
+    assert kept(q.at[17].set(-1.0)) == [[first, every]]
+    assert kept(q.at[3].set(jnp.nan)) == [[every, first]]
+    blind = js.masks.predicate(lambda b, h, q, kv: (q != 17) | (kv < 16))
+    assert kept(q.at[17].set(-1.0), blind) == [[first, first]]
+    late = js.masks.predicate(lambda b, h, q, kv: (q != 3) | (kv >= 32))
+    assert kept(q, late) == [[[True, False, True], first]]
+
+
+@interpreted
+def test_tiles_too_large_to_decide_over_are_refused():
+    q, k, v = qkv(128, heads=1, kv_heads=1, dim=128)
+    options = {"threshold": 0.1, "implementation": "triton"}
+    with pytest.raises(NotImplementedError, match="at most 64 queries by 32 keys of 128 float32"):
+        js.attend_skipping(q, k, v, **options)
+    # its running maximum is taken before the scale
+    q, k, v = qkv(32, dim=16)
+    plan = js.block_mask(js.masks.causal(), 32, 32, block_q=16, block_kv=16)
+    with pytest.raises(NotImplementedError, match="scales above 0, not -1.0"):
+        js.attend_skipping(q, k, v, plan, scale=-1.0, **options)
