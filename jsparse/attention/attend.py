@@ -211,7 +211,7 @@ def _lowered(problem: Problem, implementation: str) -> Lowered | str:
         if problem.operands.bias is not None or problem.rule.score_mod is not None:
             return "bias and score_mod act on pairs; a pooled column stands for many and has none."
     if problem.log_threshold is not None and not isinstance(plan, BlockMask | None):
-        return f"tiles are skipped along a list of them, and the plan is {type(plan).__name__}."
+        return f"tiles are skipped along a list of them; {type(plan).__name__} is none."
     if implementation == "reference":
         return own
     adapter = _ADAPTERS.get(implementation)
@@ -229,15 +229,15 @@ def _lowered(problem: Problem, implementation: str) -> Lowered | str:
 
 def _part_refusal(adapter: Any, part: Problem) -> str | None:
     operands, plan, mask, rule, *_ = part
+    refusal = adapter.refusal
     block_q = block_kv = DEFAULT_BLOCK
-    if part.log_threshold is not None:
-        if plan is not None:
-            block_q, block_kv = plan.block_q, plan.block_kv
-        return adapter.skipping_refusal(operands, mask, rule, block_q, block_kv)
     if isinstance(plan, BlockMask):
-        operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
+        if part.log_threshold is None:
+            operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
         block_q, block_kv = plan.block_q, plan.block_kv
-    return adapter.refusal(operands, mask, rule, block_q, block_kv)
+    if part.log_threshold is not None:
+        refusal = adapter.skipping_refusal
+    return refusal(operands, mask, rule, block_q, block_kv)
 
 
 def _reference(problem: Problem) -> tuple[Array, Array]:

@@ -265,5 +265,5 @@ def test_only_lists_of_tiles_can_be_gone_along(without_shape_checks):
     ids = jnp.zeros((1, 24), jnp.int32)
     groups = js.TokenGroups.from_ids(ids, ids, groups=1)
     for implementation in (None, "reference", "xla"):
-        with pytest.raises(NotImplementedError, match="does not take TokenGroups"):
+        with pytest.raises(NotImplementedError, match="along a list of them; TokenGroups is none"):
             js.attend_skipping(q, k, v, groups, threshold=0.1, implementation=implementation)
