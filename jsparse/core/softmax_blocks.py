@@ -141,7 +141,11 @@ def softmax_blocks(
         shape = rows, pieces * keys // per_kv
         nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
         if lists is None:
-            step, steps = lambda known, piece: (one_piece(known, piece), None), pieces
+
+            def step(known, number):
+                return one_piece(known, number), None
+
+            steps = pieces
         else:
             lists_of = entry(len(lists.kv_indices), batch), head // (heads // lists.list_heads)
             order, count = (x[*lists_of, chunk] for x in (lists.kv_indices, lists.kv_num_blocks))
