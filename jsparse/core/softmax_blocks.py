@@ -141,17 +141,21 @@ def softmax_blocks(
         shape = rows, pieces * keys // per_kv
         nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
         if lists is None:
-            step, steps = lambda known, piece: (one_piece(known, piece), None), pieces
+
+            def every(known, number):
+                return one_piece(known, number), None
+
+            step, steps = every, pieces
         else:
             lists_of = entry(len(lists.kv_indices), batch), head // (heads // lists.list_heads)
             order, count = (x[*lists_of, chunk] for x in (lists.kv_indices, lists.kv_num_blocks))
 
             # what is not listed is passed over, so that the loop's length and its work are known
-            def step(known, number):
+            def listed(known, number):
                 meet = functools.partial(one_piece, piece=order[number])
                 return jax.lax.cond(number < count, meet, lambda known: known, known), None
 
-            steps = len(order)
+            step, steps = listed, len(order)
         (peaks, mass), _ = jax.lax.scan(step, nothing, jnp.arange(steps))
         peak = _finite(peaks.max(-1, keepdims=True))
         total = (mass * jnp.exp(peaks - peak)).sum(-1, keepdims=True)

@@ -182,7 +182,8 @@ def by_loops(q, k_windows, *, windows, scale, num_init, num_local, top_k):
         free = [j for j in range(blocks) if num_init <= j <= blocks - 1 - num_local]
         taken = [j for j in range(blocks) if j not in free]
         ranked = sorted(free, key=lambda j, scores=scores: -scores[j])
-        chosen[b, g, t] = set(taken) | set(ranked[: top_k - len(taken)])
+        best = sorted([*taken, *ranked[: top_k - len(taken)]])
+        chosen[b, g, t] = best, scores[best]
     return lse, chosen
 
 
@@ -201,10 +202,11 @@ def test_blocks_of_windows_equal_loops():
 
     lse = jnp.asarray(lse, jnp.float32)
     best = jax.jit(call)(q, k_windows, lse)
-    for (b, g, t), expected in chosen.items():
-        count = int(best.counts[b, g, t])
-        assert set(np.asarray(best.indices[b, g, t, :count]).tolist()) == expected
-        assert count == len(expected)
-    assert {len(blocks) for blocks in chosen.values()} == {1, 2, 3, 4}
+    indices, counts, scores = (np.asarray(x) for x in best)
+    for at, (blocks, expected) in chosen.items():
+        assert counts[at] == len(blocks)
+        assert indices[at][: len(blocks)].tolist() == blocks
+        np.testing.assert_allclose(scores[at][: len(blocks)], expected, rtol=1e-5, atol=1e-6)
+    assert {len(blocks) for blocks, _ in chosen.values()} == {1, 2, 3, 4}
     with pytest.raises(ValueError, match="size=24 must be a multiple of 16"):
         window_scores(q, k_windows, lse, **{**options, "windows": Windows(24, 16, 64)})

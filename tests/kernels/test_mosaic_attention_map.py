@@ -42,7 +42,7 @@ def test_masks_grouped_heads_odd_lengths_and_rows_that_see_nothing():
 @pytest.mark.slow_interpreter
 def test_two_consumers_halves_of_tiles_and_whole_tiles_before_masked_ones():
     q, k, _ = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
-    mask = js.masks.causal() & js.masks.sliding_window(left=150)
+    mask = js.masks.causal() & js.masks.sliding_window(left=255)
     found = compare(q, k, block_q=128, block_kv=128, mask=mask)
     assert np.asarray(found.sums).all()
 
