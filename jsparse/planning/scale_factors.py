@@ -28,7 +28,7 @@ from jsparse.masks import causal
 from jsparse.planning.table import Choice, Provenance, Table
 from jsparse.types import BlockMask
 
-# twenty from 1e-6 to 0.99, as the authors have
+# twenty from 1e-6 to 0.99
 THRESHOLDS = (
     *(1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.02),
     *(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
