@@ -155,7 +155,7 @@ def _texts(parsed: argparse.Namespace) -> list[list[Profiled]]:
 
 
 # what each search is made on
-_READERS = {"minference": _one_text, "moa": _texts, "xattention": _one_text}
+_READERS = {"blasst": _one_text, "minference": _one_text, "moa": _texts, "xattention": _one_text}
 
 
 def _add_plan(commands: Any) -> None:

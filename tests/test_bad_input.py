@@ -91,7 +91,7 @@ CASES = {
             block_q=16,
             block_kv=16,
         ),
-        "kv_indices holds block 2; there are 2",
+        r"kv_indices\[0, 0, 0\] holds block 2; there are 2",
     ),
     "list heads": (lambda: plan(heads=2) | plan(heads=3), "list_heads=3 must be a multiple of 2"),
     "threshold per head": (

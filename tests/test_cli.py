@@ -269,7 +269,7 @@ def test_plan_takes_texts_of_several_lengths_and_keeps_some_for_the_choice(
         "source": "64.safetensors, 96.safetensors",
     }
     out = capsys.readouterr().out
-    assert "ElasticRule 64 0.0, ElasticRule -9 0.5" in out
+    assert "ElasticRule 64 0, ElasticRule -9 0.5" in out
     line = fails(capsys, "plan", *files, "--method", "moa", *output)
     assert "--held-out is missing" in line
     line = fails(capsys, "plan", *files, *output)
