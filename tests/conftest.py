@@ -1,6 +1,5 @@
 """Every test is also a shape test: jsparse is imported through jaxtyping's hook."""
 
-import contextlib
 import importlib.metadata
 import os
 
@@ -16,27 +15,26 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-# tests compile much and compute little: XLA's former code generator, with few optimizations, takes
-# half the time. Later versions have it no more; with them the tests see what users see
-COMPILE_QUICKLY = importlib.metadata.version("jaxlib").startswith("0.10.")
 
+def compile_quickly():
+    """Takes XLA's former code generator, with few optimizations: it needs half the time.
 
-@contextlib.contextmanager
-def xla_flags(flags: str):
-    """Flags for this process alone: XLA reads them once, and they are gone for what it starts."""
+    Tests compile much and compute little. The flag is for this process alone: XLA reads it once,
+    and it is gone for what tests start.
+    """
     given = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{given or ''} {flags}"
-    yield
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {given or ''}"
+    jax.jit(lambda: 0)()
+    jax.config.update("jax_disable_most_optimizations", True)
     if given is None:
         del os.environ["XLA_FLAGS"]
     else:
         os.environ["XLA_FLAGS"] = given
 
 
-with xla_flags("--xla_cpu_use_fusion_emitters=false" if COMPILE_QUICKLY else ""):
-    jax.jit(lambda: 0)()
-jax.config.update("jax_disable_most_optimizations", COMPILE_QUICKLY)
-
+# later versions do not have it; with them tests see what users see
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    compile_quickly()
 install_import_hook("jsparse", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -48,14 +46,14 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     has_gpu = jax.default_backend() == "gpu"
-    # jax 0.10 interprets GPU kernels several times slower than later versions
-    old_interpreter = jax.__version_info__ < (0, 11)
+    # jax 0.10 interprets GPU kernels several times slower than later versions; and what depends
+    # on no version need not run on two
+    old = jax.__version_info__ < (0, 11)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; pass --slow"))
-        if "slow_interpreter" in item.keywords and old_interpreter:
-            if not config.getoption("--slow"):
-                item.add_marker(pytest.mark.skip(reason="slow on this jax; pass --slow"))
+        if "newest" in item.keywords and old and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="runs on later versions; pass --slow"))
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 

@@ -37,6 +37,7 @@ def test_the_notebook_was_run_in_order_and_is_small(kept):
     assert SCRIPT.with_suffix(".ipynb").stat().st_size < 400 * 1024
 
 
+@pytest.mark.newest
 def test_the_notebook_runs_in_two_minutes():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     notebook.execute(notebook.read(SCRIPT), SCRIPT.parent)

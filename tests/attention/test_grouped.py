@@ -203,7 +203,7 @@ def test_explain_counts_tiles_of_grouped_tokens():
     assert found.flops == 16 * 64 * 64 * 2 * 32
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 @pytest.mark.parametrize("implementation", ["triton", "mosaic"])
 def test_kernels_compute_groups(implementation):
     """In the interpreter: a group that fills a tile, small ones that share one, tokens of none."""

@@ -391,7 +391,7 @@ def test_bad_input_is_named(call, message):
         call(lists_of(np.ones((1, Q_BLOCKS, KV_BLOCKS), bool)))
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 @pytest.mark.parametrize(("implementation", "form"), [("mosaic", "columns"), ("triton", "levels")])
 def test_kernels_compute_pyramids(implementation, form):
     """In the interpreter, under a mask; levels of tiles that the kernels take."""

@@ -133,7 +133,7 @@ def test_kernels_take_a_group_that_fills_their_tiles():
     close(got, run("reference"), 200 * 2.0**-23)
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_mosaic_on_packed_rows():
     q, k, v = qkv(16, 128, heads=8, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     tiles = jnp.asarray([[[True, False], [True, True]]])

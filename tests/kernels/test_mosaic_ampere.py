@@ -105,7 +105,7 @@ class TestGradients:
 
         compare_gradients({"q": q, "k": k, "v": v}, call, "8.0")
 
-    @pytest.mark.slow_interpreter
+    @pytest.mark.newest
     def test_of_everything_that_changes_logits(self):
         q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
         rng = np.random.default_rng(2)

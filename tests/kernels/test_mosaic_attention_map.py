@@ -28,7 +28,7 @@ def compare(q, k, **options):
     return exact
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_masks_grouped_heads_odd_lengths_and_rows_that_see_nothing():
     q, k, _ = qkv(100, 150, heads=4, kv_heads=2, dim=40, batch=(2,), dtype=jnp.bfloat16)
     ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 150)), axis=1)
@@ -39,7 +39,7 @@ def test_masks_grouped_heads_odd_lengths_and_rows_that_see_nothing():
     assert (np.asarray(found.sums) == 0).any()
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_two_consumers_halves_of_tiles_and_whole_tiles_before_masked_ones():
     q, k, _ = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.float16)
     mask = js.masks.causal() & js.masks.sliding_window(left=255)
@@ -47,7 +47,7 @@ def test_two_consumers_halves_of_tiles_and_whole_tiles_before_masked_ones():
     assert np.asarray(found.sums).all()
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_more_tiles_than_a_warpgroup_has_rows():
     """Numbers that wait are written in groups; here one that is full and one that is not."""
     q, k, _ = qkv(64, 64 * 66, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)

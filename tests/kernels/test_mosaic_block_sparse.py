@@ -59,7 +59,7 @@ def compare(q, k, v, plan, *, capability=_compat.HOPPER, **options):
     assert (error <= allowed).all(), float((error / allowed).max())
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_lists_per_head_grouped_heads_and_an_empty_row():
     q, k, v = qkv(128, 192, heads=4, kv_heads=2, dim=64, v_dim=128, dtype=jnp.bfloat16)
     plan = lists(128, 192, block_q=64, block_kv=64, heads=4)
@@ -138,6 +138,7 @@ def compare_gradients(operands, call, capability=_compat.HOPPER):
         assert float(error) <= 2**-7 * float(jnp.linalg.norm(want[name].ravel())), name
 
 
+@pytest.mark.newest
 def test_gradients_of_q_k_v_and_through_the_lse():
     q, k, v = qkv(192, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
     # four steps of two heads through a ring of three tiles, and rows without tiles
@@ -153,7 +154,7 @@ def test_gradients_of_q_k_v_and_through_the_lse():
     compare_gradients({"q": q, "k": k, "v": v}, call)
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_gradients_of_everything_that_changes_logits():
     q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
@@ -186,7 +187,7 @@ def test_gradients_of_everything_that_changes_logits():
     compare_gradients(operands, call)
 
 
-@pytest.mark.slow_interpreter
+@pytest.mark.newest
 def test_tiles_that_are_whole_skip_the_mask_and_no_others():
     q, k, v = qkv(64, 192, heads=1, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
     number = lambda n: jnp.full((1, 1, 1), n, jnp.int32)  # noqa: E731

@@ -30,6 +30,7 @@ def interpreter():
         yield
 
 
+@pytest.mark.newest
 @interpreted
 class TestTriton(AttentionSuite):
     attention = staticmethod(attend)
