@@ -275,10 +275,6 @@ def _reference_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
     return reference.skipping_forward(*_along(problem))
 
 
-def _xla_passes(plan: BlockMask) -> Passes:
-    return kv_major.PASSES if kv_major.pays(plan) else xla.PASSES
-
-
 def _xla(problem: Problem) -> tuple[Array, Array]:
     # a score_mod is a new function at every call, and a cache would only keep it alive
     keeps = problem.rule.score_mod is None
@@ -288,7 +284,7 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
         with_plan(problem),
         problem.mask,
         rule=problem.rule,
-        passes=_xla_passes,
+        passes=kv_major.passes,
         least_queries=xla.LEAST_QUERIES,
     )
 

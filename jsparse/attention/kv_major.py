@@ -5,15 +5,18 @@ the queries that list a tile of keys are gathered, in chunks, so that products a
 query gets from each tile of its list is kept, and summed in the order of the list: partial results
 never meet, and no order depends on chance. Queries come in spans, as many as give the tiles of
 keys a few chunks each, so that what is kept is a few times as large as q, whatever the lists hold.
-Lists are taken to be about as full as they are wide: chunks of much narrower ones have few rows.
+Lists are taken to be about as full as they are wide: chunks of emptier ones have few rows.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jsparse.attention import xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
     Bias,
@@ -30,7 +33,7 @@ from jsparse.attention.lanes import (
 )
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.tile_gradient import Differentiated, OwnRows, Terms
-from jsparse.attention.xla import differentiable_forward
+from jsparse.attention.xla_backward import backward as rows_backward
 from jsparse.types import BlockMask
 from jsparse.types.inverse_list import column_ranks
 
@@ -41,6 +44,8 @@ _LEAST_KEYS = 16
 _LEAST_RATIO = 8
 # ... and be listed by so many queries, on average, where lists are full
 _LEAST_LISTED = 32
+# lists must hold that share of what they could, if they could hold every block
+_LEAST_FULL = 1 / 8
 # chunks of rows that a span of queries gives a tile of keys, on average
 _CHUNKS = 2
 # logits at work in one step
@@ -220,7 +225,7 @@ def forward(
             where = on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
                 scores(here.rows(q, s.block_q), there.columns(k, s.block_kv)),
-                bias.on_rows(bias.load(here, there)),
+                bias.on_rows(bias.load(here, there), cut.chunk * s.block_q),
                 operands.scale,
                 operands.captured,
                 *where,
@@ -308,4 +313,44 @@ def backward(
     return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), d_k, d_v, sums, bias)
 
 
-PASSES = Passes(forward, backward, differentiable_forward)
+def _where_full(here: Callable[..., Any], by_rows: Callable[..., Any]) -> Callable[..., Any]:
+    """One way or the other by what lists hold, for lists whose width is no more than a bound."""
+
+    def compute(operands: Operands, lists: Lists, *rest: Any) -> Any:
+        width = lists.kv_indices.shape[-1]
+        held = jnp.minimum(lists.kv_num_blocks, width).mean(dtype=jnp.float32)
+
+        def branch(compute):
+            # integers have gradients of no dtype, which no branch can give
+            result = compute(operands, lists, *rest)
+            return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, result)
+
+        full = held >= _LEAST_FULL * width
+        result = jax.lax.cond(full, lambda: branch(here), lambda: branch(by_rows))
+        if isinstance(result, Operands):
+            captured: Any = tuple(
+                np.zeros(of.shape, jax.dtypes.float0) if x is None else x
+                for x, of in zip(result.captured, operands.captured, strict=True)
+            )
+            result = result._replace(captured=captured)
+        return result
+
+    return compute
+
+
+PASSES = Passes(forward, backward, xla.differentiable_forward)
+_PASSES_OF_ANY = Passes(
+    _where_full(forward, xla.forward),
+    _where_full(backward, rows_backward),
+    xla.differentiable_forward,
+)
+
+
+def passes(plan: BlockMask) -> Passes:
+    """The faster walk for a plan in XLA: by tiles of keys, or by rows of tiles.
+
+    Lists as wide as there are blocks may hold few of them, which shows when they are there.
+    """
+    if not pays(plan):
+        return xla.PASSES
+    return PASSES if plan.width < plan.grid.kv_blocks else _PASSES_OF_ANY

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jsparse.attention.block_sparse import Lists, Sizes
 
@@ -108,14 +108,17 @@ class Lanes(NamedTuple):
         last = jnp.where(self.counts > 0, self.counts, self.longest) - 1
         return jnp.clip(first + indices(together), 0, jnp.maximum(last, 0)[:, None])
 
+    def listed(self, first: Array, together: int) -> Bool[Array, "lanes together"]:
+        """Whether there are entries from `first` on, or the list is over."""
+        return first + indices(together) < self.counts[:, None]
+
     def only_listed(self, x: Array, nowhere: int) -> Array:
         """Indices to write to: `nowhere`, past an array's end, for lanes without tiles."""
         return jnp.where(self.counts > 0, x, nowhere)
 
     def over(self, first: Array, together: int, block_kv: int) -> Float[Array, "lanes parts 1 _"]:
         """What to add to logits: -inf where a list is over."""
-        counted = first + indices(together) < self.counts[:, None]
-        over = jnp.where(counted, 0.0, -jnp.inf)
+        over = jnp.where(self.listed(first, together), 0.0, -jnp.inf)
         if together == 1:
             return over[:, :, None, None]
         return on_columns(jnp.repeat(over, block_kv, axis=1))
@@ -366,15 +369,15 @@ class Bias(NamedTuple):
         tiles = jnp.swapaxes(tiles, 2, 3)
         return cut(tiles.reshape(len(tiles), down * tiles.shape[2], -1), 2)
 
-    def on_rows(self, tiles: Array | None) -> Float[Array, "lanes parts _ _"] | None:
-        """What `load` gave, for every row or for all alike."""
-        if tiles is None or tiles.shape[2] == 1 or self.stored == self.full:
+    def on_rows(self, tiles: Array | None, rows: int) -> Float[Array, "lanes parts _ _"] | None:
+        """What `load` gave, for each of a step's rows or for all alike."""
+        if tiles is None or tiles.shape[2] in (1, rows):
             return tiles
-        lanes, parts, rows, part = tiles.shape
-        blocks = rows // math.prod(self.stored)
-        tiles = tiles.reshape(lanes, parts, blocks, *self.stored, part)
+        lanes, parts, stored, part = tiles.shape
+        tiles = tiles.reshape(lanes, parts, stored // math.prod(self.stored), *self.stored, part)
+        blocks = rows // math.prod(self.full)
         tiles = jnp.broadcast_to(tiles, (lanes, parts, blocks, *self.full, part))
-        return tiles.reshape(lanes, parts, -1, part)
+        return tiles.reshape(lanes, parts, rows, part)
 
     def add(self, sums: Array, queries: Blocks, keys: Blocks, tiles: Array) -> Array:
         """Adds what `load` gave to sums in the order of `tiles`; lanes may meet."""

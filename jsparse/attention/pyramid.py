@@ -76,7 +76,7 @@ def _pooled(problem: Problem, plan: BlockPyramid, least_side: int) -> Problem:
         bias=jnp.swapaxes(bias, -1, -2)[:, :, None],
         scale=operands.scale,
     )
-    stand_ins = _stand_ins(plan.block_mask, mask, heads)
+    stand_ins = _stand_ins(plan.block_mask, mask, len(q), heads)
     tiles = _needed_tiles(stand_ins, plan.block_mask, column_tile(plan.block_mask, least_side))
     kv_len = plan.block_mask.grid.kv_blocks
     return Problem(columns, tiles, stand_ins, rule._replace(kv_len=kv_len), batch_shape)
@@ -125,21 +125,25 @@ class StandIns(Mask):
         return (word & bit) != 0
 
 
-def _stand_ins(lists: BlockMask, mask: Mask | None, heads: int) -> StandIns:
+def _stand_ins(lists: BlockMask, mask: Mask | None, batches: int, heads: int) -> StandIns:
     """Which column stands in for which row: its block is left out and all its keys are visible."""
     listed = lists.to_dense()
     per_list = heads // lists.list_heads
     if mask is None:
         return StandIns(_packed(~listed), lists.block_q, per_list)
-    words = _visible_and_left_out(listed, mask, lists.grid, heads)
+    if not mask.by_batch_index:
+        shared = len(listed) == 1 and all(n == 1 for n in mask.batch_shape)
+        batches = 1 if shared else batches
+    words = _visible_and_left_out(listed, mask, lists.grid, batches, heads)
     return StandIns(words, 1, heads // words.shape[-3])
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _visible_and_left_out(
     listed: Bool[Array, "list_batch list_heads q_blocks kv_blocks"],
     mask: Mask,
     grid: TileGrid,
+    batches: int,
     heads: int,
 ) -> Int[Array, "batch out_heads q_len words"]:
     """Bits of the blocks that a row sees whole and that its list leaves out.
@@ -148,7 +152,6 @@ def _visible_and_left_out(
     looked at key by key.
     """
     list_batches, list_heads = listed.shape[:2]
-    batches = int(np.prod(np.broadcast_shapes((list_batches,), mask.batch_shape)))
     out_heads = heads if mask.heads > 1 else list_heads
     classify = mask.classifier(grid)
     columns, inside = jnp.arange(grid.kv_blocks), jnp.arange(grid.block_kv)

@@ -53,7 +53,7 @@ def attend_skipping(
         one by one, each with largest logits of its own, and merged.
       threshold: In [0, 1], a number, or an array that broadcasts to [*batch, heads]; may be traced,
         so that another value needs no other program. With 0 no tile is skipped of which a query
-        sees anything; a traced value above 1 counts as 1.
+        sees anything; a traced value above 1 counts as 1, one below 0 as 0.
       mask: As for `js.attend`, like all that follows.
       bias: Added to the logits.
       score_mod: Changes logits.
@@ -112,5 +112,5 @@ def _log_thresholds(threshold: Any, per_head: tuple[int, ...]) -> Float[Array, "
     """Logarithms of thresholds, for each sequence and head."""
     checks.skip_thresholds(threshold, per_head)
     found = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), per_head)
-    # above 1 a tile could be skipped that holds the largest logit so far
-    return jnp.log(jnp.minimum(found, 1.0))
+    # above 1 a tile could be skipped that holds the largest logit so far; a nan is not above 0
+    return jnp.log(jnp.where(found > 0, jnp.minimum(found, 1.0), 0.0))

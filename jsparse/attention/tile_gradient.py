@@ -114,7 +114,7 @@ class Differentiated:
         """
 
         def modify(products, bias_tiles, scale, floats):
-            rows = bias.on_rows(bias_tiles)
+            rows = bias.on_rows(bias_tiles, own.lse.shape[1])
             return self.rule.modify(products, rows, scale, self._captured(floats), *where)
 
         products = scores(own.queries, keys) * self.factor

@@ -124,7 +124,7 @@ def _walk_rows(
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
                 scores(queries, there.columns(k, s.block_kv)),
-                bias.on_rows(bias.load(here.alone, there)),
+                bias.on_rows(bias.load(here.alone, there), s.block_q),
                 operands.scale,
                 operands.captured,
                 *where,
@@ -226,7 +226,7 @@ def skipping_forward(
             before = jnp.maximum(softmax.peak[..., None], jax.lax.cummax(peaks, axis=2))
             # a row that sees nothing of a tile has no say either; one with a nan keeps it
             far = peaks < jnp.maximum(before + limit, _LOWEST)
-            keep = ~(far | ~true_rows).all(1)
+            keep = ~(far | ~true_rows).all(1) & group.lanes.listed(first, together)
             largest = peaks.max(-1, where=keep[:, None], initial=-jnp.inf)
             columns = jnp.repeat(keep, sizes.block_kv, axis=1)
             if together > 1:

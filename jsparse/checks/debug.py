@@ -41,7 +41,12 @@ def listed_entries(plan: Any) -> None:
     def report(*numbers: Any) -> None:
         _raise_if_bad(*map(np.asarray, numbers), shape=lists.shape, blocks=blocks)
 
-    when_known(report, *_first_bad(lists, counts, blocks))
+    if _compat.is_traced((lists, counts)):
+        first = _first_bad(lists, counts, blocks)
+    else:
+        with jax.ensure_compile_time_eval():
+            first = _first_bad(lists, counts, blocks)
+    when_known(report, *first)
 
 
 def when_known(report: Callable[..., None], *numbers: Array) -> None:

@@ -83,7 +83,7 @@ def running_top_k(
         rest, q_tile = jnp.divmod(index, grid.q_blocks)
         batch, head = jnp.divmod(rest, heads)
         if tiles is None:
-            order, count = jnp.arange(grid.kv_blocks), grid.kv_blocks
+            order, count = jnp.arange(grid.kv_blocks, dtype=jnp.int32), grid.kv_blocks
         else:
             row = entry(len(tiles.kv_indices), batch), head // (heads // tiles.list_heads), q_tile
             order, count = tiles.kv_indices[row], tiles.kv_num_blocks[row]
@@ -106,7 +106,8 @@ def running_top_k(
         known = jax.lax.fori_loop(0, count, one_tile, (nothing, nothing) if forced else (nothing,))
         return known[0].before(known[1]) if forced else known[0]
 
-    found = jax.lax.map(one_row, jnp.arange(batches * heads * grid.q_blocks))
+    rows = jnp.arange(batches * heads * grid.q_blocks, dtype=jnp.int32)
+    found = jax.lax.map(one_row, rows)
     keys, indices = (x.reshape(batches, heads, -1, k)[:, :, : grid.q_len] for x in found)
     counts = (indices >= 0).sum(-1, dtype=jnp.int32)
     return Best(indices, counts, jnp.where(indices < 0, -jnp.inf, _scores(keys)))

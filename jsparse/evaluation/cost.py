@@ -46,7 +46,11 @@ def attend_cost(
     total = Cost(0.0, 0.0)
     for part in tile_lists(plan):
         tiles, rows, _ = _sizes(part, heads, kv_heads)
-        looked_at = tiles if scored is None else _sizes(scored, heads, kv_heads)[0]
+        looked_at = tiles
+        if scored is not None:
+            # what all sequences share is looked at for each
+            times = prod(part.batch_shape) / prod(scored.batch_shape)
+            looked_at = times * _sizes(scored, heads, kv_heads)[0]
         per_tile = looked_at * dim + tiles * v_dim
         flops = 2.0 * part.block_q * part.block_kv * per_tile
         numbers = rows * (dim + v_dim) + part.block_kv * per_tile

@@ -41,13 +41,15 @@ def plan_of(tiles, kv_len, block_kv=16, block_q=1):
         # packed: a tile of keys has two rows per query
         {"list_heads": 2, "bias": (2, 1, 41, 59), "empty_rows": True, "density": 0.2},
         {"list_heads": 1, "heads": 4, "kv_heads": 4, "bias": (41, 1)},
+        # one bias for all queries, of which several tiles stand below each other
+        {"list_heads": 2, "bias": (4, 1, 59)},
     ],
     ids=str,
 )
 def test_every_option_against_float64(changes, small_chunks, monkeypatch):
     problem = Problem(dataclasses.replace(EVERYTHING, block_q=1, **changes))
     chosen = []
-    monkeypatch.setattr(attending, "_xla_passes", lambda plan: chosen.append(plan) or KV_MAJOR)
+    monkeypatch.setattr(kv_major, "passes", lambda plan: chosen.append(plan) or KV_MAJOR)
     got = problem.value_and_gradients(js.attend)(problem.operands)
     close(got, problem.exact(), problem.tolerance())
     assert kv_major.pays(chosen[0])
@@ -56,12 +58,57 @@ def test_every_option_against_float64(changes, small_chunks, monkeypatch):
 KV_MAJOR = kv_major.PASSES
 
 
+@pytest.mark.parametrize("share", [0.05, 0.7])
+def test_lists_that_could_hold_every_block_go_by_what_they_hold(share, monkeypatch):
+    """Their width says nothing; both ways give the gradient of integers that are captured, too."""
+    q, k, v = qkv(96, heads=2, kv_heads=2, dim=8)
+    tiles = np.random.default_rng(0).random((2, 96, 6)) < share
+    shift = jnp.arange(96) % 5
+    went = []
+
+    def told(name, compute):
+        def computed(*args):
+            jax.debug.callback(lambda: went.append(name))
+            return compute(*args)
+
+        return computed
+
+    either = kv_major._where_full(*(told(n, m.forward) for n, m in WAYS.items()))
+    monkeypatch.setattr(
+        kv_major, "_PASSES_OF_ANY", kv_major._PASSES_OF_ANY._replace(forward=either)
+    )
+
+    def attend(q, k, v, tiles, implementation):
+        plan = plan_of(tiles, 96)
+        assert kv_major.pays(plan)
+        out = js.attend(
+            q,
+            k,
+            v,
+            plan,
+            score_mod=lambda s, b, h, i, j: s - shift[i],
+            implementation=implementation,
+        )
+        return jnp.sin(out).sum(), out
+
+    def run(implementation):
+        gradient = jax.value_and_grad(attend, (0, 1, 2), has_aux=True)
+        return jax.jit(gradient, static_argnums=4)(q, k, v, jnp.asarray(tiles), implementation)
+
+    close(jax.tree.leaves(run("xla")), jax.tree.leaves(run("reference")), 4e-6)
+    jax.effects_barrier()
+    assert went == ["tiles of keys" if share > 0.5 else "rows"]
+
+
+WAYS = {"tiles of keys": kv_major, "rows": xla}
+
+
 def test_the_choice_follows_from_sizes():
     def chosen(q_len, kv_len, width, block_q, block_kv):
         lists = jnp.zeros((1, -(-q_len // block_q), width), jnp.int32)
         counts, lost = jnp.zeros(lists.shape[:-1], jnp.int32), jnp.zeros(1, bool)
         plan = js.BlockMask(lists, counts, lost, q_len, kv_len, block_q, block_kv)
-        return attending._xla_passes(plan)
+        return kv_major.passes(plan)
 
     for sizes in ((4096, 4096, 8, 1, 64), (4096, 4096, 8, 1, 16), (8192, 8192, 2, 4, 64)):
         assert chosen(*sizes) is kv_major.PASSES, sizes

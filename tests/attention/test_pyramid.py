@@ -141,6 +141,22 @@ def test_pooled_columns(list_heads, mask):
     check(run, operands, (lists_of(tiles),), (*both, shown, added))
 
 
+def test_pooled_columns_under_a_mask_that_counts_sequences():
+    """A predicate says of each sequence what its columns stand for, whoever shares the list."""
+    pooled = BATCH, KV_BLOCKS, KV_HEADS
+    operands = random_operands(pooled_k=(*pooled, DIM), pooled_v=(*pooled, V_DIM), log_count=pooled)
+    names = "pooled_k", "pooled_v", "log_count"
+    lists = lists_of(random_tiles(1, (1,)))
+    plan = js.BlockPyramid.from_pooled(lists, *(operands[name] for name in names))
+    mask = js.masks.predicate(lambda b, h, i, j: j < BLOCK_KV * (1 + 2 * b))
+    q, k, v = (operands[name] for name in "qkv")
+    found, expected = (
+        js.attend(q, k, v, plan, mask=mask, return_lse=True, implementation=name)
+        for name in ("xla", "reference")
+    )
+    exact.close(found, expected, TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("list_heads", "mask"), [(1, "all"), (KV_HEADS, "dense"), (HEADS, "causal")]
 )

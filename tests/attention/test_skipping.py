@@ -167,6 +167,12 @@ def test_who_has_a_say(implementation):
     assert kept(q, late) == [[[True, False, True], first]]
     nan = q.at[3].set(jnp.nan)
     assert kept(nan) == [[[True, True, True], first]]
+    # but lists are over where they are over
+    lists = js.BlockMask.from_lists(
+        jnp.asarray([[[1, 0], [0, 2]]]), jnp.asarray([[1, 2]]), 20, 48, 16, 16
+    )
+    found = js.attend_skipping(nan, k, v, lists, threshold=0.0, implementation=implementation)[2]
+    assert found.to_dense().tolist() == [[[False, True, False], [True, False, True]]]
     # what nobody sees is skipped whatever the threshold
     hidden = js.masks.predicate(lambda b, h, q, kv: (kv < 16) | (kv >= 32))
     assert kept(q, hidden, threshold=0.0) == [[[True, False, True]] * 2]
@@ -234,6 +240,9 @@ def test_thresholds_of_sequences_and_heads():
     # above 1 a traced threshold counts as 1
     high, one = (jax.jit(run)(jnp.full((2, 4), x), q, k, v) for x in (7.0, 1.0))
     np.testing.assert_array_equal(high[2].to_dense(), one[2].to_dense())
+    # and what is not above 0 as 0
+    nothing = jnp.asarray([[-1.0, jnp.nan, 0.0, -jnp.inf]] * 2)
+    assert (jax.jit(run)(nothing, q, k, v)[2].kv_num_blocks == plan.kv_num_blocks).all()
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,15 @@ def test_only_listed_tiles_are_asked_about():
     np.testing.assert_array_equal(got, expected)
 
 
+def test_sixty_four_bit_numbers_elsewhere_change_nothing():
+    given = scores_with_ties(), jnp.ones(SHAPE, bool), None
+    options = {"batches": BATCHES, "heads": HEADS}
+    expected = running_top_k(score_of(*given), 3, GRID, **options)
+    with jax.enable_x64(True):
+        found = running_top_k(score_of(*given), 3, GRID, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_bad_input_is_named():
     score = score_of(scores_with_ties(), jnp.ones(SHAPE, bool), None)
     with pytest.raises(ValueError, match="k=0 must be a positive int"):

@@ -42,6 +42,9 @@ def test_what_is_skipped_on_the_way_costs_its_logits_and_keys():
     assert cost.flops == 2 * 32 * 16 * (20 * 16 + 8 * 24)
     assert cost.bytes == 4 * (64 * 4 * (16 + 24) + 16 * (20 * 16 + 8 * 24))
     assert attend_cost(kept, **SIZES, scored=kept) == attend_cost(kept, **SIZES)
+    # tiles that all sequences share are looked at by each
+    three = jax.tree.map(lambda x: jnp.broadcast_to(x, (3, *x.shape)), kept)
+    assert attend_cost(three, **SIZES, scored=plan_of(1)).flops == 3 * cost.flops
 
 
 @pytest.mark.parametrize("cost", [attend_cost, attend_backward_cost])
