@@ -168,9 +168,8 @@ def test_who_has_a_say(implementation):
     nan = q.at[3].set(jnp.nan)
     assert kept(nan) == [[[True, True, True], first]]
     # but lists are over where they are over
-    lists = js.BlockMask.from_lists(
-        jnp.asarray([[[1, 0], [0, 2]]]), jnp.asarray([[1, 2]]), 20, 48, 16, 16
-    )
+    indices, counts = jnp.asarray([[[1, 0], [0, 2]]]), jnp.asarray([[1, 2]])
+    lists = js.BlockMask.from_lists(indices, counts, q_len=20, kv_len=48, **SIZES)
     found = js.attend_skipping(nan, k, v, lists, threshold=0.0, implementation=implementation)[2]
     assert found.to_dense().tolist() == [[[False, True, False], [True, False, True]]]
     # what nobody sees is skipped whatever the threshold
