@@ -15,7 +15,9 @@ _checking = jax.make_user_context(False)
 
 
 def debug_checks(enabled: bool = True) -> Any:
-    """Checks every list that `js.attend` is given while the context is entered.
+    """Checks every list of tiles that `js.attend` is given while the context is entered.
+
+    Not the levels of a pyramid, the orders of groups, nor whether the parts of a tuple overlap.
 
     An entry that counts but names no block, or stands out of order, is an error then, which says
     which entry that is; without checks it counts as padding, or leaves open what is computed.
