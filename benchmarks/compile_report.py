@@ -237,6 +237,20 @@ def instructions(ptx: str) -> tuple[int, int]:
     return len(re.findall(products, ptx)), len(re.findall(copies, ptx))
 
 
+def made_of(instructions: Sequence[tuple[int, int]], registers: Sequence[int]) -> Row:
+    """The figures of each kernel, in an order of their own: compilers run several at a time.
+
+    Args:
+      instructions: Of each kernel, its matrix instructions and asynchronous copies.
+      registers: Of each kernel, per thread.
+    """
+    kernels = sorted(
+        (*counts, count) for counts, count in zip(instructions, registers, strict=True)
+    )
+    columns = "tensor_core", "bulk_copies", "registers"
+    return {key: [kernel[n] for kernel in kernels] for n, key in enumerate(columns)}
+
+
 def exponentials_in_flight(ptx: str) -> int:
     """How many exponentials stand where wgmma products were started and not yet waited for."""
     running = found = 0

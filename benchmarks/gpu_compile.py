@@ -296,22 +296,21 @@ def measure(
     with _without_c_stderr():
         compiled = jax.jit(function).lower(*inputs).compile()
     kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
+    registers = [int(_first(r"Used (\d+) registers", report)) for report in reports]
     for path in DUMP.glob("*.mlir-passes.log"):
         path.unlink()  # a hundred megabytes of each kernel
     memory = compiled.memory_analysis()
-    made_of = [compile_report.instructions(ptx) for ptx in kernels]
+    instructions = [compile_report.instructions(ptx) for ptx in kernels]
     row: dict[str, Any] = {
         "name": case.name,
         "pass": name,
         "target": " ".join(sorted({_first(r"^\.target (\S+)", ptx) for ptx in kernels})),
         "tile": f"{case.block_q}x{case.block_kv}",
         "stages": min(stages for stages, _ in layouts),
-        "registers": [int(_first(r"Used (\d+) registers", report)) for report in reports],
+        **compile_report.made_of(instructions, registers),
         "spill_bytes": sum(int(n) for r in reports for n in re.findall(r"(\d+) bytes spill", r)),
         "serialized": sum("instructions are serialized" in report for report in reports),
         "shared_memory": max(needed for _, needed in layouts),
-        "tensor_core": [products for products, _ in made_of],
-        "bulk_copies": [copies for _, copies in made_of],
         "temp_bytes": memory.temp_size_in_bytes,
         "input_bytes": memory.argument_size_in_bytes,
     }

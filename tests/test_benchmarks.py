@@ -46,6 +46,16 @@ def test_what_is_computed_while_products_go_on_is_counted(schedule, found):
     assert compile_report.exponentials_in_flight(text) == found
 
 
+def test_the_order_in_which_kernels_were_compiled_does_not_count():
+    # XLA compiles them in parallel; the figures of one kernel stay together
+    first = compile_report.made_of([(40, 9), (48, 16), (40, 12)], [168, 240, 200])
+    assert first == {
+        **{"tensor_core": [40, 40, 48], "bulk_copies": [9, 12, 16]},
+        "registers": [168, 200, 240],
+    }
+    assert compile_report.made_of([(40, 12), (48, 16), (40, 9)], [200, 240, 168]) == first
+
+
 def test_equal_reports_have_no_differences():
     # where a buffer lies is not what kernels are made of; fewer registers are no loss
     assert compare(row(temp_bytes=2, registers=[168, 232])) == []
