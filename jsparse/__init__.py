@@ -14,6 +14,7 @@ from jsparse.attention.length_switch import from_length as from_length
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
+from jsparse.core import windows as windows
 from jsparse.estimators import AShape as AShape
 from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
@@ -26,6 +27,7 @@ from jsparse.attention.explain import explain as explain
 from jsparse.evaluation.density import density_report as density_report
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
+from jsparse.hierarchical import nsa as nsa
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna

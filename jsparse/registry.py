@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
 from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
+from jsparse.hierarchical import nsa
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
@@ -42,6 +43,8 @@ class Row(NamedTuple):
         depends on tokens after it; what is in them does not.
       by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
         before them, which purely random inputs have none of.
+      by_gates: Whether it mixes several attentions by gates of the hidden states, so that no
+        setting is dense attention.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -65,6 +68,7 @@ class Row(NamedTuple):
     by_kv_head: bool = False
     by_last_queries: bool = False
     by_running_maximum: bool = False
+    by_gates: bool = False
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -250,6 +254,22 @@ METHODS: tuple[Row, ...] = (
         per_head="calibration",
         kinds=(Calibration,),
         by_running_maximum=True,
+    ),
+    Row(
+        name="nsa",
+        family="hierarchical",
+        factory=nsa,
+        summary="compressed, selected and local keys, mixed by gates",
+        paper="arXiv:2502.11089",
+        year=2025,
+        causal=True,
+        bidirectional=False,
+        training_free=False,
+        control="top_k",
+        settings=(3, 4, 8),
+        keeps_all=2**20,
+        by_kv_head=True,
+        by_gates=True,
     ),
 )
 

@@ -14,6 +14,8 @@ from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
+from jsparse.checks.attention import forced_blocks as forced_blocks
+from jsparse.checks.attention import hidden_states as hidden_states
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
 from jsparse.checks.attention import level_range as level_range
@@ -27,7 +29,9 @@ from jsparse.checks.attention import merge_parts as merge_parts
 from jsparse.checks.attention import neighborhood_axis as neighborhood_axis
 from jsparse.checks.attention import no_dropout as no_dropout
 from jsparse.checks.attention import not_given as not_given
+from jsparse.checks.attention import of_single_keys as of_single_keys
 from jsparse.checks.attention import one_per_head as one_per_head
+from jsparse.checks.attention import one_softmax as one_softmax
 from jsparse.checks.attention import order_fits as order_fits
 from jsparse.checks.attention import pairs as pairs
 from jsparse.checks.attention import patterns as patterns

@@ -454,6 +454,41 @@ def not_given(**values: Any) -> None:
             )
 
 
+def of_single_keys(**values: Any) -> None:
+    """What belongs to single keys and one softmax is not given to a method of branches."""
+    for name, value in values.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} changes the logits of single keys in one softmax; this method has several "
+                f"branches, one of them over compressed keys. Leave {name} at None."
+            )
+
+
+def one_softmax(return_lse: bool) -> None:
+    """No log-sum-exp is asked for where several softmaxes are mixed."""
+    if return_lse:
+        raise ValueError(
+            "return_lse=True: this method mixes the outputs of several softmaxes, which have no "
+            "log-sum-exp together; leave it at False."
+        )
+
+
+def hidden_states(x: Any, q: Any, features: int) -> None:
+    """The hidden states that a method with gates looks at fit its queries and parameters."""
+    expected = (*q.shape[:-2], features)
+    if x is None:
+        raise ValueError(f"This method's gates are made of hidden states; pass x {expected}.")
+    if x.shape != expected:
+        raise ValueError(f"x {x.shape} must be {expected}: one vector per query.")
+
+
+def forced_blocks(top_k: int, **forced: int) -> None:
+    """Blocks that are always chosen are no more than are chosen."""
+    if sum(forced.values()) > top_k:
+        given = " and ".join(f"{name}={value}" for name, value in forced.items())
+        raise ValueError(f"top_k={top_k} blocks must have room for {given} forced ones.")
+
+
 def mask_array(mask: Any, query: Any, key: Any) -> None:
     """A module's mask array fits its queries and keys."""
     q_len, kv_len = query.shape[-3], key.shape[-3]

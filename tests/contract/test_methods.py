@@ -35,12 +35,31 @@ def inputs_of(row, *sizes, **named):
     return leveled(*sizes, block=128, **named) if row.by_running_maximum else qkv(*sizes, **named)
 
 
+@functools.cache
+def params_for(method, sizes):
+    with jax.ensure_compile_time_eval():
+        return method.init(jax.random.key(0), **dict(sizes))
+
+
+def params_of(method, q, k):
+    heads, dim = q.shape[-2:]
+    sizes = {"num_heads": heads, "num_kv_heads": k.shape[-2], "dim": dim, "features": heads * dim}
+    return params_for(method, tuple(sizes.items()))
+
+
 def run(method, q, k, v, mask=CAUSAL, **attend):
-    return js.sparse_attention(q, k, v, method, mask=mask, **attend)
+    # hidden states that know nothing of other tokens
+    x = q.reshape(*q.shape[:-2], -1)
+    params = params_of(method, q, k)
+    return js.sparse_attention(q, k, v, method, params=params, x=x, mask=mask, **attend)
+
+
+def plan_of(method, q, k, mask=CAUSAL):
+    return method.plan(params_of(method, q, k), q, k, mask=mask)
 
 
 def lists_of(method, q, k, mask=CAUSAL):
-    return method.plan((), q, k, mask=mask)[0]
+    return plan_of(method, q, k, mask)[0]
 
 
 def tiles_of(plan):
@@ -139,12 +158,13 @@ def test_parts_of_a_plan_have_no_pair_in_common(row):
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
     q, k, v = inputs_of(row, LENGTH)
-    found, info = sparsest(row).plan((), q, k, mask=CAUSAL)
+    found, info = plan_of(sparsest(row), q, k)
     # the mask as the method sees it, if it has put tokens in another order
     mask = follow(CAUSAL, Orders.of(info), q.shape[-2])
     for tiles in parts_of(found):
         to_see, _ = candidates(mask, tiles.grid, (), q.shape[-2])
-        assert not (np.asarray(tiles.to_dense()) & ~to_see).any()
+        chosen = np.repeat(tiles.to_dense(), len(to_see) // tiles.list_heads, axis=0)
+        assert not (chosen & ~to_see).any()
     # the last tile's values change, and its keys: rows before it must not notice
     later = k if row.by_last_queries else k.at[256:].add(3.0)
     changed = attend(row)(q, later, v.at[256:].add(3.0))
@@ -185,7 +205,11 @@ def test_density_grows_with_the_control(row):
     assert densities[0] < densities[-1]
 
 
-@controlled
+@pytest.mark.parametrize(
+    "row",
+    [r for r in js.registry.METHODS if r.control and not r.by_gates],
+    ids=lambda r: r.name,
+)
 def test_keeping_all_is_dense(row):
     q, k, v = inputs_of(row, LENGTH)
     out = run(row.factory(**{row.control: row.keeps_all}), q, k, v)
@@ -285,7 +309,12 @@ def test_grouped_heads_equal_repeated_ones(row):
     np.testing.assert_allclose(attend(row)(q, k, v), repeated, atol=2e-6)
 
 
-@by_name
+@pytest.mark.parametrize(
+    # branches are rounded one by one, and what they choose by is
+    "row",
+    [r for r in js.registry.METHODS if not r.by_gates],
+    ids=lambda r: r.name,
+)
 def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     q, k, v = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)
