@@ -14,6 +14,7 @@ from jsparse.masks.moa import ElasticRule, moa
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
+from jsparse.routing import flashmoba
 from jsparse.types import Method
 
 
@@ -270,6 +271,20 @@ METHODS: tuple[Row, ...] = (
         keeps_all=2**20,
         by_kv_head=True,
         by_gates=True,
+    ),
+    Row(
+        name="flashmoba",
+        family="routing",
+        factory=flashmoba,
+        summary="each query to blocks, by their mean keys",
+        paper="arXiv:2511.11571",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(1, 2, 4),
+        keeps_all=2**20,
     ),
 )
 

@@ -42,6 +42,57 @@ def block_importance(
     return of_stride.reshape(len(importance), -1, per_block).sum(-1)  # pyright: ignore
 
 
+def mean_key_scores(
+    q: Float[Array, "batch q_len heads dim"],
+    k_means: Float[Array, "batch kv_blocks kv_heads dim"],
+    *,
+    block: int,
+    kv_len: int,
+    mask: Mask | None,
+    grid: TileGrid,
+    offset: Int[Array, " batch"] | int = 0,
+) -> ScoreOfTile:
+    """Scores blocks of keys by the products of queries with their means.
+
+    The routing of mixture of block attention (Lu et al. 2025, arXiv:2502.13189): no scale, in f32,
+    for each query head by itself. Under a mask a query's own block is forced.
+
+    Args:
+      q: Queries.
+      k_means: Mean key of each block.
+      block: Keys per block.
+      kv_len: Keys.
+      mask: Who sees which key, with batch axes flattened; blocks of which a query sees none do not
+        count. None shows all, and forces nothing.
+      grid: Rows are queries, columns are blocks.
+      offset: The key position of the first query, per sequence.
+    """
+    batches, q_len, heads, _ = q.shape
+    kv_blocks, kv_heads = k_means.shape[1:3]
+    rows, blocks = grid.block_q, grid.block_kv
+    q = jnp.pad(q, ((0, 0), (0, grid.q_blocks * rows - q_len), (0, 0), (0, 0)))
+    missing = grid.kv_blocks * blocks - kv_blocks
+    k_means = jnp.pad(k_means.astype(jnp.float32), ((0, 0), (0, missing), (0, 0), (0, 0)))
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batches,))
+    classify = None if mask is None else mask.classifier(TileGrid(q_len, kv_len, 1, block))
+
+    def score(batch, head, q_tile, kv_tile):
+        queries = jax.lax.dynamic_slice_in_dim(q[batch, :, head], q_tile * rows, rows)
+        of_k = k_means[batch, :, head // (heads // kv_heads)]
+        means = jax.lax.dynamic_slice_in_dim(of_k, kv_tile * blocks, blocks)
+        scores = queries.astype(jnp.float32) @ means.T
+        if classify is None:
+            return TileScores(scores, jnp.ones(scores.shape, bool))
+        row = q_tile * rows + jnp.arange(rows)[:, None]
+        index = kv_tile * blocks + jnp.arange(blocks)
+        frame = Frame(q_len, kv_len, batch, head)
+        known = jnp.minimum(row, q_len - 1), jnp.minimum(index, kv_blocks - 1)
+        own = (offsets[batch] + row) // block
+        return TileScores(scores, classify(*known, frame).some, index == own)
+
+    return score
+
+
 def window_scores(
     q: Float[Array, "batch q_len heads dim"],
     k_windows: Float[Array, "batch windows kv_heads dim"],

@@ -1,0 +1,3 @@
+"""Methods that route tokens to blocks of keys, or to groups."""
+
+from jsparse.routing.flashmoba import flashmoba as flashmoba
