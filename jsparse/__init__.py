@@ -28,6 +28,7 @@ from jsparse.evaluation.density import density_report as density_report
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.hierarchical import nsa as nsa
+from jsparse.learned import hisa as hisa
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna

@@ -1,12 +1,14 @@
 """METHODS: one literal row per method. Tests, the README table and the CLI read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
 from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.hierarchical import nsa
+from jsparse.learned import hisa
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
@@ -46,6 +48,7 @@ class Row(NamedTuple):
         before them, which purely random inputs have none of.
       by_gates: Whether it mixes several attentions by gates of the hidden states, so that no
         setting is dense attention.
+      small: Arguments that make it small, where its defaults are those of a large model.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -70,6 +73,7 @@ class Row(NamedTuple):
     by_last_queries: bool = False
     by_running_maximum: bool = False
     by_gates: bool = False
+    small: Mapping[str, int] = MappingProxyType({})
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -271,6 +275,22 @@ METHODS: tuple[Row, ...] = (
         keeps_all=2**20,
         by_kv_head=True,
         by_gates=True,
+    ),
+    Row(
+        name="hisa",
+        family="learned",
+        factory=hisa,
+        summary="tokens picked by an indexer, inside blocks",
+        paper="arXiv:2603.28458",
+        year=2026,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(64, 256, 1024),
+        keeps_all=2**20,
+        small=MappingProxyType({"index_heads": 4, "index_dim": 16, "rotary_dim": 8}),
+        needs_all_queries=True,
     ),
     Row(
         name="flashmoba",

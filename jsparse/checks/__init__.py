@@ -18,6 +18,7 @@ from jsparse.checks.attention import forced_blocks as forced_blocks
 from jsparse.checks.attention import hidden_states as hidden_states
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
+from jsparse.checks.attention import keys_of_all_tokens as keys_of_all_tokens
 from jsparse.checks.attention import level_range as level_range
 from jsparse.checks.attention import levels as levels
 from jsparse.checks.attention import list_heads as list_heads
@@ -42,6 +43,7 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import pooled_operands as pooled_operands
+from jsparse.checks.attention import power_of_two as power_of_two
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
@@ -50,6 +52,7 @@ from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
+from jsparse.checks.attention import token_lists as token_lists
 from jsparse.checks.attention import whole_grid as whole_grid
 from jsparse.checks.debug import debug_checks as debug_checks
 from jsparse.checks.debug import listed_entries as listed_entries

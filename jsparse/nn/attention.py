@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.core.rotary import rotary
 from jsparse.functional import sparse_attention
 from jsparse.masks import causal
 from jsparse.nn.cache import KVCache
-from jsparse.nn.rotary import rotary
 from jsparse.types import Mask, Method
 
 AttentionFn = Callable[..., Array]

@@ -25,9 +25,14 @@ controlled = pytest.mark.parametrize(
 )
 
 
+def made(row, value, **further):
+    """The method, small, at a value of what controls its density."""
+    return row.factory(**{**({row.control: value} if row.control else {}), **row.small, **further})
+
+
 def sparsest(row):
     """The method at its sparsest setting, so that something is left out."""
-    return row.factory(**({row.control: row.settings[0]} if row.control else {}))
+    return made(row, row.settings[0] if row.control else None)
 
 
 def inputs_of(row, *sizes, **named):
@@ -47,15 +52,18 @@ def params_of(method, q, k):
     return params_for(method, tuple(sizes.items()))
 
 
-def run(method, q, k, v, mask=CAUSAL, **attend):
-    # hidden states that know nothing of other tokens
-    x = q.reshape(*q.shape[:-2], -1)
-    params = params_of(method, q, k)
-    return js.sparse_attention(q, k, v, method, params=params, x=x, mask=mask, **attend)
+def hidden(q):
+    """Hidden states that know nothing of other tokens."""
+    return q.reshape(*q.shape[:-2], -1)
+
+
+def run(method, q, k, v, x=None, mask=CAUSAL, **attend):
+    given = {"params": params_of(method, q, k), "x": hidden(q) if x is None else x}
+    return js.sparse_attention(q, k, v, method, mask=mask, **given, **attend)
 
 
 def plan_of(method, q, k, mask=CAUSAL):
-    return method.plan(params_of(method, q, k), q, k, mask=mask)
+    return method.plan(params_of(method, q, k), q, k, x=hidden(q), mask=mask)
 
 
 def lists_of(method, q, k, mask=CAUSAL):
@@ -73,7 +81,7 @@ def tiles_of(plan):
 @functools.cache
 def attend(row):
     method = sparsest(row)
-    return jax.jit(lambda q, k, v: run(method, q, k, v))
+    return jax.jit(lambda q, k, v, x=None: run(method, q, k, v, x))
 
 
 @functools.cache
@@ -192,7 +200,7 @@ def test_density_grows_with_the_control(row):
     q, k, _ = inputs_of(row, 1200)
 
     def density(value):
-        plan = lists_of(row.factory(**{row.control: value}), q, k)
+        plan = lists_of(made(row, value), q, k)
         return sum(part.density().mean() for part in parts_of(plan))
 
     values = [*row.settings, row.keeps_all]
@@ -212,7 +220,7 @@ def test_density_grows_with_the_control(row):
 )
 def test_keeping_all_is_dense(row):
     q, k, v = inputs_of(row, LENGTH)
-    out = run(row.factory(**{row.control: row.keeps_all}), q, k, v)
+    out = run(made(row, row.keeps_all), q, k, v)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -230,7 +238,7 @@ def test_the_sparsest_setting_leaves_something_out(row):
 )
 def test_without_a_mask_all_keys_can_be_chosen(row):
     q, k, v = inputs_of(row, LENGTH)
-    out = run(row.factory(**{row.control: row.keeps_all}), q, k, v, mask=None)
+    out = run(made(row, row.keeps_all), q, k, v, mask=None)
     dense = js.attend(q, k, v, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -264,7 +272,9 @@ def test_gradients_are_finite_and_those_of_the_plan(row):
 @by_name
 def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     q, k, v = inputs_of(row, LENGTH)
-    out, clean = attend(row)(q.at[140].set(jnp.nan), k, v), attend(row)(q, k, v)
+    # keys are not broken, so hidden states are not
+    out = attend(row)(q.at[140].set(jnp.nan), k, v, hidden(q))
+    clean = attend(row)(q, k, v, hidden(q))
     assert jnp.isnan(out[140]).all()
     # an estimate may be spoilt for the whole row of tiles, the outputs of other tokens never
     assert jnp.isfinite(out[jnp.arange(LENGTH) != 140]).all()
@@ -336,7 +346,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
 )
 def test_a_narrow_list_says_that_it_overflowed(row):
     q, k, _ = inputs_of(row, LENGTH)
-    method = row.factory(**{row.control: row.keeps_all, "width": 2})
+    method = made(row, row.keeps_all, width=2)
     tiles = parts_of(jax.jit(lambda q, k: lists_of(method, q, k))(q, k))[0]
     assert tiles.width == 2
     assert tiles.overflowed.all()

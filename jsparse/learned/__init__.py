@@ -1,0 +1,3 @@
+"""Methods whose plans have parameters."""
+
+from jsparse.learned.hisa import hisa as hisa
