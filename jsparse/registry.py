@@ -1,7 +1,6 @@
 """METHODS: one literal row per method. Tests, the README table and the CLI read it."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
@@ -73,7 +72,7 @@ class Row(NamedTuple):
     by_last_queries: bool = False
     by_running_maximum: bool = False
     by_gates: bool = False
-    small: Mapping[str, int] = MappingProxyType({})
+    small: tuple[tuple[str, int], ...] = ()
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -289,7 +288,7 @@ METHODS: tuple[Row, ...] = (
         control="top_k",
         settings=(64, 256, 1024),
         keeps_all=2**20,
-        small=MappingProxyType({"index_heads": 4, "index_dim": 16, "rotary_dim": 8}),
+        small=(("index_heads", 4), ("index_dim", 16), ("rotary_dim", 8)),
         needs_all_queries=True,
     ),
     Row(

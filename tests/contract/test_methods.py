@@ -27,7 +27,8 @@ controlled = pytest.mark.parametrize(
 
 def made(row, value, **further):
     """The method, small, at a value of what controls its density."""
-    return row.factory(**{**({row.control: value} if row.control else {}), **row.small, **further})
+    control = {row.control: value} if row.control else {}
+    return row.factory(**control, **dict(row.small), **further)
 
 
 def sparsest(row):
