@@ -29,6 +29,7 @@ from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.hierarchical import nsa as nsa
 from jsparse.learned import hisa as hisa
+from jsparse.learned import seerattention as seerattention
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna

@@ -7,7 +7,7 @@ from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xatten
 from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.hierarchical import nsa
-from jsparse.learned import hisa
+from jsparse.learned import hisa, seerattention
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
@@ -274,6 +274,22 @@ METHODS: tuple[Row, ...] = (
         keeps_all=2**20,
         by_kv_head=True,
         by_gates=True,
+    ),
+    Row(
+        name="seerattention",
+        family="learned",
+        factory=seerattention,
+        summary="tiles that a distilled gate finds probable",
+        paper="arXiv:2410.13276",
+        year=2024,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="threshold",
+        control_traced=True,
+        settings=(0.5, 0.2, 0.02),
+        keeps_all=0.0,
+        by_kv_head=True,
     ),
     Row(
         name="hisa",

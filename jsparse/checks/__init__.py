@@ -109,4 +109,5 @@ from jsparse.checks.values import positive_number as positive_number
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
 from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
+from jsparse.checks.values import some as some
 from jsparse.checks.values import unit_interval as unit_interval
