@@ -38,6 +38,7 @@ from jsparse.masks.moa import moa as moa
 from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming
+from jsparse.routing import biformer as biformer
 from jsparse.routing import flashmoba as flashmoba
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid

@@ -15,7 +15,7 @@ from jsparse.masks.moa import ElasticRule, moa
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
-from jsparse.routing import flashmoba
+from jsparse.routing import biformer, flashmoba
 from jsparse.types import Method
 
 
@@ -320,6 +320,21 @@ METHODS: tuple[Row, ...] = (
         control="top_k",
         settings=(1, 2, 4),
         keeps_all=2**20,
+    ),
+    Row(
+        name="biformer",
+        family="routing",
+        factory=biformer,
+        summary="regions of a picture to regions, by means",
+        paper="arXiv:2303.08810",
+        year=2023,
+        causal=False,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(1, 2, 4),
+        keeps_all=2**20,
+        needs_all_queries=True,
     ),
 )
 

@@ -101,6 +101,7 @@ from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
 from jsparse.checks.values import non_negative as non_negative
 from jsparse.checks.values import number as number
+from jsparse.checks.values import odd_or_zero as odd_or_zero
 from jsparse.checks.values import one_bool as one_bool
 from jsparse.checks.values import one_logit as one_logit
 from jsparse.checks.values import one_of as one_of
