@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.attention.logits import ScoreMod
 from jsparse.attention.planned import no_params
 from jsparse.core import blocks, pooling, reordering, selection
 from jsparse.core.token_tiles import TokenTiles
@@ -185,13 +186,8 @@ def biformer(
             bias = bias.reshape((1,) * (2 - bias.ndim) + bias.shape)
             for axis in (-2, -1):
                 bias = reordering.reorder_pairs(bias, info.q_order, axis, q.shape[-2])
-        if score_mod is not None and order.moves:
-            inner = score_mod
-
-            def score_mod(logit, batch, head, q_index, kv_index):
-                places = order.original(q_index), order.original(kv_index)
-                return inner(logit, batch, head, *places)
-
+        if score_mod is not None:
+            score_mod = _of_places(order, score_mod)
         moved = (order.permute(y) for y in (q, k, v))
         options = {**options, "bias": bias, "score_mod": score_mod, "mask": layout.mask(mask)}
         out, lse = attend(*moved, tiles, return_lse=True, **options)
@@ -202,3 +198,12 @@ def biformer(
         return out, info
 
     return Method(no_params, plan, attend_to_regions)
+
+
+def _of_places(order: TokenTiles, score_mod: ScoreMod) -> ScoreMod:
+    """A change to logits that is told where tokens stood."""
+
+    def told(logit, batch, head, q_index, kv_index):
+        return score_mod(logit, batch, head, order.original(q_index), order.original(kv_index))
+
+    return told
