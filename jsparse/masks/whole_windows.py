@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool
 
 from jsparse import checks
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
-from jsparse.types.mask import Index, Range, TileClassifier
+from jsparse.types.mask import Index, TileClassifier
 
 
 @pytree_dataclass
@@ -31,11 +31,6 @@ class WholeWindows(Mask):
         return functools.reduce(
             operator.and_, (classify(q_index, kv_index + n, inner).every for n in cells)
         )
-
-    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
-        first, last = kv_range
-        keys = first * self.stride, last * self.stride + self.size - 1
-        return self.mask.within(q_range, keys, frame._replace(kv_len=self.kv_len))
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         tokens = self._of_tokens(grid)

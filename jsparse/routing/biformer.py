@@ -188,9 +188,9 @@ def biformer(
                 bias = reordering.reorder_pairs(bias, info.q_order, axis, q.shape[-2])
         if score_mod is not None:
             score_mod = _of_places(order, score_mod)
-        moved = (order.permute(y) for y in (q, k, v))
+        q, k, v = (order.permute(y) for y in (q, k, v))
         options = {**options, "bias": bias, "score_mod": score_mod, "mask": layout.mask(mask)}
-        out, lse = attend(*moved, tiles, return_lse=True, **options)
+        out, lse = attend(q, k, v, tiles, return_lse=True, **options)
         out = order.restore(out)
         if return_lse:
             rows = order.restore(jnp.swapaxes(lse, -1, -2)[..., None])
