@@ -27,13 +27,14 @@ import jsparse as js
 from benchmarks.attention import machine
 from jsparse.attention.map_scores import map_maxima, map_sums
 from jsparse.core.running_top_k import TileScores, running_top_k
-from jsparse.core.tile_scores import Windows, relu_weighted, window_scores
+from jsparse.core.tile_scores import relu_weighted, window_scores
+from jsparse.core.windows import Windows
 from jsparse.estimators.xattention import antidiagonal_scores
 from jsparse.types import TileGrid
 
 RESULTS = Path(__file__).parent / "results" / "kin_scorers_cpu.json"
 HEADS, DIM, BLOCK = 2, 64, 128
-WINDOWS = Windows(size=32, stride=16, block=64)
+WINDOWS, SELECTED = Windows(size=32, stride=16), 64
 INDEXER_HEADS, INDEXER_DIM, INDEXER_TOP_K = 8, 32, 256
 BLOCKS_TOP_K = 16
 
@@ -119,13 +120,18 @@ def of_blocks(length: int, repeats: int) -> dict[str, Any]:
     """Blocks per query, chosen by the probabilities of compressed keys, one kv head."""
     count = (length - WINDOWS.size) // WINDOWS.stride + 1
     q, k_windows, lse = arrays((1, length, HEADS, DIM), (1, count, 1, DIM), (1, HEADS, length))
-    grid = TileGrid(length, length // WINDOWS.block, 256, 32)
+    grid = TileGrid(length, length // SELECTED, 256, 32)
     rows = js.block_mask(js.masks.causal(), length, length, block_q=256, block_kv=32 * 64)
     tiles = js.BlockMask(rows.kv_indices, rows.kv_num_blocks, rows.overflowed, *grid)
 
+    sizes = {"size": WINDOWS.size, "stride": WINDOWS.stride}
+    seen = js.masks.whole_windows(js.masks.causal(), kv_len=length, **sizes)
+
     def chosen(q, k_windows, lse):
         options: dict[str, Any] = {"num_init": 1, "num_local": 2, "scale": DIM**-0.5}
-        score = window_scores(q, k_windows, lse, windows=WINDOWS, grid=grid, **options)
+        score = window_scores(
+            q, k_windows, lse, windows=WINDOWS, block=SELECTED, mask=seen, grid=grid, **options
+        )
         return running_top_k(score, BLOCKS_TOP_K, grid, tiles=tiles).indices
 
     inputs = [q, k_windows, lse + np.log(count)]

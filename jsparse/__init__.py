@@ -14,6 +14,7 @@ from jsparse.attention.length_switch import from_length as from_length
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
+from jsparse.core import windows as windows
 from jsparse.estimators import AShape as AShape
 from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
@@ -26,6 +27,9 @@ from jsparse.attention.explain import explain as explain
 from jsparse.evaluation.density import density_report as density_report
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
+from jsparse.hierarchical import nsa as nsa
+from jsparse.learned import hisa as hisa
+from jsparse.learned import seerattention as seerattention
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna
@@ -34,6 +38,8 @@ from jsparse.masks.moa import moa as moa
 from jsparse.masks.powerattention import powerattention as powerattention
 from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming
+from jsparse.routing import biformer as biformer
+from jsparse.routing import flashmoba as flashmoba
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid
 from jsparse.types import Method as Method

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xattention
 from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
+from jsparse.hierarchical import nsa
+from jsparse.learned import hisa, seerattention
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
@@ -13,6 +15,7 @@ from jsparse.masks.moa import ElasticRule, moa
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
+from jsparse.routing import biformer, flashmoba
 from jsparse.types import Method
 
 
@@ -42,6 +45,9 @@ class Row(NamedTuple):
         depends on tokens after it; what is in them does not.
       by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
         before them, which purely random inputs have none of.
+      by_gates: Whether it mixes several attentions by gates of the hidden states, so that no
+        setting is dense attention.
+      small: Arguments that make it small, where its defaults are those of a large model.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -65,6 +71,8 @@ class Row(NamedTuple):
     by_kv_head: bool = False
     by_last_queries: bool = False
     by_running_maximum: bool = False
+    by_gates: bool = False
+    small: tuple[tuple[str, int], ...] = ()
     needs_all_queries: bool = False
     needs_state: bool = False
     needs_key: bool = False
@@ -250,6 +258,83 @@ METHODS: tuple[Row, ...] = (
         per_head="calibration",
         kinds=(Calibration,),
         by_running_maximum=True,
+    ),
+    Row(
+        name="nsa",
+        family="hierarchical",
+        factory=nsa,
+        summary="compressed, selected and local keys, mixed by gates",
+        paper="arXiv:2502.11089",
+        year=2025,
+        causal=True,
+        bidirectional=False,
+        training_free=False,
+        control="top_k",
+        settings=(3, 4, 8),
+        keeps_all=2**20,
+        by_kv_head=True,
+        by_gates=True,
+    ),
+    Row(
+        name="seerattention",
+        family="learned",
+        factory=seerattention,
+        summary="tiles that a distilled gate finds probable",
+        paper="arXiv:2410.13276",
+        year=2024,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="threshold",
+        control_traced=True,
+        settings=(0.5, 0.2, 0.02),
+        keeps_all=0.0,
+        by_kv_head=True,
+    ),
+    Row(
+        name="hisa",
+        family="learned",
+        factory=hisa,
+        summary="tokens picked by an indexer, inside blocks",
+        paper="arXiv:2603.28458",
+        year=2026,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(64, 256, 1024),
+        keeps_all=2**20,
+        small=(("index_heads", 4), ("index_dim", 16), ("rotary_dim", 8)),
+        needs_all_queries=True,
+    ),
+    Row(
+        name="flashmoba",
+        family="routing",
+        factory=flashmoba,
+        summary="each query to blocks, by their mean keys",
+        paper="arXiv:2511.11571",
+        year=2025,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(1, 2, 4),
+        keeps_all=2**20,
+    ),
+    Row(
+        name="biformer",
+        family="routing",
+        factory=biformer,
+        summary="regions of a picture to regions, by means",
+        paper="arXiv:2303.08810",
+        year=2023,
+        causal=False,
+        bidirectional=True,
+        training_free=False,
+        control="top_k",
+        settings=(1, 2, 4),
+        keeps_all=2**20,
+        needs_all_queries=True,
     ),
 )
 

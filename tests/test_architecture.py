@@ -14,7 +14,7 @@ from jsparse.registry import METHODS, readme_table
 from jsparse.types import Method
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = ("masks", "estimators")
+FAMILIES = ("masks", "estimators", "hierarchical", "learned", "routing")
 SOURCES = sorted([*ROOT.glob("jsparse/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")])
 # what a module loads, wherever in it the statement stands
 IMPORT = re.compile(r"^\s*(?:from|import)\s+(\S+)", re.MULTILINE)

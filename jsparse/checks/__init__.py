@@ -14,8 +14,11 @@ from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
+from jsparse.checks.attention import forced_blocks as forced_blocks
+from jsparse.checks.attention import hidden_states as hidden_states
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
+from jsparse.checks.attention import keys_of_all_tokens as keys_of_all_tokens
 from jsparse.checks.attention import level_range as level_range
 from jsparse.checks.attention import levels as levels
 from jsparse.checks.attention import list_heads as list_heads
@@ -27,7 +30,9 @@ from jsparse.checks.attention import merge_parts as merge_parts
 from jsparse.checks.attention import neighborhood_axis as neighborhood_axis
 from jsparse.checks.attention import no_dropout as no_dropout
 from jsparse.checks.attention import not_given as not_given
+from jsparse.checks.attention import of_single_keys as of_single_keys
 from jsparse.checks.attention import one_per_head as one_per_head
+from jsparse.checks.attention import one_softmax as one_softmax
 from jsparse.checks.attention import order_fits as order_fits
 from jsparse.checks.attention import pairs as pairs
 from jsparse.checks.attention import patterns as patterns
@@ -38,6 +43,7 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import pooled_operands as pooled_operands
+from jsparse.checks.attention import power_of_two as power_of_two
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
@@ -46,6 +52,7 @@ from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
+from jsparse.checks.attention import token_lists as token_lists
 from jsparse.checks.attention import whole_grid as whole_grid
 from jsparse.checks.debug import debug_checks as debug_checks
 from jsparse.checks.debug import listed_entries as listed_entries
@@ -94,6 +101,7 @@ from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
 from jsparse.checks.values import non_negative as non_negative
 from jsparse.checks.values import number as number
+from jsparse.checks.values import odd_or_zero as odd_or_zero
 from jsparse.checks.values import one_bool as one_bool
 from jsparse.checks.values import one_logit as one_logit
 from jsparse.checks.values import one_of as one_of
@@ -102,4 +110,5 @@ from jsparse.checks.values import positive_number as positive_number
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
 from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
+from jsparse.checks.values import some as some
 from jsparse.checks.values import unit_interval as unit_interval

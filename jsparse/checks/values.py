@@ -132,6 +132,21 @@ def fractions(**values: Any) -> None:
     _each("lie in (0, 1]", lambda found: (found > 0) & (found <= 1), values)
 
 
+def odd_or_zero(**values: int) -> None:
+    """Each value is an odd count, or 0."""
+    non_negative(**values)
+    for name, value in values.items():
+        if value and value % 2 == 0:
+            raise ValueError(f"{name}={value} must be odd, or 0.")
+
+
+def some(**values: Any) -> None:
+    """Each sequence has an element."""
+    for name, value in values.items():
+        if not len(value):
+            raise ValueError(f"{name}={value!r} must hold at least one.")
+
+
 def unit_interval(**values: Any) -> None:
     """Each value is a number in [0, 1], or a concrete array of such numbers."""
     _each("lie in [0, 1]", lambda found: (found >= 0) & (found <= 1), values)

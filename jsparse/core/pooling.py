@@ -35,3 +35,10 @@ def max_blocks(
     pad = [(0, 0)] * (x.ndim - 3) + [(0, missing), (0, 0), (0, 0)]
     x = jnp.pad(x.astype(jnp.float32), pad, constant_values=-jnp.inf)
     return x.reshape(*x.shape[:-3], -1, block, *x.shape[-2:]).max(-3)
+
+
+def min_blocks(
+    x: Float[Array, "*batch length heads dim"], block: int
+) -> Float[Array, "*batch blocks heads dim"]:
+    """Takes the smallest of each block's tokens, feature by feature, in f32."""
+    return -max_blocks(-x, block)

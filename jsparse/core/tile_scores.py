@@ -1,26 +1,13 @@
 """Scores of single queries for keys or blocks of keys, a tile at a time, for `running_top_k`."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import checks
 from jsparse.core.running_top_k import ScoreOfTile, TileScores
-from jsparse.types import TileGrid
-
-
-class Windows(NamedTuple):
-    """How keys are compressed and selected, in tokens.
-
-    Window `i` stands for `size` keys from `i * stride` on; selected are blocks of `block` keys.
-    `stride` divides the other two.
-    """
-
-    size: int
-    stride: int
-    block: int
+from jsparse.core.windows import Windows
+from jsparse.types import Frame, Mask, TileGrid
 
 
 def relu_weighted(
@@ -38,7 +25,7 @@ def relu_weighted(
 
 
 def block_importance(
-    importance: Float[Array, "rows windows"], windows: Windows
+    importance: Float[Array, "rows windows"], windows: Windows, block: int
 ) -> Float[Array, "rows blocks"]:
     """Adds to each block what windows weigh, once for each stride that lies in both.
 
@@ -46,12 +33,64 @@ def block_importance(
       importance: Of the windows from `size / stride - 1` before the first that begins in the first
         block, to the last that begins in the last.
       windows: Their sizes.
+      block: Keys per block, a multiple of the windows' stride.
     """
-    overlap, per_block = windows.size // windows.stride, windows.block // windows.stride
+    overlap, per_block = windows.size // windows.stride, block // windows.stride
     strides = importance.shape[1] - overlap + 1
     # every stride of tokens has the windows that begin in it or up to `overlap - 1` before
     of_stride = sum(importance[:, n : n + strides] for n in range(overlap))
     return of_stride.reshape(len(importance), -1, per_block).sum(-1)  # pyright: ignore
+
+
+def mean_key_scores(
+    q: Float[Array, "batch q_len heads dim"],
+    k_means: Float[Array, "batch kv_blocks kv_heads dim"],
+    *,
+    block: int,
+    kv_len: int,
+    mask: Mask | None,
+    grid: TileGrid,
+    offset: Int[Array, " batch"] | int = 0,
+) -> ScoreOfTile:
+    """Scores blocks of keys by the products of queries with their means.
+
+    The routing of mixture of block attention (Lu et al. 2025, arXiv:2502.13189): no scale, in f32,
+    for each query head by itself. Under a mask a query's own block is forced.
+
+    Args:
+      q: Queries.
+      k_means: Mean key of each block.
+      block: Keys per block.
+      kv_len: Keys.
+      mask: Who sees which key, with batch axes flattened; blocks of which a query sees none do not
+        count. None shows all, and forces nothing.
+      grid: Rows are queries, columns are blocks.
+      offset: The key position of the first query, per sequence.
+    """
+    batches, q_len, heads, _ = q.shape
+    kv_blocks, kv_heads = k_means.shape[1:3]
+    rows, blocks = grid.block_q, grid.block_kv
+    q = jnp.pad(q, ((0, 0), (0, grid.q_blocks * rows - q_len), (0, 0), (0, 0)))
+    missing = grid.kv_blocks * blocks - kv_blocks
+    k_means = jnp.pad(k_means.astype(jnp.float32), ((0, 0), (0, missing), (0, 0), (0, 0)))
+    offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batches,))
+    classify = None if mask is None else mask.classifier(TileGrid(q_len, kv_len, 1, block))
+
+    def score(batch, head, q_tile, kv_tile):
+        queries = jax.lax.dynamic_slice_in_dim(q[batch, :, head], q_tile * rows, rows)
+        of_k = k_means[batch, :, head // (heads // kv_heads)]
+        means = jax.lax.dynamic_slice_in_dim(of_k, kv_tile * blocks, blocks)
+        scores = queries.astype(jnp.float32) @ means.T
+        if classify is None:
+            return TileScores(scores, jnp.ones(scores.shape, bool))
+        row = q_tile * rows + jnp.arange(rows)[:, None]
+        index = kv_tile * blocks + jnp.arange(blocks)
+        frame = Frame(q_len, kv_len, batch, head)
+        known = jnp.minimum(row, q_len - 1), jnp.minimum(index, kv_blocks - 1)
+        own = (offsets[batch] + row) // block
+        return TileScores(scores, classify(*known, frame).some, index == own)
+
+    return score
 
 
 def window_scores(
@@ -60,8 +99,11 @@ def window_scores(
     lse: Float[Array, "batch heads q_len"],
     *,
     windows: Windows,
+    block: int,
+    mask: Mask,
     grid: TileGrid,
-    scale: float,
+    scale: float | Float[Array, ""],
+    softcap: float | None = None,
     offset: Int[Array, " batch"] | int = 0,
     num_init: int = 0,
     num_local: int = 1,
@@ -76,9 +118,12 @@ def window_scores(
       q: Queries.
       k_windows: One key per window; windows are complete, so there may be none for the last keys.
       lse: Of each query over the windows that it sees, as attention to them returns it.
-      windows: Sizes of windows and blocks.
+      windows: Their sizes.
+      block: Keys per block, a multiple of the windows' stride.
+      mask: Who sees which window, with batch axes flattened; the lse is under it too.
       grid: Rows are queries, columns are blocks.
       scale: Factor on the logits.
+      softcap: Caps the logits, as it did those of the lse.
       offset: The key position of the first query, per sequence.
       num_init: Blocks at the start that are forced.
       num_local: Blocks up to the query's own that are forced, that one included.
@@ -86,18 +131,19 @@ def window_scores(
     Raises:
       ValueError: if `stride` does not divide the sizes.
     """
-    sizes = {"size": windows.size, "block": windows.block}
+    sizes = {"size": windows.size, "block": block}
     checks.positive(stride=windows.stride, **sizes)
     checks.multiple(of=windows.stride, **sizes)
     batches, q_len, heads, dim = q.shape
     count, kv_heads = k_windows.shape[1:3]
-    overlap, per_block = windows.size // windows.stride, windows.block // windows.stride
+    overlap, per_block = windows.size // windows.stride, block // windows.stride
     rows, blocks, before = grid.block_q, grid.block_kv, overlap - 1
     missing = grid.q_blocks * rows - q_len
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    q = q.reshape(batches, -1, kv_heads, heads // kv_heads, dim)
+    group = heads // kv_heads
+    q = q.reshape(batches, -1, kv_heads, group, dim)
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, missing)))
-    lse = lse.reshape(batches, kv_heads, heads // kv_heads, -1)
+    lse = lse.reshape(batches, kv_heads, group, -1)
     last = grid.kv_blocks * blocks * per_block
     k_windows = jnp.pad(k_windows, ((0, 0), (before, max(0, last - count)), (0, 0), (0, 0)))
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batches,))
@@ -109,17 +155,24 @@ def window_scores(
         strides = blocks * per_block
         keys = jax.lax.dynamic_slice_in_dim(k_windows[batch, :, head], first, strides + before)
         window = first - before + jnp.arange(strides + before)
-        position = offsets[batch] + q_tile * rows + jnp.arange(rows)[:, None]
-        ends = window * windows.stride + windows.size - 1
-        seen = (ends <= position) & (window >= 0) & (window < count)
+        row = q_tile * rows + jnp.arange(rows)[:, None]
+        position = offsets[batch] + row
+        members = head * group + jnp.arange(group)[:, None, None]
+        frame = Frame(q_len, count, batch, members)
+        exists = (window >= 0) & (window < count) & (row < q_len)
+        known = jnp.clip(row, 0, q_len - 1), jnp.clip(window, 0, count - 1)
+        seen = exists & mask.visible(*known, frame)
         logits = jnp.einsum("rgd,wd->grw", queries, keys, preferred_element_type=jnp.float32)
+        logits = logits * scale
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         # a query that sees no window has no log-sum-exp to subtract, and nothing to weigh
-        probs = jnp.exp(jnp.where(seen, logits * scale - row_lse[..., None], -jnp.inf))
-        importance = block_importance(probs.sum(0), windows)
+        probs = jnp.exp(jnp.where(seen, logits - row_lse[..., None], -jnp.inf))
+        importance = block_importance(probs.sum(0), windows, block)
         return TileScores(importance, *_causal_blocks(position, kv_tile))
 
     def _causal_blocks(position: Array, kv_tile: Array) -> tuple[Bool[Array, "rows blocks"], ...]:
-        block, own = kv_tile * blocks + jnp.arange(blocks), position // windows.block
-        return block <= own, (block < num_init) | (block > own - num_local)
+        index, own = kv_tile * blocks + jnp.arange(blocks), position // block
+        return index <= own, (index < num_init) | (index > own - num_local)
 
     return score

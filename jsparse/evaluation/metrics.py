@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
@@ -198,3 +199,27 @@ def pairs_visible(
     q, k = (jnp.zeros((*batch_shape, length, heads, 1)) for length in (q_len, kv_len))
     _, lse = jax.jit(lambda q, k: attend(q, k, k, mask=mask, return_lse=True))(q, k)
     return jnp.exp(lse).sum(-1)
+
+
+def list_overlap(left: BlockMask, right: BlockMask) -> Float[Array, "*batch list_heads q_blocks"]:
+    """What two plans have in common: entries of both lists of a row over those of either.
+
+    Rows in which both are empty have 1.
+
+    Raises:
+      ValueError: if the plans are of other lengths or tiles.
+    """
+    checks.same_grid(left.grid, right.grid)
+
+    def common(own, of_own, other, of_other):
+        places = jnp.clip(jnp.searchsorted(other, own), 0, len(other) - 1)
+        return (of_own & (other[places] == own) & of_other[places]).sum()
+
+    for _ in left.kv_num_blocks.shape:
+        common = jax.vmap(common)
+    # padding after the last entry, so that lists ascend to their ends
+    last = left.grid.kv_blocks
+    lists = [jnp.where(plan.entries(), plan.kv_indices, last) for plan in (left, right)]
+    both = common(lists[0], left.entries(), lists[1], right.entries())
+    either = left.kv_num_blocks + right.kv_num_blocks - both
+    return jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)

@@ -15,4 +15,5 @@ from jsparse.masks.strides import dilated as dilated
 from jsparse.masks.strides import strided as strided
 from jsparse.masks.tokens import global_tokens as global_tokens
 from jsparse.masks.tokens import sinks as sinks
+from jsparse.masks.whole_windows import whole_windows as whole_windows
 from jsparse.masks.window import sliding_window as sliding_window

@@ -1,18 +1,20 @@
 """`SparseAttention`: projections, rotary positions and any method, as a Flax NNX module."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.core.rotary import rotary
 from jsparse.functional import sparse_attention
 from jsparse.masks import causal
 from jsparse.nn.cache import KVCache
-from jsparse.nn.rotary import rotary
 from jsparse.types import Mask, Method
 
 AttentionFn = Callable[..., Array]
@@ -97,14 +99,17 @@ class SparseAttention(nnx.Module):
                 dim=head_dim,
                 features=in_features,
             )
-        self.method_params = nnx.Param(params) if params != () else None
+        self.method_params = nnx.data(jax.tree.map(nnx.Param, params))
         self.attention: AttentionFn | None = None
 
     def init_cache(
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32
     ) -> KVCache:
-        """An empty cache for `max_len` tokens of this layer."""
-        return KVCache.empty(batch_shape, max_len, self.num_kv_heads, self.head_dim, dtype)
+        """An empty cache for `max_len` tokens of this layer, and what its method carries."""
+        cache = KVCache.empty(batch_shape, max_len, self.num_kv_heads, self.head_dim, dtype)
+        if self.method is None or self.method.init_state is None:
+            return cache
+        return dataclasses.replace(cache, state=self.method.init_state(cache.k, cache.v))
 
     def __call__(
         self,
@@ -121,7 +126,8 @@ class SparseAttention(nnx.Module):
           mask: Who may see whom. With a cache, a causal mask at the cache's position is added.
           positions: For the rotary embedding; default 0, 1, ... counted on from the cache.
           cache: Tokens before these. A step of one token attends to all of them that the mask
-            allows: what the methods choose is a prompt's tiles.
+            allows: what most methods choose is a prompt's tiles. A method that carries a state
+            does every step by itself.
 
         Returns:
           The output, `[*batch, length, features]`; with a cache `(output, cache)`.
@@ -146,23 +152,30 @@ class SparseAttention(nnx.Module):
             mask = past if mask is None else mask & past
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        run = self._dense if cache is not None and length == 1 else self.attention or self._method
-        out = run(q, k, v, mask=mask, x=x, positions=where)
+        if cache is not None and self.method is not None and self.method.init_state is not None:
+            out, info = self.method.attend(
+                self._params(),
+                q,
+                k,
+                v,
+                mask=mask,
+                x=x,
+                positions=where,
+                state=cache.state,
+                **self._options(),
+            )
+            cache = dataclasses.replace(cache, state=info.state)
+        else:
+            decodes = cache is not None and length == 1
+            run = self._dense if decodes else self.attention or self._method
+            out = run(q, k, v, mask=mask, x=x, positions=where)
         out = self.out_proj(out.reshape(*batch_shape, length, -1))
         return out if cache is None else (out, cache)
 
     def _dense(
         self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
     ) -> Array:
-        return attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            sinks=None if self.sinks is None else self.sinks[...],
-            softcap=self.softcap,
-            implementation=self.implementation,
-        )
+        return attend(q, k, v, mask=mask, **self._options())
 
     def _method(
         self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
@@ -174,11 +187,23 @@ class SparseAttention(nnx.Module):
             k,
             v,
             self.method,
-            params=() if self.method_params is None else self.method_params[...],
+            params=self._params(),
             mask=mask,
             x=x,
             positions=positions,
-            sinks=None if self.sinks is None else self.sinks[...],
-            softcap=self.softcap,
-            implementation=self.implementation,
+            **self._options(),
         )
+
+    def _params(self) -> Any:
+        return jax.tree.map(lambda x: x[...], self.method_params, is_leaf=_is_variable)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "softcap": self.softcap,
+            "implementation": self.implementation,
+        }
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)

@@ -1,5 +1,6 @@
 """A contiguous KV cache for decoding step by step."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ from jsparse.types import pytree_dataclass
 
 @pytree_dataclass
 class KVCache:
-    """Keys and values of the tokens so far, with room for `max_len`."""
+    """Keys and values of the tokens so far, with room for `max_len`, and a method's state."""
 
     k: Float[Array, "*batch max_len kv_heads dim"]
     v: Float[Array, "*batch max_len kv_heads dim"]
     length: Int[Array, "*batch"]
+    state: Any = ()
 
     @classmethod
     def empty(
@@ -55,8 +57,9 @@ class KVCache:
 
         for _ in self.length.shape:
             write = jax.vmap(write)
-        return KVCache(
-            write(self.k, k, self.length),
-            write(self.v, v, self.length),
-            self.length + k.shape[-3],
+        return dataclasses.replace(
+            self,
+            k=write(self.k, k, self.length),
+            v=write(self.v, v, self.length),
+            length=self.length + k.shape[-3],
         )

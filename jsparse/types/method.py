@@ -16,8 +16,12 @@ class Method(NamedTuple):
         where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...); with
         `return_lse=True`, `out` is `(out, lse)`. Where attending itself skips tiles, the fields
         `scored` and `kept` of either `info` are the plans of what it looks at and what it keeps.
+      init_state: `init_state(k, v) -> state`, the `state` of the first step over a cache of these
+        shapes; `info.state` is that of the next. None where there is nothing to carry, and a step
+        of decoding may attend to all keys instead.
     """
 
     init: Callable[..., Any]
     plan: Callable[..., Any]
     attend: Callable[..., Any]
+    init_state: Callable[..., Any] | None = None

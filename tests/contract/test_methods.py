@@ -25,9 +25,15 @@ controlled = pytest.mark.parametrize(
 )
 
 
+def made(row, value, **further):
+    """The method, small, at a value of what controls its density."""
+    control = {row.control: value} if row.control else {}
+    return row.factory(**control, **dict(row.small), **further)
+
+
 def sparsest(row):
     """The method at its sparsest setting, so that something is left out."""
-    return row.factory(**({row.control: row.settings[0]} if row.control else {}))
+    return made(row, row.settings[0] if row.control else None)
 
 
 def inputs_of(row, *sizes, **named):
@@ -35,12 +41,34 @@ def inputs_of(row, *sizes, **named):
     return leveled(*sizes, block=128, **named) if row.by_running_maximum else qkv(*sizes, **named)
 
 
-def run(method, q, k, v, mask=CAUSAL, **attend):
-    return js.sparse_attention(q, k, v, method, mask=mask, **attend)
+@functools.cache
+def params_for(method, sizes):
+    with jax.ensure_compile_time_eval():
+        return method.init(jax.random.key(0), **dict(sizes))
+
+
+def params_of(method, q, k):
+    heads, dim = q.shape[-2:]
+    sizes = {"num_heads": heads, "num_kv_heads": k.shape[-2], "dim": dim, "features": heads * dim}
+    return params_for(method, tuple(sizes.items()))
+
+
+def hidden(q):
+    """Hidden states that know nothing of other tokens."""
+    return q.reshape(*q.shape[:-2], -1)
+
+
+def run(method, q, k, v, x=None, mask=CAUSAL, **attend):
+    given = {"params": params_of(method, q, k), "x": hidden(q) if x is None else x}
+    return js.sparse_attention(q, k, v, method, mask=mask, **given, **attend)
+
+
+def plan_of(method, q, k, mask=CAUSAL):
+    return method.plan(params_of(method, q, k), q, k, x=hidden(q), mask=mask)
 
 
 def lists_of(method, q, k, mask=CAUSAL):
-    return method.plan((), q, k, mask=mask)[0]
+    return plan_of(method, q, k, mask)[0]
 
 
 def tiles_of(plan):
@@ -54,7 +82,7 @@ def tiles_of(plan):
 @functools.cache
 def attend(row):
     method = sparsest(row)
-    return jax.jit(lambda q, k, v: run(method, q, k, v))
+    return jax.jit(lambda q, k, v, x=None: run(method, q, k, v, x))
 
 
 @functools.cache
@@ -139,12 +167,13 @@ def test_parts_of_a_plan_have_no_pair_in_common(row):
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
     q, k, v = inputs_of(row, LENGTH)
-    found, info = sparsest(row).plan((), q, k, mask=CAUSAL)
+    found, info = plan_of(sparsest(row), q, k)
     # the mask as the method sees it, if it has put tokens in another order
     mask = follow(CAUSAL, Orders.of(info), q.shape[-2])
     for tiles in parts_of(found):
         to_see, _ = candidates(mask, tiles.grid, (), q.shape[-2])
-        assert not (np.asarray(tiles.to_dense()) & ~to_see).any()
+        chosen = np.repeat(tiles.to_dense(), len(to_see) // tiles.list_heads, axis=0)
+        assert not (chosen & ~to_see).any()
     # the last tile's values change, and its keys: rows before it must not notice
     later = k if row.by_last_queries else k.at[256:].add(3.0)
     changed = attend(row)(q, later, v.at[256:].add(3.0))
@@ -172,7 +201,7 @@ def test_density_grows_with_the_control(row):
     q, k, _ = inputs_of(row, 1200)
 
     def density(value):
-        plan = lists_of(row.factory(**{row.control: value}), q, k)
+        plan = lists_of(made(row, value), q, k)
         return sum(part.density().mean() for part in parts_of(plan))
 
     values = [*row.settings, row.keeps_all]
@@ -185,10 +214,14 @@ def test_density_grows_with_the_control(row):
     assert densities[0] < densities[-1]
 
 
-@controlled
+@pytest.mark.parametrize(
+    "row",
+    [r for r in js.registry.METHODS if r.control and not r.by_gates],
+    ids=lambda r: r.name,
+)
 def test_keeping_all_is_dense(row):
     q, k, v = inputs_of(row, LENGTH)
-    out = run(row.factory(**{row.control: row.keeps_all}), q, k, v)
+    out = run(made(row, row.keeps_all), q, k, v)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -206,7 +239,7 @@ def test_the_sparsest_setting_leaves_something_out(row):
 )
 def test_without_a_mask_all_keys_can_be_chosen(row):
     q, k, v = inputs_of(row, LENGTH)
-    out = run(row.factory(**{row.control: row.keeps_all}), q, k, v, mask=None)
+    out = run(made(row, row.keeps_all), q, k, v, mask=None)
     dense = js.attend(q, k, v, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -240,7 +273,9 @@ def test_gradients_are_finite_and_those_of_the_plan(row):
 @by_name
 def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     q, k, v = inputs_of(row, LENGTH)
-    out, clean = attend(row)(q.at[140].set(jnp.nan), k, v), attend(row)(q, k, v)
+    # keys are not broken, so hidden states are not
+    out = attend(row)(q.at[140].set(jnp.nan), k, v, hidden(q))
+    clean = attend(row)(q, k, v, hidden(q))
     assert jnp.isnan(out[140]).all()
     # an estimate may be spoilt for the whole row of tiles, the outputs of other tokens never
     assert jnp.isfinite(out[jnp.arange(LENGTH) != 140]).all()
@@ -285,7 +320,12 @@ def test_grouped_heads_equal_repeated_ones(row):
     np.testing.assert_allclose(attend(row)(q, k, v), repeated, atol=2e-6)
 
 
-@by_name
+@pytest.mark.parametrize(
+    # branches are rounded one by one, and what they choose by is
+    "row",
+    [r for r in js.registry.METHODS if not r.by_gates],
+    ids=lambda r: r.name,
+)
 def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     q, k, v = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)
@@ -307,7 +347,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
 )
 def test_a_narrow_list_says_that_it_overflowed(row):
     q, k, _ = inputs_of(row, LENGTH)
-    method = row.factory(**{row.control: row.keeps_all, "width": 2})
+    method = made(row, row.keeps_all, width=2)
     tiles = parts_of(jax.jit(lambda q, k: lists_of(method, q, k))(q, k))[0]
     assert tiles.width == 2
     assert tiles.overflowed.all()

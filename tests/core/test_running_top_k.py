@@ -8,7 +8,8 @@ import pytest
 import jsparse as js
 from jsparse.core import selection
 from jsparse.core.running_top_k import TileScores, running_top_k
-from jsparse.core.tile_scores import Windows, block_importance, relu_weighted, window_scores
+from jsparse.core.tile_scores import block_importance, relu_weighted, window_scores
+from jsparse.core.windows import Windows
 from jsparse.types import TileGrid
 from tests.inputs import qkv
 
@@ -161,22 +162,22 @@ def test_worked_scores_of_an_indexer():
 
 def test_worked_weights_of_windows():
     """The example of the specification of NSA, and which blocks a window counts for."""
-    windows = Windows(size=32, stride=16, block=64)
+    windows = Windows(size=32, stride=16)
     # one window before the first, and one that is not complete
     importance = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, 7, 0]], jnp.float32)
-    np.testing.assert_allclose(block_importance(importance, windows), [[16, 40]])
-    per_window = jax.vmap(lambda x: block_importance(x[None], windows)[0])(jnp.eye(9)[1:8])
+    np.testing.assert_allclose(block_importance(importance, windows, 64), [[16, 40]])
+    per_window = jax.vmap(lambda x: block_importance(x[None], windows, 64)[0])(jnp.eye(9)[1:8])
     np.testing.assert_allclose(per_window.T, [[2, 2, 2, 1, 0, 0, 0], [0, 0, 0, 1, 2, 2, 2]])
 
 
-def by_loops(q, k_windows, *, windows, scale, num_init, num_local, top_k):
+def by_loops(q, k_windows, *, windows, block, scale, num_init, num_local, top_k):
     """Blocks of each query and kv head by native sparse attention's equations, in float64."""
     q, k_windows = np.asarray(q, np.float64), np.asarray(k_windows, np.float64)
     batches, q_len, heads, _ = q.shape
     count, kv_heads = k_windows.shape[1:3]
     lse, chosen = np.full((batches, heads, q_len), -np.inf), {}
     for b, t, g in np.ndindex(batches, q_len, kv_heads):
-        blocks = t // windows.block + 1
+        blocks = t // block + 1
         scores = np.zeros(blocks)
         for h in range(g * (heads // kv_heads), (g + 1) * (heads // kv_heads)):
             seen = [i for i in range(count) if i * windows.stride + windows.size - 1 <= t]
@@ -186,8 +187,8 @@ def by_loops(q, k_windows, *, windows, scale, num_init, num_local, top_k):
             lse[b, h, t] = np.log(np.exp(logits).sum())
             for i, p in zip(seen, np.exp(logits - lse[b, h, t]), strict=True):
                 for first in range(i * windows.stride, i * windows.stride + windows.size, 16):
-                    if first // windows.block < blocks:
-                        scores[first // windows.block] += p
+                    if first // block < blocks:
+                        scores[first // block] += p
         free = [j for j in range(blocks) if num_init <= j <= blocks - 1 - num_local]
         taken = [j for j in range(blocks) if j not in free]
         ranked = sorted(free, key=lambda j, scores=scores: -scores[j])
@@ -197,13 +198,16 @@ def by_loops(q, k_windows, *, windows, scale, num_init, num_local, top_k):
 
 
 def test_blocks_of_windows_equal_loops():
-    windows = Windows(size=32, stride=16, block=64)
+    windows = Windows(size=32, stride=16)
     q_len, top_k, forced = 400, 4, {"num_init": 1, "num_local": 2}
     q, _, _ = qkv(q_len, heads=4, kv_heads=2, dim=8, batch=(2,))
     _, k_windows, _ = qkv((q_len - 32) // 16 + 1, heads=4, kv_heads=2, dim=8, batch=(2,), seed=1)
-    lse, chosen = by_loops(q, k_windows, windows=windows, scale=0.5, top_k=top_k, **forced)
+    lse, chosen = by_loops(
+        q, k_windows, windows=windows, block=64, scale=0.5, top_k=top_k, **forced
+    )
     grid = TileGrid(q_len, -(-q_len // 64), 64, 2)
-    options = {"windows": windows, "grid": grid, "scale": 0.5, **forced}
+    seen = js.masks.whole_windows(js.masks.causal(), size=32, stride=16, kv_len=q_len)
+    options = {"windows": windows, "block": 64, "mask": seen, "grid": grid, "scale": 0.5, **forced}
 
     def call(q, k_windows, lse):
         score = window_scores(q, k_windows, lse, **options)
@@ -218,4 +222,4 @@ def test_blocks_of_windows_equal_loops():
         np.testing.assert_allclose(scores[at][: len(blocks)], expected, rtol=1e-5, atol=1e-6)
     assert {len(blocks) for blocks, _ in chosen.values()} == {1, 2, 3, 4}
     with pytest.raises(ValueError, match="size=24 must be a multiple of 16"):
-        window_scores(q, k_windows, lse, **{**options, "windows": Windows(24, 16, 64)})
+        window_scores(q, k_windows, lse, **{**options, "windows": Windows(24, 16)})

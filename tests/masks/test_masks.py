@@ -33,6 +33,10 @@ def definitions(q_len, kv_len):
     two = jnp.asarray(bounds[[2, 1]].T[None])
     table = jnp.asarray(rng.random(kv_len) < 0.5)
     m = js.masks
+    # of tokens that make as many windows of six as there are keys
+    tokens = sorted_ids(np.random.default_rng(1), 2 * kv_len + 4, groups=3)
+    in_window = np.arange(6) + 2 * np.arange(kv_len)[:, None]
+    windows = {"size": 6, "stride": 2, "kv_len": len(tokens)}
     return {
         "full": (m.full(), lambda i, j, p: True | (i == j)),
         "causal": (m.causal(), lambda i, j, p: j <= p),
@@ -112,6 +116,14 @@ def definitions(q_len, kv_len):
         "or": (
             m.sliding_window(left=2, right=2) | m.sinks(3),
             lambda i, j, p: (abs(p - j) <= 2) | (j < 3),
+        ),
+        "whole_windows": (
+            m.whole_windows(m.causal(offset=30), **windows),
+            lambda i, j, p: 2 * j + 5 <= i + 30,
+        ),
+        "whole_windows_of_segments": (
+            m.whole_windows(m.segments(jnp.asarray(q_ids), jnp.asarray(tokens)), **windows),
+            lambda i, j, p: (tokens[in_window[j]] == q_ids[i][..., None]).all(-1) & (q_ids[i] >= 0),
         ),
         "not": (~m.causal(), lambda i, j, p: j > p),
         "not_of_both": (

@@ -82,6 +82,36 @@ def test_a_method_in_a_cache_stands_where_its_queries_stand(method):
     np.testing.assert_allclose(out, whole[:, 24:], atol=5e-6)
 
 
+def test_a_method_with_a_state_decodes_by_itself(tmp_path):
+    sizes = {"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6}
+    module, x = layer(method=js.nsa(**sizes)), inputs()
+    whole = module(x)
+
+    @nnx.jit
+    def step(module, x, cache):
+        return module(x, cache=cache)
+
+    cache, parts, start = module.init_cache((2,), 48), [], 0
+    for length in (30, *[1] * 10):
+        out, cache = step(module, x[:, start : start + length], cache)
+        parts.append(out)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
+    # its parameters are the module's: they learn, and come back from a file
+    losses = train(module, lambda m, x: m(x), steps=5)
+    assert losses[-1] < losses[0]
+    gates = nnx.state(module, nnx.Param)["method_params"]["gates"]
+    assert float(
+        jnp.abs(gates[...] - layer(method=module.method).method_params["gates"][...]).max()
+    )
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", nnx.state(module))
+        saver.wait_until_finished()
+        again = layer(method=module.method, rngs=nnx.Rngs(7))
+        nnx.update(again, saver.restore(tmp_path / "state", nnx.state(again)))
+    np.testing.assert_array_equal(again(x), module(x))
+
+
 def test_sequences_of_one_batch_decode_at_their_own_positions():
     module, x = layer(), inputs()
     caches = [module(x[:1, :9], cache=module.init_cache((1,), 16))[1]]

@@ -30,3 +30,13 @@ def rotary(
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def unrotated(
+    x: Float[Array, "*batch length heads dim"],
+    positions: Int[Array, "*batch length"],
+    *,
+    base: float = 10_000.0,
+) -> Float[Array, "*batch length heads dim"]:
+    """Turns back what `rotary` has turned."""
+    return rotary(x, -positions, base=base)

@@ -1,0 +1,46 @@
+"""Vectors rounded to eight bits, as kernels that multiply such numbers see them."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# the largest e4m3 number, and the least scale that the authors' kernels use
+_LARGEST, _LEAST = 448.0, 1e-4
+
+
+def hadamard(x: Float[Array, "*rest dim"]) -> Float[Array, "*rest dim"]:
+    """Turns vectors so that single large features spread over all; products stay as they were.
+
+    Args:
+      x: Vectors; `dim` is a power of two.
+    """
+    matrix = np.ones((1, 1))
+    while len(matrix) < x.shape[-1]:
+        matrix = np.kron(matrix, [[1, 1], [1, -1]])
+    return x @ jnp.asarray(matrix / math.sqrt(len(matrix)), x.dtype)
+
+
+def rounded(
+    x: Float[Array, "*rest dim"], dtype: Any, *, power_of_two: bool = False
+) -> Float[Array, "*rest dim"]:
+    """The numbers that are left of vectors stored in `dtype`, in f32.
+
+    Types of eight bits have a scale per vector, so that its largest number is their largest.
+
+    Args:
+      x: Vectors.
+      dtype: Such as bfloat16 or float8_e4m3fn; None rounds nothing.
+      power_of_two: Whether scales are rounded up to powers of two.
+    """
+    x = x.astype(jnp.float32)
+    if dtype is None:
+        return x
+    if jnp.dtype(dtype).itemsize > 1:
+        return x.astype(dtype).astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), _LEAST) / _LARGEST
+    if power_of_two:
+        scale = jnp.exp2(jnp.ceil(jnp.log2(scale)))
+    return (x / scale).astype(dtype).astype(jnp.float32) * scale

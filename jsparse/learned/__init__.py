@@ -1,0 +1,4 @@
+"""Methods whose plans have parameters."""
+
+from jsparse.learned.hisa import hisa as hisa
+from jsparse.learned.seerattention import seerattention as seerattention

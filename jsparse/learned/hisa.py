@@ -1,0 +1,367 @@
+"""HISA: an indexer picks tokens, inside the blocks that it picks first. 2026, arXiv:2603.28458."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jsparse import checks
+from jsparse.attention.attend import attend
+from jsparse.attention.planned import Queries
+from jsparse.core import selection
+from jsparse.core.low_precision import hadamard, rounded
+from jsparse.core.pooling import mean_blocks
+from jsparse.core.rotary import rotary
+from jsparse.core.running_top_k import TileScores, running_top_k
+from jsparse.core.tile_scores import relu_weighted
+from jsparse.core.tiling import block_mask
+from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
+from jsparse.types.block_mask import dense_to_lists
+
+# queries at a time: of two stages, of one, and how many keys those meet at once
+_ROWS, _FLAT_ROWS, _FLAT_KEYS = 16, 128, 1024
+
+
+class Indexed(NamedTuple):
+    """What the indexer makes of hidden states: several small queries, one key per token."""
+
+    q: Float[Array, "*batch q_len index_heads index_dim"]
+    weights: Float[Array, "*batch q_len index_heads"]
+    k: Float[Array, "*batch kv_len index_dim"]
+
+    def flat(self) -> "Indexed":
+        """With one batch axis."""
+        q, weights, k = self
+        return Indexed(
+            q.reshape(-1, *q.shape[-3:]),
+            weights.reshape(-1, *weights.shape[-2:]),
+            k.reshape(-1, *k.shape[-2:]),
+        )
+
+
+class HisaInfo(NamedTuple):
+    """What tokens were chosen by, for `index_loss` and for the next step.
+
+    Attributes:
+      indexed: The indexer's queries, weights and keys.
+      state: The indexer's keys so far, for `state` of the next step.
+    """
+
+    indexed: Indexed
+    state: Float[Array, "*batch kv_len index_dim"]
+
+
+def select_tokens(
+    indexed: Indexed,
+    *,
+    top_k: int,
+    block_kv: int,
+    block_top_k: int | None,
+    mask: Mask | None = None,
+) -> BlockMask:
+    """Chooses for each query the tokens with the largest index scores, in two stages or in one.
+
+    A token's score is a sum over the indexer's heads of `weight * relu(q k)`. The first stage
+    scores blocks by their mean keys in the same way; first and last visible block of a query are
+    always among them. Nothing has a gradient.
+
+    Args:
+      indexed: What the indexer made of hidden states.
+      top_k: Tokens per query.
+      block_kv: Tokens per block.
+      block_top_k: Blocks per query; None looks at every token instead.
+      mask: Who may see whom.
+    """
+    batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
+    flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
+    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    top_k = min(top_k, kv_len)
+    if block_top_k is None:
+        lists, counts = _in_one_stage(flat, top_k, whole)
+    else:
+        blocks = min(block_top_k, -(-kv_len // block_kv))
+        lists, counts = _in_two_stages(flat, top_k, block_kv, blocks, whole)
+    lists = lists.reshape(*batch_shape, 1, q_len, -1)
+    counts = counts.reshape(*batch_shape, 1, q_len)
+    return BlockMask(lists, counts, jnp.zeros(counts.shape[:-1], bool), q_len, kv_len, 1, 1)
+
+
+def _in_one_stage(flat: Indexed, top_k: int, mask: Mask | None) -> tuple[Array, Array]:
+    batches, q_len = flat.q.shape[:2]
+    kv_len = flat.k.shape[1]
+    grid = TileGrid(q_len, kv_len, min(_FLAT_ROWS, q_len), min(_FLAT_KEYS, kv_len))
+    rows = [(0, 0), (0, grid.q_blocks * grid.block_q - q_len), (0, 0)]
+    q, weights = jnp.pad(flat.q, [*rows, (0, 0)]), jnp.pad(flat.weights, rows)
+    k = jnp.pad(flat.k, [(0, 0), (0, grid.kv_blocks * grid.block_kv - kv_len), (0, 0)])
+
+    def score(batch, head, q_tile, kv_tile):
+        def cut(x, tile, size):
+            return jax.lax.dynamic_slice_in_dim(x[batch], tile * size, size)
+
+        queries, of_heads = (cut(x, q_tile, grid.block_q) for x in (q, weights))
+        scores = relu_weighted(queries, of_heads, cut(k, kv_tile, grid.block_kv))
+        row = q_tile * grid.block_q + jnp.arange(grid.block_q)[:, None]
+        column = kv_tile * grid.block_kv + jnp.arange(grid.block_kv)
+        return TileScores(scores, _visible(mask, row, column, q_len, kv_len, batch))
+
+    tiles = None if mask is None else block_mask(mask, **grid._asdict())
+    best = running_top_k(score, top_k, grid, batches=batches, tiles=tiles)
+    return best.indices, best.counts
+
+
+def _in_two_stages(
+    flat: Indexed, top_k: int, block_kv: int, block_top_k: int, mask: Mask | None
+) -> tuple[Array, Array]:
+    batches, q_len = flat.q.shape[:2]
+    kv_len = flat.k.shape[1]
+    rows = min(_ROWS, q_len)
+    chunks = -(-q_len // rows)
+    pad = [(0, 0), (0, chunks * rows - q_len), (0, 0)]
+    q, weights = jnp.pad(flat.q, [*pad, (0, 0)]), jnp.pad(flat.weights, pad)
+    means = mean_blocks(flat.k[:, :, None], block_kv)[:, :, 0]
+    grid = TileGrid(q_len, kv_len, 1, block_kv)
+    classify = None if mask is None else mask.classifier(grid)
+    block = jnp.arange(grid.kv_blocks)
+
+    def one_chunk(index):
+        batch, chunk = jnp.divmod(index, chunks)
+        row = chunk * rows + jnp.arange(rows)[:, None]
+        queries, of_heads = (
+            jax.lax.dynamic_slice_in_dim(x[batch], chunk * rows, rows) for x in (q, weights)
+        )
+        scores = relu_weighted(queries, of_heads, means[batch])
+        seen, forced = jnp.ones(scores.shape, bool), None
+        if classify is not None:
+            known = jnp.minimum(row, q_len - 1)
+            seen = classify(known, block, Frame(q_len, kv_len, batch)).some
+            seen = jnp.broadcast_to(seen, scores.shape)
+            ends = jnp.where(seen, block, -1).max(-1), jnp.argmax(seen, axis=-1)
+            forced = (block == ends[0][:, None]) | (block == ends[1][:, None])
+        chosen = selection.top_k(scores, block_top_k, visible=seen, forced=forced)
+        blocks = dense_to_lists(chosen, block_top_k)
+        counted = jnp.arange(block_top_k) < chosen.sum(-1, keepdims=True)
+        tokens = (blocks[..., None] * block_kv + jnp.arange(block_kv)).reshape(rows, -1)
+        keys = flat.k[batch].at[tokens].get(mode="clip")
+        logits = jnp.einsum("rhd,rtd->rth", queries, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(logits), of_heads.astype(jnp.float32))
+        seen = jnp.repeat(counted, block_kv, axis=-1) & (tokens < kv_len)
+        seen &= _visible(mask, row, jnp.minimum(tokens, kv_len - 1), q_len, kv_len, batch)
+        width = min(top_k, tokens.shape[1])
+        best = selection.top_k(scores, width, visible=seen)
+        places = dense_to_lists(best, width)
+        return jnp.take_along_axis(tokens, places, axis=-1), best.sum(-1, dtype=jnp.int32)
+
+    lists, counts = jax.lax.map(one_chunk, jnp.arange(batches * chunks))
+    lists = lists.reshape(batches, chunks * rows, -1)[:, :q_len]
+    return lists, counts.reshape(batches, -1)[:, :q_len]
+
+
+def _visible(
+    mask: Mask | None, row: Array, column: Array, q_len: int, kv_len: int, batch: Array
+) -> Bool[Array, "rows columns"]:
+    if mask is None:
+        return jnp.ones(jnp.broadcast_shapes(row.shape, column.shape), bool)
+    known = jnp.minimum(row, q_len - 1), jnp.minimum(column, kv_len - 1)
+    return mask.visible(*known, Frame(q_len, kv_len, batch))
+
+
+def index_loss(
+    indexed: Indexed,
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    plan: BlockMask | None = None,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+) -> Float[Array, ""]:
+    """How far the indexer's softmax is from true attention: a KL divergence, mean over queries.
+
+    The target is the attention of all heads, added up and normalised; it has no gradient, nor have
+    q and k: only the indexer learns from this. It is computed for some queries at a time, and once
+    more for the gradient. Queries that see nothing count as zero.
+
+    Args:
+      indexed: What the indexer made of hidden states.
+      q: The attention's queries.
+      k: Its keys.
+      plan: The tokens of each query, as `select_tokens` lists them, for training while attention is
+        sparse. Default all, for training the indexer alone beside dense attention.
+      mask: Who may see whom.
+      scale: Factor on the attention's logits, default `dim ** -0.5`.
+    """
+    checks.token_lists(plan)
+    batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    kv_len, kv_heads = k.shape[-3:-1]
+    batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
+    factor = dim**-0.5 if scale is None else scale
+    chunks = -(-q_len // rows)
+    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    flat = indexed.flat()
+    q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
+    every = jnp.arange(kv_len)
+
+    def one_chunk(flat, index):
+        batch, chunk = jnp.divmod(index, chunks)
+        row = chunk * rows + jnp.arange(rows)
+        known = jnp.minimum(row, q_len - 1)
+        if plan is None:
+            tokens = jnp.broadcast_to(every, (rows, kv_len))
+            seen = jnp.ones(tokens.shape, bool)
+        else:
+            shape = batches, q_len
+            lists = jnp.broadcast_to(
+                plan.kv_indices, (*batch_shape, 1, *plan.kv_indices.shape[-2:])
+            )
+            tokens = lists.reshape(*shape, -1)[batch, known]
+            counts = jnp.broadcast_to(plan.kv_num_blocks, (*batch_shape, 1, q_len)).reshape(shape)
+            seen = jnp.arange(plan.width) < counts[batch, known][:, None]
+        seen &= _visible(whole, row[:, None], tokens, q_len, kv_len, batch)
+        queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
+        logits = jnp.einsum(
+            "rkgd,rtkd->rkgt", queries, k[batch, tokens], preferred_element_type=jnp.float32
+        )
+        # a row that sees nothing has a softmax too; it does not count in the end
+        some = seen.any(-1, keepdims=True)
+        shown = seen | ~some
+        logits = jnp.where(shown[:, None, None], logits * factor, -jnp.inf)
+        target = jax.nn.softmax(logits, axis=-1).mean((1, 2))
+        inside = jnp.einsum(
+            "rhd,rtd->rth", flat.q[batch, known], flat.k[batch, tokens],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
+        scores = jnp.where(shown, scores, -jnp.inf)
+        log_share = jnp.where(shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
+        log_target = jnp.log(jnp.where(target > 0, target, 1.0))
+        divergence = (target * (log_target - log_share)).sum(-1)
+        return jnp.where((row < q_len) & some[:, 0], divergence, 0.0).sum()
+
+    each = jax.lax.map(
+        lambda index: jax.checkpoint(one_chunk)(flat, index), jnp.arange(batches * chunks)
+    )
+    return each.sum() / (batches * q_len)
+
+
+def hisa(
+    *,
+    top_k: int = 2048,
+    block_kv: int = 128,
+    block_top_k: int | None = 64,
+    index_heads: int = 64,
+    index_dim: int = 128,
+    rotary_dim: int = 64,
+    rope_base: float = 10_000.0,
+    index_dtype: Any = None,
+) -> Method:
+    """Attends to the tokens that a small indexer of hidden states picks, the same for all heads.
+
+    `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
+    token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
+    the output. Attention over one latent key and value per token is that of one kv head. While
+    decoding, the indexer's keys are `info.state`.
+
+    Args:
+      top_k: Tokens per query; 2048 in the paper.
+      block_kv: Tokens per block of the first stage; 128 in the paper.
+      block_top_k: Blocks per query, first and last visible one included; 64 in the paper. None
+        skips the first stage.
+      index_heads: Heads of the indexer; 64 in DeepSeek-V3.2.
+      index_dim: Features of each; 128 there.
+      rotary_dim: How many of them, the first ones, turn with position; even, 64 there; 0 for none.
+      rope_base: Base of that rotation.
+      index_dtype: What the indexer's queries and keys are rounded to, such as float8_e4m3fn (after
+        a Hadamard transform) or bfloat16; default f32.
+
+    Differs from the paper:
+      The indexer's queries are made of hidden states, not of the low-rank queries that only latent
+      attention has. Ties go to the lower token. Mean keys are not rounded again.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    checks.positive(top_k=top_k, block_kv=block_kv, index_heads=index_heads, index_dim=index_dim)
+    checks.positive(block_top_k=1 if block_top_k is None else block_top_k)
+    checks.non_negative(rotary_dim=rotary_dim)
+    checks.multiple(of=2, rotary_dim=rotary_dim)
+    checks.at_most(index_dim, rotary_dim=rotary_dim)
+    checks.positive_number(rope_base=rope_base)
+    eight_bits = index_dtype is not None and jnp.dtype(index_dtype).itemsize == 1
+    if eight_bits:
+        checks.power_of_two(index_dim=index_dim)
+
+    def init(key, *, num_heads, num_kv_heads, dim, features):
+        normal = jax.nn.initializers.lecun_normal()
+        of_q, of_k, of_weights = jax.random.split(key, 3)
+        return {
+            "q": normal(of_q, (features, index_heads * index_dim)),
+            "k": normal(of_k, (features, index_dim)),
+            "k_scale": jnp.ones(index_dim),
+            "k_bias": jnp.zeros(index_dim),
+            "weights": normal(of_weights, (features, index_heads)),
+        }
+
+    def placed(x, positions):
+        turned = rotary(x[..., :rotary_dim], positions, base=rope_base)
+        return jnp.concatenate([turned, x[..., rotary_dim:]], axis=-1) if rotary_dim else x
+
+    def stored(x):
+        return rounded(hadamard(x) if eight_bits else x, index_dtype)
+
+    def index(params, x, positions) -> Indexed:
+        """Of the tokens of `x` alone."""
+        x = x.astype(jnp.float32)
+        q = (x @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
+        k = jax.nn.standardize(x @ params["k"], epsilon=1e-6)
+        k = (k * params["k_scale"] + params["k_bias"])[..., None, :]
+        weights = (x @ params["weights"]) * (index_heads * index_dim) ** -0.5
+        q, k = (stored(placed(y, positions)) for y in (q, k))
+        return Indexed(q, weights, k[..., 0, :])
+
+    def indexed_tokens(params, q, k, x, positions, state):
+        checks.hidden_states(x, q, params["q"].shape[0])
+        batch_shape, q_len, kv_len = q.shape[:-3], q.shape[-3], k.shape[-3]
+        offset = Queries.of(q, k, positions).offset
+        start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
+        own = index(params, x, start[..., None] + jnp.arange(q_len))
+        if state is None:
+            checks.keys_of_all_tokens(q_len, kv_len)
+            return own
+
+        def write(known, new, first):
+            return jax.lax.dynamic_update_slice_in_dim(known, new, first, axis=0)
+
+        for _ in batch_shape:
+            write = jax.vmap(write)
+        return own._replace(k=write(state, own.k, start))
+
+    def init_state(k, v):
+        """That of a step before the first, for keys and values of these shapes."""
+        return jnp.zeros((*k.shape[:-2], index_dim), jnp.float32)
+
+    def choose(params, q, k, x, positions, mask, state):
+        indexed = indexed_tokens(params, q, k, x, positions, state)
+        sizes = {"top_k": top_k, "block_kv": block_kv, "block_top_k": block_top_k}
+        return select_tokens(indexed, mask=mask, **sizes), HisaInfo(indexed, indexed.k)
+
+    def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        return choose(params, q, k, x, positions, mask, state)
+
+    def attend_to_tokens(
+        params: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        x: Any = None,
+        positions: Any = None,
+        mask: Any = None,
+        state: Any = None,
+        key: Any = None,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        tokens, info = choose(params, q, k, x, positions, mask, state)
+        return attend(q, k, v, tokens, mask=mask, **options), info
+
+    return Method(init, plan, attend_to_tokens, init_state)

@@ -1,0 +1,191 @@
+"""SeerAttention: a gate that has learnt the map of attention. Gao et al. 2024, arXiv:2410.13276."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jsparse import checks
+from jsparse.attention.map_scores import map_maxima
+from jsparse.attention.planned import Queries, planned
+from jsparse.core import blocks, selection
+from jsparse.core.pooling import max_blocks, mean_blocks, min_blocks
+from jsparse.core.rotary import rotary, unrotated
+from jsparse.types import BlockMask, Mask, Method, TileGrid
+
+# x [*batch, length, heads, dim], block -> [*batch, blocks, heads, dim]
+Pool = Callable[[Array, int], Array]
+
+
+class SeerAttentionInfo(NamedTuple):
+    """The gate's logits per tile, -inf where nothing is visible; what `gate_loss` trains."""
+
+    gate_logits: Float[Array, "*batch heads q_blocks kv_blocks"]
+
+
+def gate_targets(
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    *,
+    block_size: int = 64,
+    mask: Mask | None = None,
+    scale: float | None = None,
+) -> Float[Array, "*batch heads q_blocks kv_blocks"]:
+    """The largest true probability of each tile, each row of tiles divided by its sum.
+
+    Attention over all pairs is computed tile by tile; nothing of the size of the map is kept, and
+    nothing has a gradient.
+
+    Args:
+      q: Queries, positions applied.
+      k: Keys, positions applied.
+      block_size: Tokens per block, on both sides.
+      mask: Who may see whom.
+      scale: Factor on the logits, default `dim ** -0.5`.
+    """
+    largest = map_maxima(q, k, block_q=block_size, block_kv=block_size, scale=scale, mask=mask)
+    total = largest.sum(-1, keepdims=True)
+    return largest / jnp.where(total > 0, total, 1.0)
+
+
+def gate_loss(
+    gate_logits: Float[Array, "*batch heads q_blocks kv_blocks"],
+    targets: Float[Array, "*batch heads q_blocks kv_blocks"],
+    *,
+    skipped: float = 0.25,
+) -> Float[Array, ""]:
+    """How far the gate's softmax is from its targets: a KL divergence, mean over rows of tiles.
+
+    The authors average over all entries of the map instead, which gives this divided by the number
+    of columns; their factor of 10 on it is then 10 / kv_blocks here.
+
+    Args:
+      gate_logits: As `info.gate_logits`.
+      targets: What `gate_targets` makes of the attention that is learnt.
+      skipped: The share of the rows, from the first, that do not count: they have few tiles.
+    """
+    checks.shares(skipped=skipped)
+    targets = jax.lax.stop_gradient(targets)[..., int(skipped * targets.shape[-2]) :, :]
+    gate_logits = gate_logits[..., int(skipped * gate_logits.shape[-2]) :, :]
+    visible = ~jnp.isneginf(gate_logits)
+    # a row that sees nothing has a softmax too; its targets are zero
+    nothing = jnp.where(visible.any(-1, keepdims=True), -jnp.inf, 0.0)
+    log_share = jax.nn.log_softmax(jnp.where(visible, gate_logits, nothing), axis=-1)
+    log_share = jnp.where(visible, log_share, 0.0)
+    log_target = jnp.log(jnp.where(targets > 0, targets, 1.0))
+    return (targets * (log_target - log_share)).sum(-1).mean()
+
+
+def seerattention(
+    *,
+    block_size: int = 64,
+    threshold: float | Float[Array, "*heads"] = 2e-3,
+    density: float | None = None,
+    gate_dim: int = 128,
+    q_pools: Sequence[Pool] = (mean_blocks,),
+    k_pools: Sequence[Pool] = (max_blocks, min_blocks, mean_blocks),
+    rope_base: float | None = 10_000.0,
+    dense_rows: int = 2,
+    width: int | None = None,
+) -> Method:
+    """Keeps the tiles that a learned gate finds probable, and the last visible one of each row.
+
+    The gate is a product of pooled queries and keys, each projected: it looks at them as they are
+    before their rotary positions, which are turned back for it, and turns what is pooled to where
+    its block begins. It learns by `gate_loss` alone: nothing reaches it through the output, and
+    nothing reaches q and k through the gate.
+
+    Args:
+      block_size: Tokens per block, on both sides; 64 in the paper.
+      threshold: Least share of a row that a tile must have to be kept, in [0, 1], a number or one
+        per query head; 5e-4 to 5e-3 in the authors' examples.
+      density: In the threshold's place, the share of causal tiles to keep, in (0, 1]: as many of
+        each row.
+      gate_dim: Width of the gate's queries and keys, even; 128 in the paper.
+      q_pools: What is made of a block of queries, side by side; functions as those of
+        `jsparse.core.pooling`.
+      k_pools: The same of keys.
+      rope_base: Base of the positions that q and k carry, with halves paired as in `js.nn`; None
+        where they carry none, and then the gate has none.
+      dense_rows: Rows of tiles at the end that keep all they see; 2 in the authors' code.
+      width: Most tiles a row can hold; default all. Rows that need more are marked `overflowed`.
+
+    Differs from the paper:
+      The last visible tile of a row, the diagonal when causal, is always kept; theirs may leave a
+      row empty. A share equal to the threshold is enough. Ragged blocks pool the tokens they have.
+      Queries are always projected; the authors leave out theirs where widths are equal.
+
+    Raises:
+      ValueError: if a number is out of range, or there is no pool.
+    """
+    checks.positive(block_size=block_size, gate_dim=gate_dim)
+    checks.unit_interval(threshold=threshold)
+    if density is not None:
+        checks.fractions(density=density)
+    checks.multiple(of=2, gate_dim=gate_dim)
+    checks.non_negative(dense_rows=dense_rows)
+    checks.some(q_pools=q_pools, k_pools=k_pools)
+    if rope_base is not None:
+        checks.positive_number(rope_base=rope_base)
+
+    def init(key, *, num_heads, num_kv_heads, dim, features):
+        of_q, of_k = jax.random.split(key)
+        normal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        return {
+            "q": normal(of_q, (num_heads, len(q_pools) * dim, gate_dim)),
+            "k": normal(of_k, (num_kv_heads, len(k_pools) * dim, gate_dim)),
+        }
+
+    def pooled(x, pools, weights, start):
+        """Blocks of tokens as the gate sees them; the first token stands at `start`."""
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        if rope_base is not None:
+            places = jnp.broadcast_to(start, x.shape[:-3])[..., None] + jnp.arange(x.shape[-3])
+            x = unrotated(x, places, base=rope_base)
+        found = jnp.concatenate([pool(x, block_size) for pool in pools], axis=-1)
+        found = jnp.einsum("...bhd,hde->...bhe", found, weights)
+        if rope_base is None:
+            return found
+        return rotary(found, places[..., ::block_size], base=rope_base)
+
+    def gate(params, q, k, positions):
+        offset = Queries.of(q, k, positions).offset
+        start = k.shape[-3] - q.shape[-3] if offset is None else offset
+        of_q = pooled(q, q_pools, params["q"], start)
+        of_k = pooled(k, k_pools, params["k"], 0)
+        group = q.shape[-2] // k.shape[-2]
+        of_q = of_q.reshape(*of_q.shape[:-2], -1, group, gate_dim)
+        logits = jnp.einsum("...qkge,...ske->...kgqs", of_q, of_k) * gate_dim**-0.5
+        return logits.reshape(*logits.shape[:-4], -1, *logits.shape[-2:])
+
+    def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        checks.per_head(q.shape[-2], threshold=threshold)
+        grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
+        visible, forced = blocks.candidates(mask, grid, q.shape[:-3], q.shape[-2])
+        logits = jnp.where(visible, gate(params, q, k, positions), -jnp.inf)
+        last_rows = jnp.arange(grid.q_blocks)[:, None] >= grid.q_blocks - dense_rows
+        forced = (forced & _last(visible)) | last_rows
+        keep = _selected(logits, visible, forced)
+        tiles = BlockMask.from_dense(keep, **grid._asdict(), width=width)
+        return tiles, SeerAttentionInfo(logits)
+
+    def _selected(logits, visible, forced) -> Bool[Array, "*batch heads q_blocks kv_blocks"]:
+        chosen = jax.lax.stop_gradient(logits)
+        if density is not None:
+            # of a triangle, so many columns per row are about that share
+            count = max(1, int((1 - (1 - density) ** 0.5) * logits.shape[-1]))
+            return selection.top_k(chosen, count, visible=visible) | (visible & forced)
+        # a row that sees nothing has no share to divide
+        shares = jax.nn.softmax(jnp.where(visible, chosen, jnp.finfo(jnp.float32).min), axis=-1)
+        limit = jnp.asarray(threshold, jnp.float32)[..., None, None]
+        return selection.above(shares, limit, visible=visible, forced=forced)
+
+    return planned(plan, init=init)
+
+
+def _last(visible: Bool[Array, "*rows kv_blocks"]) -> Bool[Array, "*rows kv_blocks"]:
+    """The last visible tile of each row."""
+    index = jnp.arange(visible.shape[-1])
+    return visible & (index == jnp.where(visible, index, -1).max(-1, keepdims=True))

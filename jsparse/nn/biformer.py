@@ -1,0 +1,128 @@
+"""BiFormer's vision block: attention to routed regions beside a convolution of the values."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jsparse import checks
+from jsparse.routing.biformer import biformer
+
+
+class RegionAttention(nnx.Module):
+    """Multi-head attention of a feature map to its regions, and what a convolution adds to it."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        regions: int = 7,
+        top_k: int = 4,
+        kernel: int = 5,
+        scale: float | None = None,
+        implementation: str | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the layer.
+
+        Args:
+          features: Width of the map.
+          num_heads: Heads; divides `features`.
+          regions: Regions along each axis.
+          top_k: Regions that each attends to.
+          kernel: Side of the depthwise convolution of the values, odd; 5 in the paper, 0 for none.
+          scale: Factor on the logits; default `features ** -0.5`, as in the authors' checkpoints.
+          implementation: See `js.attend`.
+          dtype: The computation's dtype, default that of the input and parameters.
+          param_dtype: The parameters' dtype.
+          rngs: Where initial parameters come from.
+
+        Raises:
+          ValueError: if heads do not divide the width, or a number is out of range.
+        """
+        checks.positive(features=features, num_heads=num_heads, regions=regions, top_k=top_k)
+        checks.multiple(of=num_heads, features=features)
+        checks.odd_or_zero(kernel=kernel)
+        self.num_heads, self.regions, self.top_k = num_heads, regions, top_k
+        self.scale = features**-0.5 if scale is None else scale
+        self.implementation = implementation
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        init = nnx.initializers.truncated_normal(0.02)
+        self.qkv = nnx.Linear(features, 3 * features, kernel_init=init, **options)
+        self.out = nnx.Linear(features, features, kernel_init=init, **options)
+        self.local = (
+            nnx.Conv(features, features, (kernel, kernel), feature_group_count=features, **options)
+            if kernel
+            else None
+        )
+
+    def __call__(
+        self, x: Float[Array, "*batch height width features"]
+    ) -> Float[Array, "*batch height width features"]:
+        """Attends from each region to the regions it is routed to, and adds the convolution."""
+        *batch, height, width, features = x.shape
+        tokens = self.qkv(x).reshape(*batch, height * width, 3, self.num_heads, -1)
+        q, k, v = (tokens[..., n, :, :] for n in range(3))
+        method = biformer(grid=(height, width), regions=self.regions, top_k=self.top_k)
+        out, _ = method.attend((), q, k, v, scale=self.scale, implementation=self.implementation)
+        out = out.reshape(x.shape)
+        if self.local is not None:
+            out += self.local(v.reshape(x.shape))
+        return self.out(out)
+
+
+class BiFormerBlock(nnx.Module):
+    """A block of the paper's backbones: position by convolution, attention, perceptron."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        regions: int = 7,
+        top_k: int = 4,
+        kernel: int = 5,
+        expansion: int = 3,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the block.
+
+        Args:
+          features: Width of the map.
+          num_heads: Heads; divides `features`. 32 features per head in the paper.
+          regions: Regions along each axis.
+          top_k: Regions that each attends to; 1, 4 and 16 in the paper's first three stages.
+          kernel: See `RegionAttention`.
+          expansion: Width of the perceptron's hidden layer over that of the map; 3 in the paper.
+          dtype: The computation's dtype, default that of the input and parameters.
+          param_dtype: The parameters' dtype.
+          rngs: Where initial parameters come from.
+
+        Raises:
+          ValueError: if heads do not divide the width, or a number is out of range.
+        """
+        checks.positive(expansion=expansion)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        routed: dict[str, int] = {"regions": regions, "top_k": top_k, "kernel": kernel}
+        self.attention = RegionAttention(features, num_heads=num_heads, **routed, **options)
+        self.position = nnx.Conv(
+            features, features, (3, 3), feature_group_count=features, **options
+        )
+        self.attention_norm = nnx.LayerNorm(features, epsilon=1e-6, **options)
+        self.perceptron_norm = nnx.LayerNorm(features, epsilon=1e-6, **options)
+        self.expand = nnx.Linear(features, expansion * features, **options)
+        self.contract = nnx.Linear(expansion * features, features, **options)
+
+    def __call__(
+        self, x: Float[Array, "*batch height width features"]
+    ) -> Float[Array, "*batch height width features"]:
+        """Adds to a feature map what each of the three finds."""
+        x = x + self.position(x)
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.contract(nnx.gelu(self.expand(self.perceptron_norm(x))))

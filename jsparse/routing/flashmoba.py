@@ -1,0 +1,151 @@
+"""FlashMoBA: each query routed to blocks by their mean keys. Xiao et al. 2025, arXiv:2511.11571."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsparse import checks
+from jsparse.attention.attend import attend
+from jsparse.attention.planned import Queries
+from jsparse.core.pooling import mean_blocks
+from jsparse.core.running_top_k import running_top_k
+from jsparse.core.tile_scores import mean_key_scores
+from jsparse.core.tiling import block_mask
+from jsparse.types import BlockMask, Method, TileGrid
+
+# queries, and blocks of keys, that are scored at once
+_SCORED_ROWS, _SCORED_BLOCKS = 128, 64
+
+
+class FlashMobaInfo(NamedTuple):
+    """Products of queries with the means of the chosen blocks, in list order; then -inf.
+
+    A query's own block has its score like any other.
+    """
+
+    block_scores: Float[Array, "*batch heads q_len top_k"]
+
+
+def convolve_keys(
+    k: Float[Array, "*batch kv_len kv_heads dim"], weights: Float[Array, "taps kv_heads dim"]
+) -> Float[Array, "*batch kv_len kv_heads dim"]:
+    """Adds to each key what a causal convolution makes of it and the keys just before it.
+
+    Related neighbours grow alike, so that the mean of their block tells more of each (section 4.2):
+    `k[t] + silu(sum_u weights[u] * k[t - u])`, feature by feature. Weights of 0 change nothing.
+
+    Args:
+      k: Keys.
+      weights: Of the key itself, then of the one before it, and so on.
+    """
+    taps, length = len(weights), k.shape[-3]
+    padded = jnp.pad(k, [(0, 0)] * (k.ndim - 3) + [(taps - 1, 0), (0, 0), (0, 0)])
+    shifted = (padded[..., taps - 1 - n : taps - 1 - n + length, :, :] for n in range(taps))
+    inside = sum(x * w.astype(k.dtype) for x, w in zip(shifted, weights, strict=True))
+    return k + jax.nn.silu(inside)  # pyright: ignore
+
+
+def signal_to_noise(
+    dim: int, block_kv: int, *, gap: float, related: int = 1, gain: float = 0.0
+) -> float:
+    """How far the score of the block with a query's key stands above others, in deviations.
+
+    A product of normalised q and k scatters by `1 / sqrt(dim)`; a mean over a block hides the one
+    key that matters among `block_kv` others (section 3): half the block, sqrt(2) times the ratio.
+
+    Args:
+      dim: Width of queries and keys.
+      block_kv: Keys per block.
+      gap: How much larger the product with the right key is than with others, on average.
+      related: Keys of the block that belong together, the right one included.
+      gain: How much larger the products with those others are.
+    """
+    return (gap + (related - 1) * gain) * math.sqrt(dim / (2 * block_kv))
+
+
+def failure_rate(ratio: float) -> float:
+    """How often a block without the key outranks the one with it, by a signal-to-noise ratio."""
+    return math.erfc(ratio / math.sqrt(2)) / 2
+
+
+def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
+    """Attends, for each query and head, to the blocks whose mean keys it points at.
+
+    Routing has no parameters and no gradient: queries and keys learn through the output. Under a
+    mask a query's own block is always among the `top_k`; under a causal one all others lie wholly
+    in its past.
+
+    Args:
+      block_kv: Keys per block; 128 in the paper's fastest models, 512 to 4096 in MoBA.
+      top_k: Blocks per query, its own included; 8 in the paper's benchmark.
+      taps: Keys that a learned convolution over keys reaches, the own one included; 3 and 5 in the
+        paper, 0 for none.
+
+    Differs from the paper:
+      Ties go to the lower block; the authors' reference takes the higher. The convolution acts on
+      keys as they are given, with their positions applied, and starts as the identity: neither is
+      published.
+
+    Raises:
+      ValueError: if a size is not positive, or `taps` is negative.
+    """
+    checks.positive(block_kv=block_kv, top_k=top_k)
+    checks.non_negative(taps=taps)
+
+    def init(key, *, num_heads, num_kv_heads, dim, features):
+        return {"convolution": jnp.zeros((taps, num_kv_heads, dim))} if taps else ()
+
+    def convolved(params, k):
+        return convolve_keys(k, params["convolution"]) if taps else k
+
+    def route(q, k, positions, mask):
+        batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+        kv_len, batches = k.shape[-3], math.prod(q.shape[:-3])
+        means = mean_blocks(k, block_kv)
+        blocks = means.shape[-3]
+        grid = TileGrid(q_len, blocks, min(_SCORED_ROWS, q_len), min(_SCORED_BLOCKS, blocks))
+        offset = Queries.of(q, k, positions).offset
+        start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
+        score = mean_key_scores(
+            q.reshape(batches, q_len, heads, dim),
+            means.reshape(batches, blocks, -1, dim),
+            block=block_kv,
+            kv_len=kv_len,
+            mask=None if mask is None else mask.flatten_batch(batch_shape),
+            grid=grid,
+            offset=start.reshape(-1),
+        )
+        tiles = None
+        if mask is not None:
+            sizes = {"block_q": grid.block_q, "block_kv": grid.block_kv * block_kv}
+            seen = block_mask(mask, q_len, kv_len, **sizes)
+            tiles = BlockMask(seen.kv_indices, seen.kv_num_blocks, seen.overflowed, *grid)
+        best = running_top_k(score, top_k, grid, batches=batches, heads=heads, tiles=tiles)
+        indices, counts, scores = (x.reshape(*batch_shape, *x.shape[1:]) for x in best)
+        none = jnp.zeros(indices.shape[:-2], bool)
+        return BlockMask(indices, counts, none, q_len, kv_len, 1, block_kv), FlashMobaInfo(scores)
+
+    def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        return route(q, convolved(params, k), positions, mask)
+
+    def attend_to_blocks(
+        params: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        x: Any = None,
+        positions: Any = None,
+        mask: Any = None,
+        state: Any = None,
+        key: Any = None,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        k = convolved(params, k)
+        tiles, info = route(q, k, positions, mask)
+        return attend(q, k, v, tiles, mask=mask, **options), info
+
+    return Method(init, plan, attend_to_blocks)

@@ -1,0 +1,179 @@
+"""BiFormer against its oracle, and the checks of its specification."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jsparse as js
+import jsparse.nn
+from tests.inputs import qkv
+from tests.oracles import biformer as oracle
+
+
+def routed(q, k, v, grid, **options):
+    settings = {
+        name: options.pop(name) for name in ("regions", "top_k", "per_head") if name in options
+    }
+    return js.biformer(grid=grid, **settings).attend((), q, k, v, **options)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 10), (3, 11)])
+def test_regions_and_output_equal_the_oracle(height, width, per_head):
+    q, k, v = qkv(height * width, v_dim=8)
+    settings = {"regions": 4, "top_k": 3, "per_head": per_head}
+    out, info = jax.jit(lambda *a: routed(*a, (height, width), scale=0.3, **settings))(q, k, v)
+    ids, count = oracle.region_of(height, width, 4)
+    scores = oracle.affinity(q, k, ids, count)
+    if not per_head:
+        scores = scores.sum(0, keepdims=True)
+    np.testing.assert_allclose(info.affinity, scores, atol=1e-5)
+    chosen = [oracle.select(rows, 3) for rows in scores]
+    plan, _ = js.biformer(grid=(height, width), **settings).plan((), q, k)
+    assert plan.kv_indices.tolist() == chosen
+    chosen = chosen if per_head else chosen * 4
+    np.testing.assert_allclose(out, oracle.attention(q, k, v, ids, chosen, 0.3), atol=4e-6)
+
+
+def test_worked_example():
+    def tokens(rows):
+        return jnp.asarray(rows, jnp.float32).reshape(8, 1, 1)
+
+    q, k = tokens([[1, 1, -1, -1], [2, 2, 0, 0]]), tokens([[1, 3, -2, -4], [0, 1, 5, 1]])
+    v = tokens([[0, 1, 2, 3], [4, 5, 6, 7]])
+    expected = {
+        1: ([[3], [1], [3], [0]], [[6.018, 6.018, 2.8808, 2.8808], [6.0003, 6.0003, 0.5, 0.5]]),
+        2: (
+            [[0, 3], [1, 2], [0, 3], [0, 1]],
+            [[5.3445, 5.3445, 2.9108, 2.9108], [5.9085, 5.9085, 1.5, 1.5]],
+        ),
+    }
+    for top_k, (lists, values) in expected.items():
+        out, info = routed(q, k, v, (2, 4), regions=2, top_k=top_k, scale=1.0)
+        table = [[2, -3, 0.5, 3], [-2, 3, -0.5, -3], [4, -6, 1, 6], [0, 0, 0, 0]]
+        np.testing.assert_allclose(info.affinity[0], table)
+        plan, _ = js.biformer(grid=(2, 4), regions=2, top_k=top_k).plan((), q, k)
+        assert plan.kv_indices[0].tolist() == lists
+        np.testing.assert_allclose(out.reshape(2, 4), values, atol=6e-5)
+
+
+def test_all_regions_or_a_single_one_are_dense():
+    q, k, v = qkv(70)
+    dense = js.attend(q, k, v, implementation="reference")
+    for settings in ({"regions": 4, "top_k": 16}, {"regions": 1, "top_k": 1}):
+        out, _ = routed(q, k, v, (7, 10), **settings)
+        np.testing.assert_allclose(out, dense, atol=4e-6)
+
+
+def test_what_order_does():
+    q, k, v = qkv(96)
+    settings = {"regions": 4, "top_k": 3}
+    out, _ = routed(q, k, v, (8, 12), **settings)
+    ids, _ = oracle.region_of(8, 12, 4)
+    # tokens of a region change places: their rows do, and nothing else
+    inside = np.arange(96)
+    inside[ids == 5] = inside[ids == 5][::-1]
+    moved, _ = routed(q[inside], k[inside], v[inside], (8, 12), **settings)
+    np.testing.assert_allclose(moved, out[inside], atol=4e-6)
+    # whole regions change places
+    places = [np.flatnonzero(ids == n) for n in range(16)]
+    turned = np.empty(96, int)
+    for n in range(16):
+        turned[places[n]] = places[(5 * n + 3) % 16]
+    moved, _ = routed(q[turned], k[turned], v[turned], (8, 12), **settings)
+    np.testing.assert_allclose(moved, out[turned], atol=4e-6)
+    # constant values come out as they are
+    ones, _ = routed(q, k, jnp.full_like(v, 2.5), (8, 12), **settings)
+    np.testing.assert_allclose(ones, 2.5, rtol=1e-6)
+
+
+def test_what_no_region_chose_has_no_gradient_and_a_needle_is_found():
+    q, k, v = qkv(96)
+    ids, _ = oracle.region_of(8, 12, 4)
+    k = k.at[ids == 7].set(50 * q[ids == 2].mean(0).reshape(2, 2, 16).sum(1))
+    plan, _ = js.biformer(grid=(8, 12), regions=4, top_k=1).plan((), q, k)
+    assert plan.kv_indices[0, 2, 0] == 7
+    gradient = jax.grad(lambda k: routed(q, k, v, (8, 12), regions=4, top_k=1)[0].sum())(k)
+    unchosen = ~np.isin(ids, np.unique(plan.kv_indices))
+    assert unchosen.any()
+    assert not gradient[unchosen].any()
+    assert gradient[ids == 7].any()
+
+
+def test_masks_bias_and_score_mod_are_of_tokens_in_their_places():
+    q, k, v = qkv(70)
+    settings = {"regions": 4, "top_k": 16}
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(4, 70, 70)), jnp.float32)
+    slope = jnp.asarray([0.1, 0.2, 0.3, 0.4])
+    options = {
+        "mask": js.masks.causal(),
+        "bias": bias,
+        "score_mod": lambda logit, batch, head, q, kv: logit - slope[head] * (q - kv),
+        "return_lse": True,
+    }
+    (out, lse), _ = routed(q, k, v, (7, 10), **settings, **options)
+    dense, dense_lse = js.attend(q, k, v, implementation="reference", **options)
+    np.testing.assert_allclose(out, dense, atol=4e-6)
+    np.testing.assert_allclose(lse, dense_lse, atol=4e-6)
+
+
+def test_the_layer_is_attention_and_a_convolution():
+    layer = js.nn.RegionAttention(16, num_heads=2, regions=3, top_k=2, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 8, 16)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 16)) * 0.1, jnp.float32)
+    layer.local.kernel[...] = kernel
+    layer.local.bias[...] = jnp.arange(16) * 0.1
+    layer.qkv.kernel[...] = layer.qkv.kernel[...] * 20
+    got = layer(x)
+    qkv_map = np.asarray(x @ layer.qkv.kernel[...] + layer.qkv.bias[...])
+    ids, count = oracle.region_of(7, 8, 3)
+    for n in range(2):
+        q, k, v = np.moveaxis(qkv_map[n].reshape(56, 3, 2, 8), 1, 0)
+        chosen = oracle.select(oracle.affinity(q, k, ids, count).sum(0), 2)
+        out = oracle.attention(q, k, v, ids, [chosen] * 2, 16**-0.5).reshape(7, 8, 16)
+        out += oracle.convolution(
+            v.reshape(7, 8, 16), np.asarray(kernel)[:, :, 0], np.arange(16) / 10
+        )
+        expected = out @ np.asarray(layer.out.kernel[...]) + np.asarray(layer.out.bias[...])
+        np.testing.assert_allclose(got[n], expected, atol=2e-6)
+
+
+def test_the_block_trains():
+    block = js.nn.BiFormerBlock(16, num_heads=2, regions=2, top_k=2, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 16)), jnp.float32)
+    # every pixel is to say what the brightest one of the map is like
+    target = jnp.broadcast_to(x.max((1, 2), keepdims=True), x.shape)
+    optimizer = nnx.Optimizer(block, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(block, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda m: jnp.square(m(x) - target).mean())(block)
+        optimizer.update(block, gradient)
+        return loss
+
+    losses = [float(step(block, optimizer)) for _ in range(30)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"regions": 0}, "regions=0"), ({"top_k": 0}, "top_k=0"), ({"grid": (4, 0)}, "grid=0")],
+)
+def test_bad_settings(options, says):
+    with pytest.raises(ValueError, match=says):
+        js.biformer(**options)
+
+
+def test_bad_calls():
+    q, k, v = qkv(20)
+    with pytest.raises(ValueError, match=r"grid=\(4, 4\) has 16 tokens"):
+        routed(q, k, v, (4, 4))
+    with pytest.raises(ValueError, match="kernel=4 must be odd"):
+        js.nn.RegionAttention(16, num_heads=2, kernel=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="features=15 must be a multiple of 2"):
+        js.nn.RegionAttention(15, num_heads=2, rngs=nnx.Rngs(0))

@@ -1,0 +1,156 @@
+"""FlashMoBA against its oracle, and the checks of its specification."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.routing.flashmoba import convolve_keys, failure_rate, signal_to_noise
+from tests.inputs import qkv
+from tests.oracles import flashmoba as oracle
+
+CAUSAL = js.masks.causal()
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(("q_len", "kv_len", "block"), [(70, 90, 16), (33, 33, 1)])
+def test_blocks_and_output_equal_the_oracle(q_len, kv_len, block, causal):
+    q, k, v = qkv(q_len, kv_len, v_dim=8)
+    mask = CAUSAL if causal else None
+    method = js.flashmoba(block_kv=block, top_k=3, taps=3)
+    rng = np.random.default_rng(2)
+    params = {"convolution": jnp.asarray(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
+    run = jax.jit(lambda *inputs: method.attend(params, *inputs, mask=mask))
+    out, info = run(q, k, v)
+    plan, _ = method.plan(params, q, k, mask=mask)
+    keys = oracle.convolve(k, params["convolution"])
+    np.testing.assert_allclose(convolve_keys(k, params["convolution"]), keys, atol=2e-6)
+    scores = oracle.gates(q, keys, block)
+    chosen = oracle.select(scores, kv_len, block, 3, causal)
+    for (head, row), blocks in chosen.items():
+        count = int(plan.kv_num_blocks[head, row])
+        assert plan.kv_indices[head, row, :count].tolist() == blocks
+        np.testing.assert_allclose(
+            info.block_scores[head, row, :count], scores[head, row, blocks], atol=1e-5
+        )
+    expected, _ = oracle.attention(q, keys, v, chosen, block, causal)
+    np.testing.assert_allclose(out, expected, atol=4e-6)
+
+
+def test_worked_example():
+    k = [[1, 0], [1, 0], [0, 1], [0, 1], [-1, 0], [-1, 0], [0.5, 0], [0, 0]]
+    k = jnp.asarray(k, jnp.float32)[:, None]
+    q = jnp.zeros((8, 1, 2)).at[7, 0].set(jnp.asarray([1.0, 0.2]))
+    v = jnp.arange(8, dtype=jnp.float32)[:, None, None]
+    scores = oracle.gates(q, k, 2)
+    np.testing.assert_allclose(scores[0, 7, :3], [1, 0.2, -1])
+    chosen = oracle.select(scores, 8, 2, 2)
+    assert chosen[0, 7] == [0, 3]
+    _, lse = oracle.attention(q, k, v, chosen, 2)
+    assert lse[0, 7, 0] == pytest.approx(1.400254, abs=1e-6)
+    assert lse[0, 7, 3] == pytest.approx(0.885468, abs=1e-6)
+    method = js.flashmoba(block_kv=2, top_k=2)
+    out, merged = method.attend((), q, k, v, mask=CAUSAL, return_lse=True)[0]
+    assert out[7, 0, 0] == pytest.approx(2.711710, abs=1e-6)
+    assert merged[0, 7] == pytest.approx(1.868774, abs=1e-6)
+    dense = js.attend(q, k, v, mask=CAUSAL)
+    assert dense[7, 0, 0] == pytest.approx(2.842285, abs=1e-6)
+
+
+def test_one_block_is_block_diagonal_and_all_are_dense():
+    q, k, v = qkv(70)
+    dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
+    out = js.sparse_attention(q, k, v, js.flashmoba(block_kv=16, top_k=5), mask=CAUSAL)
+    np.testing.assert_allclose(out, dense, atol=4e-6)
+    own = CAUSAL & js.masks.segments(jnp.arange(70) // 16)
+    expected = js.attend(q, k, v, mask=own, implementation="reference")
+    out = js.sparse_attention(q, k, v, js.flashmoba(block_kv=16, top_k=1), mask=CAUSAL)
+    np.testing.assert_allclose(out, expected, atol=4e-6)
+
+
+def test_the_inverse_list_is_that_of_the_specification():
+    q, k, _ = qkv(90)
+    plan, _ = js.flashmoba(block_kv=16, top_k=3).plan((), q, k, mask=CAUSAL)
+    inverse = plan.inverse()
+    own = np.arange(90) // 16
+    for head in range(4):
+        offsets = np.asarray(inverse.offsets[head])
+        assert offsets[-1] == np.minimum(3, own + 1).sum()
+        for block in range(6):
+            users = np.asarray(inverse.q_indices[head, offsets[block] : offsets[block + 1]])
+            assert (np.diff(users) > 0).all()
+            assert (users >= block * 16).all()
+            assert set(np.flatnonzero(own == block)) <= set(users)
+
+
+def test_a_vector_added_to_all_keys_changes_nothing():
+    q, k, v = qkv(90, dim=8)
+    method = js.flashmoba(block_kv=16, top_k=3)
+    shifted = k + jnp.arange(8, dtype=jnp.float32)
+    plan, _ = method.plan((), q, k, mask=CAUSAL)
+    same, _ = method.plan((), q, shifted, mask=CAUSAL)
+    np.testing.assert_array_equal(plan.kv_indices, same.kv_indices)
+    out, again = (js.sparse_attention(q, x, v, method, mask=CAUSAL) for x in (k, shifted))
+    # logits of up to 30 or so, so errors of up to 30 eps in the exponents
+    np.testing.assert_allclose(out, again, atol=1e-4)
+
+
+def test_a_planted_needle_is_found():
+    q, k, _ = qkv(90, heads=1, kv_heads=1)
+    needle = q[80, 0]
+    k = k.at[32:48, 0].set(20 * needle)
+    q = q.at[48:, 0].set(needle)
+    plan, info = js.flashmoba(block_kv=16, top_k=2).plan((), q, k, mask=CAUSAL)
+    assert (plan.kv_indices[0, 48:] == 2).any(-1).all()
+    assert float(info.block_scores[0, 80].max()) == pytest.approx(20 * float(needle @ needle), 1e-5)
+
+
+def test_gradients_are_those_of_masked_dense_attention():
+    q, k, v = qkv(70)
+    method = js.flashmoba(block_kv=16, top_k=2, taps=3)
+    rng = np.random.default_rng(2)
+    params = {"convolution": jnp.asarray(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
+    plan, _ = method.plan(params, q, k, mask=CAUSAL)
+
+    def dense(params, q, k, v):
+        keys = convolve_keys(k, params["convolution"])
+        return js.attend(q, keys, v, plan, mask=CAUSAL, implementation="reference")
+
+    def sparse(params, q, k, v):
+        return method.attend(params, q, k, v, mask=CAUSAL)[0]
+
+    def gradients(function):
+        def loss(*inputs):
+            return jnp.sin(function(*inputs)).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(params, q, k, v)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5),
+        gradients(sparse),
+        gradients(dense),
+    )
+
+
+def test_signal_to_noise():
+    assert signal_to_noise(64, 128, gap=1.0) == pytest.approx(0.5)
+    assert failure_rate(0.5) == pytest.approx(0.3085, abs=1e-4)
+    for block, ratio in ((512, 0.125), (128, 0.25), (32, 0.5)):
+        assert signal_to_noise(64, block, gap=0.5) == pytest.approx(ratio)
+    assert signal_to_noise(64, 128, gap=0.5, related=4, gain=0.4) == pytest.approx(0.85)
+    trials = 20_000
+    for related, gain in ((1, 0.0), (4, 0.4)):
+        simulated = oracle.pairwise_failure(64, 128, 0.5, related, gain, trials)
+        expected = failure_rate(signal_to_noise(64, 128, gap=0.5, related=related, gain=gain))
+        deviation = (expected * (1 - expected) / trials) ** 0.5
+        assert abs(simulated - expected) < 4 * deviation
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"block_kv": 0}, "block_kv=0"), ({"top_k": 0}, "top_k=0"), ({"taps": -1}, "taps=-1")],
+)
+def test_bad_settings(options, says):
+    with pytest.raises(ValueError, match=says):
+        js.flashmoba(**options)

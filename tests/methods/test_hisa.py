@@ -1,0 +1,271 @@
+"""HISA and the lightning indexer against their oracle, and the checks of their specification."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jsparse as js
+from jsparse.core.low_precision import hadamard, rounded
+from jsparse.evaluation.metrics import list_overlap
+from jsparse.learned.hisa import Indexed, index_loss, select_tokens
+from tests.inputs import qkv
+from tests.oracles import hisa as oracle
+
+CAUSAL = js.masks.causal()
+FEATURES = 12
+INDEXER = {"index_heads": 3, "index_dim": 8, "rotary_dim": 4, "rope_base": 100.0}
+WORKED = Indexed(
+    jnp.zeros((8, 2, 2)).at[7].set(jnp.eye(2)),
+    jnp.zeros((8, 2)).at[7].set(jnp.asarray([1.0, 0.5])),
+    jnp.asarray([[1, 0], [0, 1], [3, -1], [-2, 1], [0, 2], [1, 1], [0.5, 0], [0, 0.5]]),
+)
+
+
+def hidden(length, batch=(), seed=3):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
+
+
+def params_of(method):
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "dim": 16, "features": FEATURES}
+    params = method.init(jax.random.key(0), **sizes)
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), params)
+
+
+def lists(plan):
+    rows = zip(plan.kv_indices[0].tolist(), plan.kv_num_blocks[0].tolist(), strict=True)
+    return [row[:count] for row, count in rows]
+
+
+@pytest.mark.parametrize("block_top_k", [3, None], ids=["two stages", "one stage"])
+def test_tokens_output_and_loss_equal_the_oracle(block_top_k):
+    length, sizes = 70, {"top_k": 12, "block_kv": 8}
+    q, k, v = qkv(length, v_dim=8)
+    x = hidden(length)
+    method = js.hisa(**sizes, block_top_k=block_top_k, **INDEXER)
+    params = params_of(method)
+    run = jax.jit(lambda q, k, v, x: method.attend(params, q, k, v, x=x, mask=CAUSAL))
+    out, info = run(q, k, v, x)
+    plan, _ = method.plan(params, q, k, x=x, mask=CAUSAL)
+    indexed = oracle.index(x, params, 3, 8, 4, 100.0)
+    for got, expected in zip(info.indexed, indexed, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    chosen = oracle.select(*indexed, top_k=12, block=8, block_top_k=block_top_k)
+    assert lists(plan) == chosen
+    expected = js.attend(q, k, v, plan, mask=CAUSAL, implementation="reference")
+    np.testing.assert_allclose(out, expected, atol=4e-6)
+    got = index_loss(info.indexed, q, k, plan, mask=CAUSAL)
+    assert float(got) == pytest.approx(oracle.loss(*indexed, q, k, chosen), rel=1e-4)
+    everything = [list(range(t + 1)) for t in range(length)]
+    got = index_loss(info.indexed, q, k, mask=CAUSAL)
+    assert float(got) == pytest.approx(oracle.loss(*indexed, q, k, everything), rel=1e-4)
+
+
+def test_worked_example():
+    found = oracle.scores(*(np.asarray(x) for x in WORKED))[7]
+    np.testing.assert_allclose(found, [1, 0.5, 3, 0.5, 1, 1.5, 0.5, 0.25])
+    sizes = {"top_k": 3, "block_kv": 2, "mask": CAUSAL}
+    two, one = (select_tokens(WORKED, block_top_k=m, **sizes) for m in (3, None))
+    assert lists(two)[7] == [0, 4, 5]
+    assert lists(one)[7] == [0, 2, 5]
+    assert float(list_overlap(two, one)[0, 7]) == 0.5
+
+
+def test_all_blocks_are_one_stage_and_all_tokens_are_dense():
+    q, k, v = qkv(90)
+    x = hidden(90)
+    one, two = (js.hisa(top_k=20, block_kv=16, block_top_k=m, **INDEXER) for m in (None, 6))
+    params = params_of(one)
+    plans = [method.plan(params, q, k, x=x, mask=CAUSAL)[0] for method in (one, two)]
+    assert lists(plans[0]) == lists(plans[1])
+    np.testing.assert_array_equal(list_overlap(*plans), 1.0)
+    out = js.hisa(top_k=90, **INDEXER).attend(params, q, k, v, x=x, mask=CAUSAL)[0]
+    dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
+    np.testing.assert_allclose(out, dense, atol=4e-6)
+
+
+def test_latent_attention_absorbed_equals_unabsorbed():
+    """One latent key and value per token, read by all heads, without up-projections."""
+    rng = np.random.default_rng(0)
+    length, heads, latent, rope, nope = 40, 4, 12, 4, 8
+    content, turned = rng.normal(size=(length, latent)), rng.normal(size=(length, rope))
+    up_k, up_v = rng.normal(size=(heads, latent, nope)), rng.normal(size=(heads, latent, nope))
+    q_content, q_turned = (rng.normal(size=(length, heads, n)) for n in (nope, rope))
+    x, scale = hidden(length), (nope + rope) ** -0.5
+    method = js.hisa(top_k=9, block_kv=8, block_top_k=3, **INDEXER)
+    params = params_of(method)
+    arrays = (
+        np.concatenate([np.einsum("thn,hln->thl", q_content, up_k), q_turned], -1),
+        np.concatenate([content, turned], -1)[:, None],
+        content[:, None],
+    )
+    q, k, v = (jnp.asarray(y, jnp.float32) for y in arrays)
+    latents, info = method.attend(params, q, k, v, x=x, mask=CAUSAL, scale=scale)
+    absorbed = np.einsum("thl,hln->thn", latents, up_v)
+    full = (
+        np.concatenate([q_content, q_turned], -1),
+        np.concatenate(
+            [np.einsum("tl,hln->thn", content, up_k), np.tile(turned[:, None], (1, heads, 1))], -1
+        ),
+        np.einsum("tl,hln->thn", content, up_v),
+    )
+    plan = select_tokens(info.indexed, top_k=9, block_kv=8, block_top_k=3, mask=CAUSAL)
+    q, k, v = (jnp.asarray(y, jnp.float32) for y in full)
+    plain = js.attend(q, k, v, plan, mask=CAUSAL, scale=scale, implementation="reference")
+    np.testing.assert_allclose(absorbed, plain, atol=1e-4)
+
+
+def test_the_first_stage_is_below_the_mean_of_the_second():
+    """relu is convex: with weights that are not negative, a mean key scores at most the mean."""
+    rng = np.random.default_rng(1)
+    q, k = rng.normal(size=(6, 3, 8)), rng.normal(size=(32, 8))
+    weights = np.abs(rng.normal(size=(6, 3)))
+    fine = oracle.scores(q, weights, k).reshape(6, 4, 8).mean(-1)
+    coarse = oracle.scores(q, weights, k.reshape(4, 8, 8).mean(1))
+    assert (coarse <= fine + 1e-12).all()
+    equal = np.repeat(k[:4], 8, axis=0)
+    np.testing.assert_allclose(
+        oracle.scores(q, weights, equal.reshape(4, 8, 8).mean(1)),
+        oracle.scores(q, weights, equal).reshape(6, 4, 8).mean(-1),
+    )
+
+
+def test_what_leaves_the_selection_as_it_is():
+    length = 60
+    x = hidden(length)
+    method = js.hisa(top_k=7, block_kv=8, block_top_k=3, **INDEXER)
+    q, k, _ = qkv(length)
+    indexed = method.plan(params_of(method), q, k, x=x, mask=CAUSAL)[1].indexed
+    sizes = {"top_k": 7, "block_kv": 8, "block_top_k": 3, "mask": CAUSAL}
+    plan = select_tokens(indexed, **sizes)
+    longer = indexed._replace(weights=indexed.weights * jnp.arange(1, length + 1)[:, None])
+    turned = indexed._replace(q=hadamard(indexed.q), k=hadamard(indexed.k))
+    for changed in (longer, turned):
+        np.testing.assert_array_equal(select_tokens(changed, **sizes).kv_indices, plan.kv_indices)
+    other = indexed._replace(weights=indexed.weights[:, ::-1])
+    assert lists(select_tokens(other, **sizes)) != lists(plan)
+    # as many tokens as there are, up to 7, the first and the last block among their blocks
+    assert [len(row) for row in lists(plan)] == [min(t + 1, 7) for t in range(length)]
+    documents = CAUSAL & js.masks.segments(jnp.arange(length) // 25)
+    for t, row in enumerate(lists(select_tokens(indexed, **{**sizes, "mask": documents}))):
+        assert row
+        assert all(t // 25 * 25 <= s <= t for s in row)
+
+
+def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
+    rows = jnp.asarray([[1.0, 0.0, 2.0]])
+    target = np.array([0.2, 0.5, 0.3])
+    # one head with weight 1 whose products are the scores; attention logits that give the target
+    # (a query of one feature, keys of these numbers)
+    indexed = Indexed(jnp.ones((1, 1, 1)), jnp.ones((1, 1)), rows[0][:, None] + 5)
+    q = jnp.ones((1, 1, 1))
+    k = jnp.log(jnp.asarray(target, jnp.float32))[:, None, None]
+    gradient = jax.grad(lambda i: index_loss(i, q, k, scale=1.0))(indexed)
+    expected = [0.044728, -0.409969, 0.365241]
+    np.testing.assert_allclose(gradient.k[:, 0], expected, atol=1e-6)
+    d_q, d_k = jax.grad(lambda q, k: index_loss(indexed, q, k), argnums=(0, 1))(q, k)
+    assert not d_q.any()
+    assert not d_k.any()
+    # through the output the indexer learns nothing; a few steps on the loss lower it
+    length = 40
+    q, k, v = qkv(length)
+    x, method = hidden(length), js.hisa(top_k=8, block_kv=8, block_top_k=3, **INDEXER)
+    params = params_of(method)
+    through = jax.grad(lambda p: method.attend(p, q, k, v, x=x, mask=CAUSAL)[0].sum())(params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(through))
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            plan, info = method.plan(params, q, k, x=x, mask=CAUSAL)
+            return index_loss(info.indexed, q, k, plan, mask=CAUSAL)
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+
+    losses = []
+    for _ in range(8):
+        value, params = step(params)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_steps_of_decoding_equal_the_whole():
+    length, max_len = 40, 48
+    q, k, v = qkv(length, batch=(2,))
+    x = hidden(length, (2,))
+    method = js.hisa(top_k=8, block_kv=8, block_top_k=3, **INDEXER)
+    params = params_of(method)
+    whole, _ = method.attend(params, q, k, v, x=x, mask=CAUSAL)
+    room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
+    k, v = jnp.pad(k, room, constant_values=9.0), jnp.pad(v, room, constant_values=7.0)
+
+    @jax.jit
+    def step(q, x, positions, state):
+        mask = js.masks.causal(offset=positions[:, 0])
+        inputs = {"x": x, "positions": positions, "mask": mask, "state": state}
+        return method.attend(params, q, k, v, **inputs)
+
+    state, first = method.init_state(k, v), 0
+    for count in (27, 1, 1, 4, 1, 6):
+        at = slice(first, first + count)
+        positions = jnp.broadcast_to(jnp.arange(max_len)[at], (2, count))
+        out, info = step(q[:, at], x[:, at], positions, state)
+        np.testing.assert_allclose(out, whole[:, at], atol=5e-6)
+        state, first = info.state, first + count
+    assert first == length
+
+
+def test_eight_bits():
+    x = hidden(50) * jnp.asarray([1e-6, 1.0, 300.0] * 4)
+    eight = rounded(x, jnp.float8_e4m3fn)
+    # three bits behind the point: half a unit of the last is 1/16, of the largest at least
+    largest = jnp.abs(x).max(-1, keepdims=True)
+    assert (jnp.abs(eight - x) <= jnp.maximum(jnp.abs(x) / 16, largest * 2.0**-9 / 448)).all()
+    by_two = rounded(x, jnp.float8_e4m3fn, power_of_two=True)
+    assert (jnp.abs(by_two - x) <= jnp.maximum(jnp.abs(x) / 16, largest * 2.0**-8 / 448)).all()
+    assert (jnp.abs(by_two - eight) > 0).any()
+    np.testing.assert_array_equal(rounded(x, None), x)
+    np.testing.assert_array_equal(rounded(x, jnp.bfloat16), x.astype(jnp.bfloat16))
+    # most of the tokens are the same
+    q, k, _ = qkv(90)
+    exact, coarse = (
+        js.hisa(top_k=20, block_kv=16, block_top_k=4, index_dtype=dtype, **INDEXER)
+        for dtype in (None, jnp.float8_e4m3fn)
+    )
+    params = params_of(exact)
+    plans = [m.plan(params, q, k, x=hidden(90), mask=CAUSAL)[0] for m in (exact, coarse)]
+    overlap = float(list_overlap(*plans).mean())
+    assert 0.8 < overlap < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_k": 0}, "top_k=0"),
+        ({"block_kv": 0}, "block_kv=0"),
+        ({"block_top_k": 0}, "block_top_k=0"),
+        ({"rotary_dim": 3}, "rotary_dim=3 must be a multiple of 2"),
+        ({"rotary_dim": 256}, "rotary_dim=256"),
+        ({"rope_base": 0.0}, "rope_base=0.0"),
+        ({"index_dim": 96, "index_dtype": "float8_e4m3fn"}, "index_dim=96 must be a power of two"),
+    ],
+)
+def test_bad_settings(options, says):
+    with pytest.raises(ValueError, match=says):
+        js.hisa(**options)
+
+
+def test_bad_calls():
+    q, k, v = qkv(20, 24)
+    method = js.hisa(top_k=4, **INDEXER)
+    params = params_of(method)
+    with pytest.raises(ValueError, match=r"pass x \(20, 12\)"):
+        method.attend(params, q, k, v)
+    with pytest.raises(ValueError, match="20 queries, and 24 keys"):
+        method.attend(params, q, k, v, x=hidden(20))
+    tiles = js.block_mask(CAUSAL, 20, 24, block_q=4, block_kv=4)
+    with pytest.raises(ValueError, match=r"tiles of 4 x 4"):
+        index_loss(WORKED, q, k, tiles)
