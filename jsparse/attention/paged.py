@@ -57,7 +57,8 @@ def attend_paged(
     that is shorter than `q_len` or empty, sees nothing: `out = 0`, `lse = -inf`.
 
     Time and memory follow the selected pages, whatever the pool and the tables could hold.
-    Gradients reach q, the pool, `sinks`, `scale` and what `score_mod` captures.
+    Gradients reach q, the pool, `sinks`, `scale` and what `score_mod` captures. Calls under `vmap`
+    are made one after the other, so that what they share of a pool is not repeated.
 
     Args:
       q: Queries, one or a few for each sequence.

@@ -15,8 +15,9 @@ _checking = jax.make_user_context(False)
 
 
 def debug_checks(enabled: bool = True) -> Any:
-    """Checks every list of tiles that `js.attend` is given while the context is entered.
+    """Checks every list of tiles that attention is given while the context is entered.
 
+    For `js.attend_paged` also the lengths, and the entries of page tables that the plan selects.
     Not the levels of a pyramid, the orders of groups, nor whether the parts of a tuple overlap.
 
     An entry that counts but names no block, or stands out of order, is an error then, which says

@@ -9,6 +9,7 @@ import pytest
 
 import jsparse as js
 from jsparse.attention import paged
+from jsparse.types import Frame
 from pallas_kernels import _compat
 from tests.attention.exact import close
 from tests.oracles import paged as oracle
@@ -139,6 +140,27 @@ def test_masks_per_head_and_per_sequence():
     close(run(Q, CACHE), exact(visible=visible), TOLERANCE)
 
 
+@pytest.mark.parametrize("mask", [None, WINDOW], ids=["causal", "window"])
+def test_what_is_said_of_whole_tiles_is_so_of_each_pair(mask):
+    splits, block_q = 2, 1
+    plan, _ = drawn(1, Q_LEN)
+    lists, places = paged._physical(CACHE, plan, splits)
+    sizes = {"kv_len": CACHE.kv_len, "page_size": PAGE, "q_len": Q_LEN, "splits": splits}
+    inside = paged.InPages(mask, CACHE.lengths, places, **sizes)
+    grid, frame = lists.grid, Frame(lists.q_len, lists.kv_len)
+    assert (grid.block_q, grid.q_blocks) == (block_q, BATCH * splits * Q_LEN)
+    rows, pages = jnp.arange(grid.q_blocks)[:, None], jnp.arange(grid.kv_blocks)
+    some, every = inside.classifier(grid)(rows, pages, frame)
+    pairs = inside.visible(rows[..., None], pages[:, None] * PAGE + jnp.arange(PAGE), frame)
+    assert not (pairs.any(-1) & ~some).any()
+    assert not (~pairs.all(-1) & every).any()
+    assert every.any()
+    assert (~some).any()
+    if mask is None:
+        np.testing.assert_array_equal(some, pairs.any(-1))
+        np.testing.assert_array_equal(every, pairs.all(-1))
+
+
 @pytest.mark.parametrize(("implementation", "splits"), [("xla", 1), ("xla", 3), ("reference", 40)])
 def test_any_number_of_parts_gives_the_same(implementation, splits, monkeypatch):
     # parts of a page each, as far as there are
@@ -237,7 +259,11 @@ def test_a_group_of_heads_fills_the_tiles_of_a_kernel():
 def test_memory_is_that_of_what_is_selected():
     batch, heads, kv_heads, dim, page = 8, 16, 4, 64, 16
 
-    def temporary(max_len, selected):
+    def one(q, cache, plan):
+        out = js.attend_paged(q.reshape(batch, 1, heads, dim), cache, plan, implementation="xla")
+        return out.reshape(q.shape)
+
+    def temporary(max_len, selected, calls=1):
         sizes = {"page_size": page, "max_len": max_len, "kv_heads": kv_heads, "dim": dim}
         cache = jax.eval_shape(
             lambda: js.cache.paged.empty(batch, pages=batch * max_len // page, **sizes)
@@ -245,8 +271,8 @@ def test_memory_is_that_of_what_is_selected():
         lists = jnp.zeros((batch, kv_heads, 1, selected), jnp.int32)
         counts, lost = lists[..., 0], lists[..., 0, 0] > 0
         plan = js.BlockMask(lists, counts, lost, 1, max_len, 1, page)
-        q = jax.ShapeDtypeStruct((batch, 1, heads, dim), jnp.float32)
-        run = jax.jit(lambda *x: js.attend_paged(*x, implementation="xla"))
+        q = jax.ShapeDtypeStruct((calls, batch, 1, heads, dim), jnp.float32)
+        run = jax.jit(jax.vmap(one, in_axes=(0, None, None)) if calls > 1 else one)
         return run.lower(q, cache, plan).compile().memory_analysis().temp_size_in_bytes
 
     short, long = temporary(2**13, 32), temporary(2**16, 32)
@@ -254,6 +280,8 @@ def test_memory_is_that_of_what_is_selected():
     assert short < 2**23
     # the place of each page
     assert long < short + 2 * 4 * batch * 2**16 // page
+    # calls that share a pool have no copy of it each
+    assert temporary(2**13, 32, calls=3) < 2 * short
 
 
 def call(q=Q, cache=CACHE, plan=None, **options):
