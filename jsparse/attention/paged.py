@@ -30,10 +30,11 @@ from jsparse.types import (
 from jsparse.types.mask import Index, TileClassifier
 from jsparse.types.pytree import flatten_batch
 
-# parts of lists, those of all heads together, that keep a machine busy
+# parts of lists, of all sequences and kv heads together: on a CPU as many as its loops sort into
+# groups of some, elsewhere two for each of about 132 processors
 _PARTS = {"cpu": 128}
 _PARTS_OF_ACCELERATORS = 264
-# a part has at least so many keys
+# a part has so many keys, or a multiple of that
 _LEAST_KEYS = 128
 
 
@@ -115,6 +116,7 @@ def _attend(
     checks.paged_operands(q, cache)
     batch, q_len, heads, _ = q.shape
     kv_heads = cache.k.shape[2]
+    checks.multiple(of=kv_heads, heads=heads)
     if mask is not None:
         checks.mask_type(mask)
         checks.batch_fits("mask", mask.batch_shape, (batch,))
@@ -207,7 +209,6 @@ def _physical(
     selected = jnp.where(under, plan.kv_indices, -1)
     # up to the last entry that counts: entries ascend, so this leaves out what is past the length
     counts = jnp.where(under, _numbers(plan.width) + 1, 0).max(-1, keepdims=True)
-    # not a part of a step of the loops, nor a step more than it takes
     least = -(-_LEAST_KEYS // plan.block_kv)
     share = -(-counts // (splits * least)) * least
     first = share * _numbers(splits)

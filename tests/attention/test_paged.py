@@ -31,6 +31,9 @@ def made(dtype=jnp.float32, heads=HEADS, kv_heads=KV_HEADS, page=PAGE):
     q, k, v = (jnp.asarray(rng.normal(size=size), dtype) for size in sizes)
     table = np.append(rng.permutation(PAGES)[: BATCH * WIDTH - 2], [-7, PAGES + 3])
     table = table.reshape(BATCH, WIDTH)
+    # -1 would be the pool's last page, were it not none
+    table[table == PAGES - 1] = table[4, 0]
+    table[4, 0] = PAGES - 1
     table[3, 0] = table[0, 0]
     # past the length, where it counts for nothing, a page of another at another place
     table[1, 1:] = table[3, 1]
@@ -166,9 +169,11 @@ def test_any_number_of_parts_gives_the_same(implementation, splits, monkeypatch)
     # parts of a page each, as far as there are
     monkeypatch.setattr(paged, "_LEAST_KEYS", PAGE)
     options = {**PLAIN, "implementation": implementation, "splits": splits}
-    run = jax.jit(lambda q, cache: paged._attend(q, cache, None, **options))
+    run = jax.jit(lambda q, cache, plan: paged._attend(q, cache, plan, **options))
     cache = with_holes(CACHE)
-    close(run(Q, cache), exact(cache=cache), TOLERANCE)
+    # a list for each query, so that a part of it is not all that a sequence has
+    plan, selected = drawn(2, Q_LEN)
+    close(run(Q, cache, plan), exact(selected, cache=cache), TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -215,10 +220,10 @@ def test_gradients_reach_queries_and_the_pool_where_a_page_is_shared(monkeypatch
 
 def test_bfloat16_is_rounded_once():
     q, cache = made(jnp.bfloat16)
-    of_parts = jax.eval_shape(
-        lambda: paged._attend(q, cache, None, **PLAIN, implementation="xla", splits=2)
-    )
-    assert of_parts[0].dtype == jnp.float32
+    for implementation in ("xla", "reference"):
+        options = {**PLAIN, "implementation": implementation, "splits": 1}
+        part = jax.eval_shape(lambda options=options: paged._attend(q, cache, None, **options))
+        assert part[0].dtype == jnp.float32
     run = jax.jit(lambda q, cache: js.attend_paged(q, cache, return_lse=True))
     out, lse = run(q, cache)
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
@@ -292,7 +297,7 @@ PLAN = drawn(1)[0]
 SENTENCES = {
     "sequences": (call(q=Q[:3]), r"q has shape \(3, 2, 4, 16\); a cache of 5 sequences needs \[5,"),
     "cache": (call(cache=CACHE.k), "cache is .*; it must be a PagedKV"),
-    "heads": (call(q=Q[:, :, :3]), "q has 3 heads and k 2"),
+    "heads": (call(q=Q[:, :, :3]), "heads=3 must be a multiple of 2"),
     "dtype": (call(q=Q.astype(jnp.bfloat16)), "cast them to one dtype"),
     "plan": (call(plan=CACHE), "plan is PagedKV; pages are selected by a BlockMask"),
     "pages of a plan": (
