@@ -364,18 +364,17 @@ BAD = {
 
 
 def test_debug_checks_name_the_first_bad_entry():
-    def attend(cache, plan=None):
+    def attend(cache, tiles):
+        plan = js.BlockMask.from_dense(tiles, **SIZES, block_q=Q_LEN, width=WIDTH)
         return js.attend_paged(Q, cache, plan, implementation="reference")
 
-    run = jax.jit(attend)
+    run, every = jax.jit(attend), jnp.ones((1, 1, WIDTH), bool)
     with js.debug_checks():
-        jax.block_until_ready(run(CACHE))
+        jax.block_until_ready(run(CACHE, every))
         for message, cache in BAD.items():
             with pytest.raises(ValueError, match=message):
-                attend(cache)
+                attend(cache, every)
             with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-                jax.block_until_ready(run(cache))
+                jax.block_until_ready(run(cache, every))
         # entries that no plan selects are nobody's business
-        first = jnp.zeros((1, 1, WIDTH), bool).at[..., :2].set(True)
-        plan = js.BlockMask.from_dense(first, **SIZES, block_q=Q_LEN)
-        jax.block_until_ready(run(changed(3, 2, PAGES), plan))
+        jax.block_until_ready(run(changed(3, 2, PAGES), every.at[..., 2:].set(False)))

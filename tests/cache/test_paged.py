@@ -119,6 +119,15 @@ def test_a_pool_that_is_full_overwrites_nothing_and_a_release_makes_room():
     same(cache, [[k[0, :0]], [k[1]], [k[2]]])
 
 
+def test_what_a_table_lists_past_the_length_is_free():
+    k, v = tokens(4, 0)
+    cache = empty(pages=2)
+    stale = dataclasses.replace(cache, page_table=cache.page_table.at[0, :2].set(jnp.arange(2)))
+    cache = append(stale, k, v, jnp.asarray([0, 4, 4]))
+    assert not cache.overflowed.any()
+    same(cache, [[k[0, :0]], [k[1]], [k[2]]])
+
+
 def test_a_table_that_is_full_says_so():
     k, v = tokens(MAX_LEN + 2, 0)
     cache = append(empty(pages=20), k, v, jnp.asarray([24, 23, 3]))
