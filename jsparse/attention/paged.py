@@ -6,6 +6,7 @@ mask knows where tokens stand in their own sequences. Long lists are cut into pa
 copy of its queries, whose results are merged by their log-sum-exps.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -148,6 +149,7 @@ def _default_splits(plan: BlockMask, lists: int) -> int:
     return max(1, min(-(-wanted // (lists * plan.grid.q_blocks)), keys // _LEAST_KEYS))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _pages_in_sight(cache: PagedKV, mask: Mask | None, q_len: int, kv_heads: int) -> BlockMask:
     """Every page; with a mask, those in which it leaves something to see."""
     grid = TileGrid(q_len, cache.kv_len, q_len, cache.page_size)
@@ -198,6 +200,8 @@ def _lowered(
     return problem._replace(plan=lists, mask=inside)
 
 
+# as one program also where the caller is none
+@functools.partial(jax.jit, static_argnums=2)
 def _physical(
     cache: PagedKV, plan: BlockMask, splits: int
 ) -> tuple[BlockMask, Int[Array, " pages"]]:

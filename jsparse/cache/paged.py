@@ -6,6 +6,7 @@ are written where they are. A page is free that no table lists under its sequenc
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -71,9 +72,15 @@ def append(
       ValueError: if arrays do not fit the cache.
     """
     checks.new_tokens(k, v, counts, cache)
+    counts = jnp.full_like(cache.lengths, k.shape[1]) if counts is None else counts
+    return _appended(cache, k, v, counts)
+
+
+# as one program also where the caller is none
+@jax.jit
+def _appended(cache: PagedKV, k: Array, v: Array, counts: Array) -> PagedKV:
     length, page_size = k.shape[1], cache.page_size
-    start = cache.lengths
-    counts = jnp.full_like(start, length) if counts is None else jnp.clip(counts, 0, length)
+    start, counts = cache.lengths, jnp.clip(counts, 0, length).astype(jnp.int32)
     end = start + jnp.where(cache.overflowed, 0, counts)
 
     # the pages that new tokens may come to stand in, from that of the last token on
