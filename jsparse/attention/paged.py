@@ -125,17 +125,18 @@ def _attend(
         mask = mask.flatten_batch((batch,))
         mask.check_lengths(q_len, cache.kv_len)
     if plan is None:
-        plan = _pages_in_sight(cache, mask, q_len, kv_heads)
+        lists: BlockMask = _pages_in_sight(cache, mask, q_len, kv_heads)
     else:
         checks.page_plan(plan, cache, q_len)
         checks.list_heads(plan.list_heads, heads, kv_heads)
         checks.batch_fits("plan", plan.batch_shape, (batch,))
         checks.listed_entries(plan)
-    plan = flatten_batch(plan, (batch,))
-    checks.listed_pages(cache, plan)
+        lists = plan
+    lists = flatten_batch(lists, (batch,))
+    checks.listed_pages(cache, lists)
     if splits is None:
-        splits = _default_splits(plan, batch * max(plan.list_heads, kv_heads))
-    problem = _lowered(q, cache, plan, mask, splits, **options)
+        splits = _default_splits(lists, batch * max(lists.list_heads, kv_heads))
+    problem = _lowered(q, cache, lists, mask, splits, **options)
     out, lse = run(problem, implementation)
     out = jnp.moveaxis(out.reshape(batch, splits, q_len, heads, -1), 1, 0)
     lse = jnp.moveaxis(lse.reshape(heads, batch, splits, q_len), (2, 0), (0, 2))
