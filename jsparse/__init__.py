@@ -11,6 +11,8 @@ from jsparse import registry as registry
 from jsparse.attention.attend import attend as attend
 from jsparse.attention.skipping import attend_skipping as attend_skipping
 from jsparse.attention.length_switch import from_length as from_length
+from jsparse.attention.paged import attend_paged as attend_paged
+from jsparse import cache as cache
 from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
@@ -43,6 +45,7 @@ from jsparse.routing import flashmoba as flashmoba
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid
 from jsparse.types import Method as Method
+from jsparse.types import PagedKV as PagedKV
 from jsparse.types import TokenGroups as TokenGroups
 
 # for finding what is wrong

@@ -16,9 +16,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[0].read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_python_in_the_readme_runs_as_printed(number, without_shape_checks):
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     exec(compile(blocks("python")[number], "README.md", "exec"), {})
 
 

@@ -76,20 +76,17 @@ def attend(
       ValueError: if arguments do not fit each other; the sentence names the remedy.
       NotImplementedError: if the named implementation cannot do this job here.
     """
+    options = {"mask": mask, "bias": bias, "score_mod": score_mod, "softcap": softcap}
+    attend_to = partial(_attend, q, k, v, **options, scale=scale, implementation=implementation)
     if isinstance(plan, Sequence):
-        out, lse = _attend_parts(
-            q, k, v, plan, mask, bias, score_mod, softcap, scale, implementation
-        )
+        checks.some_plans(plan)
+        out, lse = merge([attend_to(part) for part in plan])
     else:
-        problem = prepare(
-            q, k, v, plan, mask=mask, bias=bias, score_mod=score_mod, softcap=softcap, scale=scale
-        )
-        out, lse = run(problem, implementation)
-        out = out.reshape(*q.shape[:-1], v.shape[-1])
-        lse = lse.reshape(*problem.batch_shape, *lse.shape[1:])
+        out, lse = attend_to(plan)
     if sinks is not None:
         checks.sinks_shape(sinks, q.shape[-2])
         out, lse = add_sinks(out, lse, sinks)
+    out = out.astype(v.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -164,7 +161,7 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
 
 
 def run(problem: Problem, implementation: str | None) -> Any:
-    """Computes `(out, lse)`, where tiles may be skipped `(out, lse, kept)`."""
+    """Computes `(out, lse)` in f32, where tiles may be skipped `(out, lse, kept)`."""
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
         lowered = _lowered(problem, implementation)
@@ -340,25 +337,12 @@ def with_plan(problem: Problem) -> BlockMask:
     return BlockMask.from_dense(everything, **grid._asdict(), width=grid.kv_blocks)
 
 
-def _attend_parts(q, k, v, plans, mask, bias, score_mod, softcap, scale, implementation):
-    checks.some_plans(plans)
-    parts = [
-        attend(
-            q,
-            k,
-            v,
-            plan,
-            mask=mask,
-            bias=bias,
-            score_mod=score_mod,
-            softcap=softcap,
-            scale=scale,
-            return_lse=True,
-            implementation=implementation,
-        )
-        for plan in plans
-    ]
-    return merge(parts)
+def _attend(q, k, v, plan, *, implementation, **options) -> tuple[Array, Array]:
+    """What `attend` computes for one plan without sinks, in f32."""
+    problem = prepare(q, k, v, plan, **options)
+    out, lse = run(problem, implementation)
+    out = out.reshape(*q.shape[:-1], v.shape[-1])
+    return out, lse.reshape(*problem.batch_shape, *lse.shape[1:])
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:

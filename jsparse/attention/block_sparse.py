@@ -67,7 +67,7 @@ def block_sparse_attention(
     rule: LogitRule,
     passes: Passes,
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` over the tiles of `plan`, element-masked by `mask`.
+    """Computes `(out, lse)` in f32 over the tiles of `plan`, element-masked by `mask`.
 
     Batch axes are flattened to one. Differentiable twice and more: the backward rule is itself a
     function with a derivative. `passes` are kernels that take the place of the loops below; second
@@ -76,7 +76,7 @@ def block_sparse_attention(
     grid = plan.grid
     sizes, lists, padded = _whole_tiles(operands, plan, mask, rule)
     out, lse = _attention(rule, sizes, passes)(padded, lists)
-    return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len]
+    return out[:, : grid.q_len], lse[..., : grid.q_len]
 
 
 def skipping_attention(
@@ -111,7 +111,7 @@ def skipping_attention(
     )
     left = Lists(kept.kv_indices, kept.kv_num_blocks, mask)
     out, lse = _computed(rule, sizes, passes)(padded, left, out, lse)
-    return out[:, : grid.q_len].astype(operands.v.dtype), lse[..., : grid.q_len], kept
+    return out[:, : grid.q_len], lse[..., : grid.q_len], kept
 
 
 def _whole_tiles(

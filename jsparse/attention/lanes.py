@@ -20,18 +20,20 @@ from jsparse.attention.block_sparse import Lists, Sizes
 class _Tuning(NamedTuple):
     """How the work is cut; it changes time, not results.
 
-    `logits` are at work in one step. `parts` is how often an axis is cut that products sum over,
-    or that their columns lie on: in jax 0.10, XLA spreads a sum of products over the cores of a
-    CPU, while a single product of a tile's size, or a batch of them, it computes on one. Later
-    versions spread both; what the parts cost or save there is about a tenth.
+    `logits` are at work in one step. Rows that are few go in so many `groups`: a list that is
+    longer than others holds up those of its own group alone. `parts` is how often an axis is cut
+    that products sum over, or that their columns lie on: in jax 0.10, XLA spreads a sum of products
+    over the cores of a CPU, while a single product of a tile's size, or a batch of them, it
+    computes on one. Later versions spread both; what the parts cost or save there is about a tenth.
     """
 
     logits: int
+    groups: int
     parts: int
 
 
-_TUNING = {"cpu": _Tuning(logits=2**19, parts=2)}
-_TUNING_OF_ACCELERATORS = _Tuning(logits=2**23, parts=1)
+_TUNING = {"cpu": _Tuning(logits=2**19, groups=8, parts=2)}
+_TUNING_OF_ACCELERATORS = _Tuning(logits=2**23, groups=1, parts=1)
 
 
 def _tuning() -> _Tuning:
@@ -42,6 +44,8 @@ def _tuning() -> _Tuning:
 _COLUMNS = 128
 # below so many queries per tile, a step's work is in reading the keys
 _LEAST_ROWS = 32
+# fewer of such tiles are too little work for a step
+_LEAST_LANES = 8
 
 
 def tiles_together(lists: Lists, sizes: Sizes) -> int:
@@ -53,7 +57,10 @@ def lane_count(lists: Lists, sizes: Sizes) -> int:
     """How many rows of tiles are computed together."""
     columns = sizes.block_kv * tiles_together(lists, sizes)
     rows = sizes.batches * sizes.heads * sizes.q_blocks
-    return max(1, min(rows, _tuning().logits // (max(sizes.block_q, _LEAST_ROWS) * columns)))
+    most = _tuning().logits // (max(sizes.block_q, _LEAST_ROWS) * columns)
+    if sizes.block_q < _LEAST_ROWS:
+        most = min(most, max(_LEAST_LANES, rows // _tuning().groups))
+    return max(1, min(rows, most))
 
 
 def lanes_that_go_on(lanes: int) -> int:

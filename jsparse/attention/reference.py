@@ -4,7 +4,7 @@ Materialises [q_len, kv_len]; for tests, and for inputs small enough not to care
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jsparse.types.mask import pad_to_blocks
 def forward(
     operands: Operands, plan: Plan | None, mask: Mask | None, rule: LogitRule
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    """Computes `(out, lse)` with every pair formed. Differentiable any number of times by JAX."""
-    return _softmax(*_logits(operands, plan, mask, rule), operands.v.dtype)
+    """Computes `(out, lse)`, both f32, every pair formed; JAX differentiates it at any order."""
+    return _softmax(*_logits(operands, plan, mask, rule))
 
 
 def skipping_forward(
@@ -50,7 +50,7 @@ def skipping_forward(
     kept = BlockMask.from_dense(tiles, **grid._asdict(), width=plan.width)
     kept = dataclasses.replace(kept, overflowed=jnp.broadcast_to(overflowed, tiles.shape[:2]))
     logits = jnp.where(visible(kept, tiles.shape[1]), logits, -jnp.inf)
-    return *_softmax(logits, v, operands.v.dtype), kept
+    return *_softmax(logits, v), kept
 
 
 def _logits(
@@ -84,7 +84,6 @@ def _logits(
 def _softmax(
     logits: Float[Array, "batch heads q_len columns"],
     v: Float[Array, "batch columns heads v_dim"],
-    dtype: Any,
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     peak = logits.max(-1, keepdims=True)
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
@@ -95,7 +94,7 @@ def _softmax(
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(seen, probs / safe, 0.0), v)
     lse = jnp.where(seen, peak + jnp.log(safe), -jnp.inf)[..., 0]
-    return out.astype(dtype), lse
+    return out, lse
 
 
 def _cut_out(x: Array) -> tuple[Bool[Array, "batch heads 1 kv_len"], Array]:

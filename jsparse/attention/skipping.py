@@ -105,7 +105,7 @@ def attend_skipping(
     if sinks is not None:
         checks.sinks_shape(sinks, q.shape[-2])
         out, lse = add_sinks(out, lse, sinks)
-    return out, lse, kept
+    return out.astype(v.dtype), lse, kept
 
 
 def _log_thresholds(threshold: Any, per_head: tuple[int, ...]) -> Float[Array, "*batch heads"]:

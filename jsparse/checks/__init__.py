@@ -56,6 +56,7 @@ from jsparse.checks.attention import token_lists as token_lists
 from jsparse.checks.attention import whole_grid as whole_grid
 from jsparse.checks.debug import debug_checks as debug_checks
 from jsparse.checks.debug import listed_entries as listed_entries
+from jsparse.checks.debug import listed_pages as listed_pages
 from jsparse.checks.files import applicable_methods as applicable_methods
 from jsparse.checks.files import captured_inputs as captured_inputs
 from jsparse.checks.files import captured_layer as captured_layer
@@ -74,6 +75,13 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.paged import new_tokens as new_tokens
+from jsparse.checks.paged import one_bool_per_sequence as one_bool_per_sequence
+from jsparse.checks.paged import one_per_sequence as one_per_sequence
+from jsparse.checks.paged import page_plan as page_plan
+from jsparse.checks.paged import page_table as page_table
+from jsparse.checks.paged import paged_operands as paged_operands
+from jsparse.checks.paged import sequences_exist as sequences_exist
 from jsparse.checks.tables import all_queries as all_queries
 from jsparse.checks.tables import layer_methods as layer_methods
 from jsparse.checks.tables import lengths_to_fit as lengths_to_fit

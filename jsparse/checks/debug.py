@@ -15,8 +15,9 @@ _checking = jax.make_user_context(False)
 
 
 def debug_checks(enabled: bool = True) -> Any:
-    """Checks every list of tiles that `js.attend` is given while the context is entered.
+    """Checks every list of tiles that attention is given while the context is entered.
 
+    For `js.attend_paged` also the lengths, and the entries of page tables that the plan selects.
     Not the levels of a pyramid, the orders of groups, nor whether the parts of a tuple overlap.
 
     An entry that counts but names no block, or stands out of order, is an error then, which says
@@ -51,6 +52,24 @@ def listed_entries(plan: Any) -> None:
     when_known(report, *first)
 
 
+def listed_pages(cache: Any, plan: Any) -> None:
+    """Under `debug_checks`, that what a plan selects of a paged cache is there, in one place."""
+    if not _checking.value:
+        return
+    table, lengths = cache.page_table, cache.lengths
+
+    def report(*numbers: Any) -> None:
+        _raise_if_no_page(*map(np.asarray, numbers), cache=shape, table=table.shape)
+
+    shape = cache.pages, cache.page_size
+    if _compat.is_traced((table, lengths, plan)):
+        first = _first_bad_page(cache, plan)
+    else:
+        with jax.ensure_compile_time_eval():
+            first = _first_bad_page(cache, plan)
+    when_known(report, *first)
+
+
 def when_known(report: Callable[..., None], *numbers: Array) -> None:
     """Calls `report` with numbers: now, or if they are traced under `debug_checks`, later."""
     if not _compat.is_traced(numbers):
@@ -72,6 +91,49 @@ def _first_bad(lists: Array, counts: Array, blocks: int) -> tuple[Array, ...]:
     index = jnp.argmax(bad)
     of_entries = lists.reshape(-1)[index], before.reshape(-1)[index]
     return bad.any(), index, *of_entries, counts.reshape(-1)[index // width]
+
+
+def _first_bad_page(cache: Any, plan: Any) -> tuple[Array, ...]:
+    """The lengths; whether a selected entry is bad, which one is first, it, and its other place.
+
+    That is -1 where it has none.
+    """
+    table, pages, width = cache.page_table, cache.pages, cache.table_width
+    selected = plan.to_dense().any((1, 2)) & (jnp.arange(width) < cache.page_counts()[:, None])
+    exists = cache.exists(table)
+    place = jnp.broadcast_to(jnp.arange(width), table.shape)
+    page = jnp.where(selected & exists, table, pages)
+    lowest = jnp.full(pages, width).at[page].min(place, mode="drop")
+    elsewhere = jnp.take(lowest, page, mode="fill", fill_value=width)
+    moved = selected & exists & (elsewhere < place)
+    bad = (selected & ~exists) | moved
+    index = jnp.argmax(bad.reshape(-1))
+    other = jnp.where(moved, elsewhere, -1).reshape(-1)[index]
+    return cache.lengths, bad.any(), index, table.reshape(-1)[index], other
+
+
+def _raise_if_no_page(
+    lengths, bad, index, page, other, *, cache: tuple[int, int], table: tuple[int, ...]
+) -> None:
+    pages, page_size = cache
+    room = table[1] * page_size
+    for sequence in np.flatnonzero((lengths < 0) | (lengths > room)):
+        raise ValueError(
+            f"lengths[{sequence}]={lengths[sequence]} must be between 0 and {room}, the tokens "
+            f"of {table[1]} pages."
+        )
+    if not bad:
+        return
+    sequence, place = (int(i) for i in np.unravel_index(int(index), table))
+    entry = f"page_table[{sequence}, {place}]={page}"
+    if other < 0:
+        raise ValueError(
+            f"{entry} names no page: there are {pages}, counted from 0. Leave it out of the plan."
+        )
+    raise ValueError(
+        f"{entry} stands at place {other} of a table too; a page has one place in all tables that "
+        "share it. Copy it to a page of its own."
+    )
 
 
 def _raise_if_bad(bad, index, entry, before, count, *, shape: tuple[int, ...], blocks: int) -> None:

@@ -17,16 +17,17 @@ Range = tuple[Index, Index]  # first and last, both inclusive
 class Frame(NamedTuple):
     """What a mask is evaluated in: the lengths, and which sequence and query head.
 
-    `batch` indexes the flattened batch axes. Both indices may be traced.
+    `batch` indexes the flattened batch axes. Both indices may be traced, and so may `kv_len` where
+    each sequence has a length of its own.
     """
 
     q_len: int
-    kv_len: int
+    kv_len: Index
     batch: Index = 0
     head: Index = 0
 
     @property
-    def diagonal(self) -> int:
+    def diagonal(self) -> Index:
         """The last key that query 0 sees under a bottom-right aligned causal mask."""
         return self.kv_len - self.q_len
 
