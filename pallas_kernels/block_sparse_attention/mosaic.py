@@ -34,6 +34,9 @@ from pallas_kernels.block_sparse_attention.walk import (
 )
 from pallas_kernels.warpgroup import product_nt, warpgroup
 
+# per thread, where two programs of a consumer and a producer share a multiprocessor
+HALF_THE_REGISTERS = configurations.REGISTERS // (2 * 2 * configurations.THREADS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -69,12 +72,34 @@ def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
 
     A ring of one tile has no room for the overlap: with tiles of 128 x 128, dim 192 and v_dim 128.
     """
+    side_by_side = _side_by_side(tiles, dim, v_dim)
+    if side_by_side is not None:
+        return side_by_side
     block_q, block_kv = tiles.block_q, max(tiles.block_kv, ROWS)
     # vectors with a value per key are held for all keys at once, in every thread
     columns = 64 if tiles.column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
         config = Config(stages=stages, columns=columns, overlap=stages > 1)
         if shared_memory(block_q, block_kv, dim, v_dim, config) <= SHARED_MEMORY - RESERVED:
+            return config
+    return None
+
+
+def _side_by_side(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
+    """For few queries, the deepest ring of two programs on a multiprocessor; None if one fits.
+
+    Such programs wait for keys, and while one begins or ends the other still loads. What fits in
+    half of the registers was found by compiling: for wide values neither the overlap, which one
+    program is to the other, nor what reads a vector of keys.
+    """
+    wide = v_dim > 64
+    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
+    if tiles.block_q >= ROWS or v_dim > 128 or (wide and reads_keys):
+        return None
+    for stages in (4, 3, 2):
+        config = Config(stages, 64, HALF_THE_REGISTERS, overlap=not wide)
+        needed = shared_memory(tiles.block_q, tiles.block_kv, dim, v_dim, config)
+        if needed <= SHARED_MEMORY // 2 - RESERVED:
             return config
     return None
 
@@ -99,7 +124,10 @@ def others(block_q: int, block_kv: int) -> Iterator[Config]:
         Config(stages, columns, consumer, producer, overlap)
         for stages in (4, 3, 2, 1)
         for columns in sorted({64, max(block_kv, ROWS)}, reverse=True)
-        for consumer, producer in ((240, 24), (232, 40))
+        for consumer, producer in (
+            *((240, 24), (232, 40)),
+            *[(HALF_THE_REGISTERS, 24)] * (block_q < ROWS),
+        )
         for overlap in (True, False)
     )
 
