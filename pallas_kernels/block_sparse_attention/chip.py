@@ -109,11 +109,14 @@ class Forward(NamedTuple):
         reason = self.refusal(q.dtype, *sizes)
         if reason:
             raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
+        default = self.default_config(tiles, *sizes[2:])
+        usual = self.default_config(Tiles(*sizes[:2]), *sizes[2:])
         # many vectors of keys ask for registers that what was timed had to spare
-        operation = "forward, many values" if tiles.column_values > 2 else "forward"
+        many = tiles.column_values > 2 or default != usual
+        operation = "forward, many values" if many else "forward"
         chosen = config or choose(
             configurations.key(operation, tiles.changes, q.dtype, *sizes),
-            self.default_config(tiles, *sizes[2:]),
+            default,
             lambda tuned: self.layout_refusal(tuned, *sizes),
             self.compute,
             (q, k, v, lists),

@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.attention import mosaic as adapter
 from jsparse.attention.packing import Filling
-from pallas_kernels.block_sparse_attention import strips
+from pallas_kernels.block_sparse_attention import mosaic, strips
 from pallas_kernels.block_sparse_attention.walk import Lists, Side
 from tests.inputs import qkv
 from tests.kernels.test_mosaic_block_sparse import compare, compare_gradients, lists
@@ -59,10 +59,13 @@ def test_everything_that_changes_logits_on_strips_of_32_keys():
     )
 
 
-def test_many_short_strips_and_values_wider_than_keys():
-    # 48 rows, filled up to 64; tiles of 8 keys, of which one row of tiles lists none
+def test_many_short_strips_through_a_ring_of_one_tile(monkeypatch):
+    config = mosaic.Config(1, 64, mosaic.HALF_THE_REGISTERS, overlap=False)
+    forward = mosaic.FORWARD._replace(default_config=lambda *_: config)
+    monkeypatch.setitem(adapter.CHIPS, "9", adapter.CHIPS["9"]._replace(forward=forward))
+    # 48 rows, filled up to 64; 13 blocks of 8 keys in two tiles, and a row of tiles that lists none
     q, k, v = qkv(96, 104, heads=1, kv_heads=1, dim=64, v_dim=128, dtype=jnp.float16)
-    compare(q, k, v, lists(96, 104, block_q=48, block_kv=8))
+    compare(q, k, v, lists(96, 104, block_q=48, block_kv=8, density=1.0))
 
 
 @pytest.mark.newest
