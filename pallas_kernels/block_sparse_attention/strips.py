@@ -31,11 +31,7 @@ class Strips(NamedTuple):
         Args:
           hidden: That of tokens that do not count; default theirs.
         """
-        within = jnp.arange(self.block, dtype=jnp.int32)
-        found = self.lists.ids[..., None] * self.block + within
-        if hidden is not None:
-            found = jnp.where(self.counted[..., None], found, hidden)
-        return _tokens(found)
+        return _positions(self.lists.ids, self.counted, self.block, hidden)
 
     def along(self, values: jax.Array, heads: int, otherwise: float | None = None) -> jax.Array:
         """Numbers per token in the order of the lists.
@@ -50,17 +46,7 @@ class Strips(NamedTuple):
         """
         if values.shape[2] == 1:
             return values
-        ids, counted = self.lists.ids, self.counted
-        several = max(ids.shape[1], values.shape[1]) > 1
-        sizes = max(ids.shape[0], values.shape[0]), heads if several else 1
-        batch, head = jnp.arange(sizes[0])[:, None], jnp.arange(sizes[1])
-        of_list = batch % ids.shape[0], head // (sizes[1] // ids.shape[1])
-        blocks = values.reshape(*values.shape[:2], -1, self.block)
-        of_value = batch % values.shape[0], head % values.shape[1]
-        found = blocks[of_value[0][..., None], of_value[1][..., None], ids[of_list]]
-        if otherwise is not None:
-            found = jnp.where(counted[of_list][..., None], found, otherwise)
-        return _tokens(found)
+        return _along(values, self.lists.ids, self.counted, self.block, heads, otherwise)
 
 
 class Arranged(NamedTuple):
@@ -128,6 +114,14 @@ def strips(lists: Lists, met: Side) -> Strips | None:
     count = met.strips
     if count == 1:
         return None
+    # where no mask hides anything, what fills up a tile is hidden all the same
+    whole = lists.last if lists.whole is None else lists.whole
+    return Strips(*_in_tiles(lists._replace(whole=whole), count), met.block)
+
+
+# compiled as a whole also where the caller is not: each step would be compiled apart
+@partial(jax.jit, static_argnames="count")
+def _in_tiles(lists: Lists, count: int) -> tuple[Lists, jax.Array]:
     # of each part, the last tile alone may be filled up
     length = (lists.ids.shape[2] + (count - 1) * lists.first.shape[2]) // count * count
     entries = jnp.arange(length, dtype=jnp.int32)
@@ -144,10 +138,36 @@ def strips(lists: Lists, met: Side) -> Strips | None:
         source = jnp.clip(jnp.minimum(place, last[own] - 1), 0, len(ids) - 1)
         return Lists(ids[source], before, after, before + (whole - first) // count), counted
 
-    # where no mask hides anything, what fills up a tile is hidden all the same
-    whole = lists.last if lists.whole is None else lists.whole
-    found, counted = jax.vmap(jax.vmap(one_list))(*lists[:3], whole)
-    return Strips(found, counted, met.block)
+    return jax.vmap(jax.vmap(one_list))(*lists)
+
+
+@partial(jax.jit, static_argnames=("block", "hidden"))
+def _positions(ids: jax.Array, counted: jax.Array, block: int, hidden: int | None) -> jax.Array:
+    found = ids[..., None] * block + jnp.arange(block, dtype=jnp.int32)
+    if hidden is not None:
+        found = jnp.where(counted[..., None], found, hidden)
+    return _tokens(found)
+
+
+@partial(jax.jit, static_argnames=("block", "heads", "otherwise"))
+def _along(
+    values: jax.Array,
+    ids: jax.Array,
+    counted: jax.Array,
+    block: int,
+    heads: int,
+    otherwise: float | None,
+) -> jax.Array:
+    several = max(ids.shape[1], values.shape[1]) > 1
+    sizes = max(ids.shape[0], values.shape[0]), heads if several else 1
+    batch, head = jnp.arange(sizes[0])[:, None], jnp.arange(sizes[1])
+    of_list = batch % ids.shape[0], head // (sizes[1] // ids.shape[1])
+    of_value = batch % values.shape[0], head % values.shape[1]
+    blocks = values.reshape(*values.shape[:2], -1, block)
+    found = blocks[of_value[0][..., None], of_value[1][..., None], ids[of_list]]
+    if otherwise is not None:
+        found = jnp.where(counted[of_list][..., None], found, otherwise)
+    return _tokens(found)
 
 
 def _as_they_are(values: jax.Array) -> jax.Array:
