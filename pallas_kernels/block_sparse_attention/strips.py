@@ -116,7 +116,8 @@ def strips(lists: Lists, met: Side) -> Strips | None:
         return None
     # where no mask hides anything, what fills up a tile is hidden all the same
     whole = lists.last if lists.whole is None else lists.whole
-    return Strips(*_in_tiles(lists._replace(whole=whole), count), met.block)
+    found, counted = _in_tiles(lists._replace(whole=whole), count=count)
+    return Strips(found, counted, met.block)
 
 
 # compiled as a whole also where the caller is not: each step would be compiled apart
