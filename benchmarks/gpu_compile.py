@@ -37,7 +37,8 @@ from benchmarks import compile_report  # noqa: E402
 from jsparse.attention import mosaic as adapter  # noqa: E402
 from jsparse.attention.attend import prepare  # noqa: E402
 from jsparse.attention.block_sparse import block_sparse_attention, skipping_attention  # noqa: E402
-from pallas_kernels.block_sparse_attention import walk  # noqa: E402
+from jsparse.attention.packing import Rows, pack  # noqa: E402
+from pallas_kernels.block_sparse_attention import mosaic, walk  # noqa: E402
 
 # what XLA's CUDA compiler wants to know of an H200 when none is there
 H200 = """
@@ -66,6 +67,10 @@ class Case(NamedTuple):
     q_len: int = 8192
     heads: int = 16
     kv_heads: int = 4
+    batch: int = 1
+    kv_len: int | None = None  # as many as queries
+    # entries of a list of a row of tiles, of which there is one per kv head; all tiles, per head
+    width: int | None = None
     # given arrays of the shapes in `arrays`, the keyword arguments of attention
     options: Callable[..., dict[str, Any]] = lambda: {}
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
@@ -73,8 +78,20 @@ class Case(NamedTuple):
     skipping: bool = False
 
 
+# of the tiles that kernels get
+PACKED = Rows(walk.ROWS, 2 * walk.ROWS)
 T = 8192
 IDS = ((1, T), "int32")
+# lists per query, shared by the query heads of a group
+NSA: dict[str, Any] = {
+    **{"q_len": 4096, "heads": 64, "block_q": 1, "block_kv": 64, "width": 16},
+}
+# a query for each of some sequences, which sees some pages of keys, up to its own length
+DECODE: dict[str, Any] = {
+    **{"batch": 8, "q_len": 1, "kv_len": 32768, "heads": 32, "kv_heads": 8, "block_q": 1},
+    "options": lambda length: {"mask": js.masks.lengths(length, length)},
+    "arrays": (((8,), "int32"),),
+}
 CASES = (
     Case("dim 64", 64, 64),
     Case("dim 64, tiles 64 x 64", 64, 64, 64, 64),
@@ -134,6 +151,26 @@ CASES = (
         options=lambda bias, scale: {"bias": bias, "scale": scale},
         arrays=(((16, 1, T), "bfloat16"), ((), "float32")),
     ),
+    Case(
+        "nsa, dim 64",
+        64,
+        64,
+        **NSA,
+        options=lambda: {"mask": js.masks.causal()},
+    ),
+    Case("nsa", **NSA, options=lambda: {"mask": js.masks.causal()}),
+    Case(
+        "nsa, score_mod",
+        **NSA,
+        options=lambda slopes: {
+            "mask": js.masks.causal(),
+            "score_mod": lambda logit, batch, head, q, kv: logit - slopes[head] * (q - kv),
+        },
+        arrays=(((64,), "float32"),),
+    ),
+    Case("tiles 16 x 32", block_q=16, block_kv=32, kv_heads=16, width=32),
+    Case("decode, pages of 16", **DECODE, block_kv=16, width=128),
+    Case("decode, pages of 64", **DECODE, block_kv=64, width=32),
 )
 
 
@@ -174,13 +211,15 @@ def main() -> int:
 
 def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable, list]:
     """Attention of a case and its gradients, computed by `passes`, and what to lower them with."""
-    q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-case.q_len // case.block_kv)
+    kv_len = case.kv_len or case.q_len
+    q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-kv_len // case.block_kv)
+    lists = case.batch, case.kv_heads if case.width else case.heads, q_blocks
     shapes = (
-        ((1, case.q_len, case.heads, case.dim), case.dtype),
-        ((1, case.q_len, case.kv_heads, case.dim), case.dtype),
-        ((1, case.q_len, case.kv_heads, case.v_dim), case.dtype),
-        ((1, case.heads, q_blocks, kv_blocks), "int32"),
-        ((1, case.heads, q_blocks), "int32"),
+        ((case.batch, case.q_len, case.heads, case.dim), case.dtype),
+        ((case.batch, kv_len, case.kv_heads, case.dim), case.dtype),
+        ((case.batch, kv_len, case.kv_heads, case.v_dim), case.dtype),
+        ((*lists, case.width or kv_blocks), "int32"),
+        (lists, "int32"),
         *case.arrays,
     )
     inputs = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
@@ -191,12 +230,13 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
             kv_num_blocks,
             jnp.zeros(kv_num_blocks.shape[:-1], bool),
             case.q_len,
-            case.q_len,
+            kv_len,
             case.block_q,
             case.block_kv,
         )
         problem = prepare(q, k, v, plan, **case.options(*arrays[case.skipping :]))
         operands, _, mask, rule, *_ = problem
+        operands, plan, rule = pack(operands, plan, rule, PACKED)
         if case.skipping:
             limits = jnp.log(arrays[0])
             return skipping_attention(operands, plan, mask, limits, rule, passes)[:2]
@@ -225,10 +265,16 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
 
 def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
     """Which passes of a case the kernels of a chip take."""
-    sizes = case.block_q, case.block_kv, *widths(case)
+    sizes = chip.forward.height(rows_of(case)), case.block_kv, *widths(case)
     if chip.forward.refusal(case.dtype, *sizes):
         return []
     return ["forward"] if chip.backward.refusal(*sizes) else ["forward", "gradients"]
+
+
+def rows_of(case: Case) -> int:
+    """Rows of a tile of queries, those of a group that shares a list in one."""
+    shared = case.width is not None and case.block_q < PACKED.enough
+    return case.block_q * (case.heads // case.kv_heads if shared else 1)
 
 
 def widths(case: Case) -> tuple[int, int]:
@@ -322,8 +368,10 @@ def measure(
 
 
 def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
-    # a forward kernel with two tiles in flight overlaps: a thread's exponentials of 64 x 64 logits
-    overlaps = row["pass"] == "forward" and row["stages"] > 1
+    # a forward kernel with two tiles in flight overlaps: a thread's exponentials of 64 x 64 logits;
+    # or two programs of two warpgroups share a multiprocessor, and are that to each other
+    alone = max(row["registers"]) > mosaic.HALF_THE_REGISTERS
+    overlaps = row["pass"] == "forward" and row["stages"] > 1 and alone
     return hopper_gates(row, overlaps)
 
 

@@ -27,7 +27,7 @@ from benchmarks.attention import machine
 from jsparse.attention import kv_major, xla
 from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands
-from jsparse.attention.packing import pack, unpack
+from jsparse.attention.packing import Rows, pack, unpack
 
 RESULTS = Path(__file__).parent / "results" / "kin_rows_cpu.json"
 DIM = 64
@@ -77,7 +77,7 @@ def ways(case: Case) -> dict[str, Callable[..., jax.Array]]:
 
     def way(passes, least_queries):
         def run(q, k, v, plan):
-            operands, packed, own_rule = pack(Operands(q, k, v), plan, rule, least_queries)
+            operands, packed, own_rule = pack(Operands(q, k, v), plan, rule, Rows(least_queries))
             parts = block_sparse_attention(operands, packed, None, own_rule, passes)
             return unpack(*parts, own_rule.group)[0]
 
@@ -149,7 +149,7 @@ def attend(case: Case, repeats: int, only: tuple[str, ...] = ()) -> list[dict[st
 def _chosen(case: Case, plan: js.BlockMask) -> str:
     q, k = (jnp.zeros((1, case.length, n, 1)) for n in (case.heads, case.kv_heads))
     rule = LogitRule(case.length, case.length, None, None, None)
-    _, packed, rule = pack(Operands(q, k, k), plan, rule, xla.LEAST_QUERIES)
+    _, packed, rule = pack(Operands(q, k, k), plan, rule, Rows(xla.LEAST_QUERIES))
     if kv_major.pays(packed):
         return "keys"
     return "packed" if rule.group > 1 else "rows"

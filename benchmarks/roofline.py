@@ -7,6 +7,8 @@ read again are not counted, so no kernel is faster.
 
 from typing import NamedTuple
 
+_ROWS = 64  # of a product of a warpgroup
+
 
 class Device(NamedTuple):
     """Rates of a device: dense 16-bit products, and its memory.
@@ -134,6 +136,34 @@ def kernels(problem: Problem) -> dict[str, Work]:
     """The work of each kernel of a forward pass and its gradient, by name."""
     made = (d_k, d_v) if problem.masked else (d_k_d_v,)
     return {kernel.__name__: kernel(problem) for kernel in (forward, d_q, *made)}
+
+
+def kernels_of_short_tiles(problem: Problem) -> dict[str, Work]:
+    """The work where tiles have fewer queries or keys than the 64 rows that tensor cores multiply.
+
+    Heads, rows and tiles count as kernels get them: a group of query heads whose heads are rows of
+    one tile is a head. Each program reads all that its list names: keys that several lists name may
+    come from the cache, and then a kernel may be faster than this.
+    """
+    own_queries = problem._replace(block_q=max(problem.block_q, _ROWS))
+    own_keys = problem._replace(block_kv=max(problem.block_kv, _ROWS))
+    size, width = _sizes(problem), problem.itemsize * (problem.dim + problem.v_dim)
+    listed_keys = problem.tiles * problem.block_kv * width
+    # of each, both numbers per row too
+    listed_rows = problem.tiles * problem.block_q * (width + 8.0)
+    rows = size.q + size.out
+    found = {
+        "forward": Work(_products(own_queries, 1, 1), rows + size.row_numbers / 2 + listed_keys),
+        "d_q": Work(_products(own_queries, 2, 1), rows + size.q + size.row_numbers + listed_keys),
+    }
+    if not problem.masked:
+        both = Work(_products(own_keys, 2, 2), 2 * size.kv + listed_rows)
+        return {**found, "d_k_d_v": both}
+    return {
+        **found,
+        "d_k": Work(_products(own_keys, 2, 1), size.kv + size.k + listed_rows),
+        "d_v": Work(_products(own_keys, 1, 1), size.k + size.v + listed_rows),
+    }
 
 
 class _Sizes(NamedTuple):

@@ -1,5 +1,6 @@
 """A ring of tiles in shared memory: one warpgroup fills it, others empty it."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,9 @@ def tile(dtype: Any, tokens: int, width: int) -> Any:
     return plgpu.SMEM((tokens, width), dtype, transforms=TRANSFORMS)
 
 
-def barriers(stages: int, readers: int) -> tuple[Any, Any]:
-    """Barriers of a ring: a tile has come, and all its readers are done with it."""
-    full = plgpu.Barrier(num_barriers=stages)
+def barriers(stages: int, readers: int, copies: int = 1) -> tuple[Any, Any]:
+    """Barriers of a ring: a tile has come, in so many copies, and all readers are done with it."""
+    full = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
     return full, plgpu.Barrier(num_barriers=stages, num_arrivals=readers)
 
 
@@ -43,7 +44,7 @@ class Ring(NamedTuple):
 
     Attributes:
       slots: Shared memory made by `tiles`.
-      full: Barrier per slot: the copy has arrived.
+      full: Barrier per slot: its copies have arrived.
       free: Barrier per slot: every reader has released the tile.
     """
 
@@ -54,15 +55,21 @@ class Ring(NamedTuple):
     def _slot(self, step: jax.Array) -> jax.Array:
         return anew(lax.rem(step, jnp.int32(self.slots.shape[0])))
 
-    def fill(self, source: Any, step: jax.Array) -> None:
-        """Copies a tile into its slot, as soon as the last readers of that are done."""
+    def fill(self, sources: Sequence[Any], step: jax.Array) -> None:
+        """Copies the strips of a tile into its slot, once the last readers of that are done."""
         slot = self._slot(step)
 
         @pl.when(step >= self.slots.shape[0])
         def _():
             plgpu.barrier_wait(self.free.at[slot])
 
-        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.full.at[slot])
+        if len(sources) == 1:
+            plgpu.copy_gmem_to_smem(sources[0], self.slots.at[slot], self.full.at[slot])
+            return
+        size = self.slots.shape[1] // len(sources)
+        for n, source in enumerate(sources):
+            target = self.slots.at[slot, pl.ds(n * size, size)]
+            plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
 
     def drain(self, steps: jax.Array) -> None:
         """Waits for what is still being read, so that no program ends with unseen arrivals."""

@@ -72,6 +72,34 @@ def test_scores_of_the_map_are_a_product_each():
     assert scores.bytes == lse.bytes + 4 * 16 * 64 * 64
 
 
+def test_few_queries_wait_for_the_keys_that_they_list():
+    # 8 sequences of 8 kv heads, of 4 query heads and a query each, filled up to 8 rows; each lists
+    # 128 pages of 16 keys
+    decode = Problem(64, 64, 8, 32768, 128, 128, tiles=64 * 128, block_q=8, block_kv=16)
+    work = roofline.kernels_of_short_tiles(decode)["forward"]
+    keys, rows = 64 * 128 * 16, 64 * 8
+    # 64 rows are multiplied for each
+    assert work.flops == 4 * 64 * keys * 128
+    assert work.bytes == 512 * keys + 512 * rows + 4 * rows
+    assert work.bound(H200) == "memory"
+
+
+def test_gradients_of_short_tiles():
+    # 4096 queries of a group of 16 rows, each with 16 blocks of 64 keys
+    nsa = Problem(1, 1, 16 * 4096, 4096, 128, 128, tiles=16 * 4096, block_q=16, block_kv=64)
+    found = roofline.kernels_of_short_tiles(nsa)
+    unit = 2 * 128 * 16 * 4096 * 64  # operations of a product with one row
+    products = {name: work.flops / unit for name, work in found.items()}
+    assert products == {"forward": 2 * 64, "d_q": 3 * 64, "d_k_d_v": 4 * 16}
+    rows, keys, strips = 16 * 4096, 4096, 16 * 4096 * 16
+    assert found["d_q"].bytes == 256 * 3 * rows + 8 * rows + 512 * 16 * 4096 * 64
+    assert found["d_k_d_v"].bytes == 2 * 512 * keys + (512 + 8) * strips
+    assert all(work.bound(H200) == "memory" for work in found.values())
+    apart = roofline.kernels_of_short_tiles(nsa._replace(masked=True))
+    assert apart["d_k"].flops + apart["d_v"].flops == 5 / 4 * found["d_k_d_v"].flops
+    assert apart["d_k"].bytes == 256 * 3 * keys + (512 + 8) * strips
+
+
 def test_every_device_names_its_source():
     assert all("https://" in device.source for device in DEVICES.values())
     assert (H200.flops_per_second, H200.bytes_per_second) == (989e12, 4.8e12)

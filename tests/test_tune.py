@@ -151,7 +151,7 @@ def test_every_kernel_has_jobs_for_every_shape():
     ("shape", "sizes", "error", "says"),
     [
         ({"dim": 80}, {}, ValueError, "dim=80 must be a multiple of 64"),
-        ({"block_q": 32}, {}, NotImplementedError, "tiles of 64 or 128 queries, not 32"),
+        ({"block_q": 24}, {}, NotImplementedError, "16, 32, 64 or 128 queries, not 24"),
         ({}, {"length": 100}, ValueError, "length=100 must be a multiple of 128"),
         ({}, {"kv_heads": 3}, ValueError, "heads=16 must be a multiple of 3"),
         ({}, {"density": 1.5}, ValueError, r"density=1.5 must lie in \(0, 1\]"),

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from jsparse import checks
 from jsparse.attention import (
     grouped,
-    kernels,
     kv_major,
     mosaic,
     pyramid,
@@ -21,7 +20,7 @@ from jsparse.attention import (
 )
 from jsparse.attention.block_sparse import Passes, block_sparse_attention, skipping_attention
 from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
-from jsparse.attention.packing import pack, unpack
+from jsparse.attention.packing import Rows, pack, unpack
 from jsparse.attention.problem import Lowered, Plan, Problem
 from jsparse.core.merging import merge
 from jsparse.core.tiling import block_mask
@@ -230,7 +229,7 @@ def _part_refusal(adapter: Any, part: Problem) -> str | None:
     block_q = block_kv = DEFAULT_BLOCK
     if isinstance(plan, BlockMask):
         if part.log_threshold is None:
-            operands, plan, rule = pack(operands, plan, rule, kernels.LEAST_QUERIES)
+            operands, plan, rule = pack(operands, plan, rule, adapter.rows())
         block_q, block_kv = plan.block_q, plan.block_kv
     if part.log_threshold is not None:
         refusal = adapter.skipping_refusal
@@ -247,16 +246,16 @@ def _executed(
     mask: Mask | None,
     rule: LogitRule,
     passes: Callable[[BlockMask], Passes],
-    least_queries: int,
+    rows: Rows,
 ) -> tuple[Array, Array]:
     plan = plan.without_missing_blocks()
-    operands, plan, rule = pack(operands, plan, rule, least_queries)
+    operands, plan, rule = pack(operands, plan, rule, rows)
     out, lse = block_sparse_attention(operands, plan, mask, rule, passes(plan))
     return unpack(out, lse, rule.group)
 
 
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
-_compiled = jax.jit(_executed, static_argnames=("rule", "passes", "least_queries"))
+_compiled = jax.jit(_executed, static_argnames=("rule", "passes", "rows"))
 _compiled_skipping = jax.jit(skipping_attention, static_argnames=("rule", "passes"))
 
 
@@ -282,7 +281,7 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
         problem.mask,
         rule=problem.rule,
         passes=kv_major.passes,
-        least_queries=xla.LEAST_QUERIES,
+        rows=Rows(xla.LEAST_QUERIES),
     )
 
 
@@ -291,7 +290,9 @@ def _xla_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
     return call(*_along(problem), xla.PASSES)
 
 
-def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, Array]:
+def _by_kernels(
+    adapter: Any, passes: Callable[[], Passes], problem: Problem
+) -> tuple[Array, Array]:
     of_any = passes()
     return _executed(
         problem.operands,
@@ -299,7 +300,7 @@ def _by_kernels(passes: Callable[[], Passes], problem: Problem) -> tuple[Array, 
         problem.mask,
         problem.rule,
         lambda plan: of_any,
-        kernels.LEAST_QUERIES,
+        adapter.rows(),
     )
 
 
@@ -310,8 +311,8 @@ def _triton_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
 _CALLS = {
     "reference": _reference,
     "xla": _xla,
-    "mosaic": partial(_by_kernels, lambda: mosaic.chip().passes),
-    "triton": partial(_by_kernels, lambda: triton.PASSES),
+    "mosaic": partial(_by_kernels, mosaic, lambda: mosaic.chip().passes),
+    "triton": partial(_by_kernels, triton, lambda: triton.PASSES),
 }
 # with tiles skipped on the way
 _SKIPPING_CALLS: dict[str, Callable[[Problem], tuple[Array, Array, BlockMask]]] = {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse.attention import kernels, triton, whole_tiles, xla
+from jsparse.attention import kernels, packing, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
@@ -20,6 +20,7 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
+    walk,
 )
 from pallas_kernels.block_sparse_attention.chip import Backward, Forward, Problem
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
@@ -35,11 +36,12 @@ def refusal(
         return reason
     q, _, v = operands[:3]
     widths = _padded_width(q), _padded_width(v)
-    reason = chip().forward.refusal(q.dtype, block_q, block_kv, *widths)
+    filling = _filling(chip().forward, block_q)
+    reason = chip().forward.refusal(q.dtype, filling.filled, block_kv, *widths)
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    parts = _split(operands, mask, rule, rule.rows, rule.kv_len, ragged)
+    parts = _split(operands, mask, rule, filling, rule.rows, rule.kv_len, ragged)
     return parts if isinstance(parts, str) else None
 
 
@@ -55,22 +57,23 @@ def forward(
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     q, k, v = operands[:3]
-    parts = _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    filling = _filling(kernel, sizes.block_q)
+    parts = _split(operands, lists.mask, rule, filling, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     out, lse = kernel(
-        _pad_width(q),
+        _pad_width(filling.fill(q)),
         _pad_width(k),
         _pad_width(v),
         whole_tiles.by_query(lists, rule, sizes),
-        _tiles(parts, rule, sizes),
+        _tiles(parts, rule, filling, sizes),
     )
-    return out[..., : v.shape[-1]].astype(jnp.float32), lse
+    out = filling.cut(out[..., : v.shape[-1]])
+    return out.astype(jnp.float32), filling.cut(lse, axis=2)
 
 
 def backward(
-    kernels_of_chip: Backward,
-    otherwise: Callable[..., Operands],
+    chip: "Chip",
     operands: Operands,
     lists: Lists,
     out: Float[Array, "batch q_len heads v_dim"],
@@ -80,33 +83,35 @@ def backward(
     rule: LogitRule,
     sizes: Sizes,
 ) -> Operands:
-    """Computes the gradient by every operand; `otherwise` does where the kernels cannot."""
+    """Computes the gradient by every operand, in another way where the chip's kernels cannot."""
     q, k, v = operands[:3]
-    block_sizes = sizes.block_q, sizes.block_kv
-    if kernels_of_chip.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
-        return otherwise(operands, lists, out, lse, d_out, d_lse, rule, sizes)
+    filling = _filling(chip.forward, sizes.block_q)
+    block_sizes = filling.filled, sizes.block_kv
+    if chip.backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
+        return chip.otherwise(operands, lists, out, lse, d_out, d_lse, rule, sizes)
 
     def split(operands: Operands) -> _Parts | str:
-        return _split(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+        return _split(operands, lists.mask, rule, filling, q.shape[1], k.shape[1], sizes.ragged)
 
     def compute(parts: _Parts):
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         problem = Problem(
-            _pad_width(q),
+            _pad_width(filling.fill(q)),
             _pad_width(k),
             _pad_width(v),
-            _pad_width(d_out.astype(q.dtype)),
-            lse2,
-            delta,
+            _pad_width(filling.fill(d_out.astype(q.dtype))),
+            # where nothing is seen there is no probability
+            filling.fill(lse2, axis=2, value=jnp.inf),
+            filling.fill(delta, axis=2),
         )
-        found = kernels_of_chip.gradients(
+        found = chip.backward.gradients(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
             whole_tiles.by_key(inverse_of(lists, sizes), lists.mask, rule, sizes),
-            _tiles(parts, rule, sizes),
+            _tiles(parts, rule, filling, sizes),
         )
         d_values = (found.row_values, found.column_values, ()) if parts.modify else ()
-        return *found[:3], d_values
+        return filling.cut(found.q), found.k, found.v, d_values
 
     return kernels.gradients(operands, split, compute)
 
@@ -128,18 +133,22 @@ def backward_by_triton(
 
 
 class Chip(NamedTuple):
-    """What computes attention on a kind of chip, and the gradients that its kernels refuse."""
+    """What computes attention on a kind of chip, and the gradients that its kernels refuse.
+
+    Tiles of `enough_queries` are not packed; see `packing`.
+    """
 
     forward: Forward
     backward: Backward
     otherwise: Callable[..., Operands] = backward_by_triton
+    enough_queries: int = kernels.LEAST_QUERIES
 
     @property
     def passes(self) -> Passes:
         """The two passes, and what second derivatives go through."""
         return Passes(
             partial(forward, self.forward),
-            partial(backward, self.backward, self.otherwise),
+            partial(backward, self),
             xla.differentiable_forward,
         )
 
@@ -147,7 +156,7 @@ class Chip(NamedTuple):
 # by what their compute capabilities begin with
 CHIPS = {
     "8": Chip(mosaic_ampere.FORWARD, mosaic_ampere_backward.BACKWARD),
-    "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward),
+    "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward, walk.ROWS),
     "10": Chip(mosaic_blackwell.FORWARD, mosaic_blackwell_backward.BACKWARD),
 }
 
@@ -172,8 +181,17 @@ def device_refusal() -> str | None:
 
 
 def least_side() -> int:
-    """The side of the smallest square tiles that the chip's kernels take."""
-    return min(chip().forward.heights)
+    """The side of the smallest square tiles whose products waste no rows on the chip."""
+    return min(h for h in chip().forward.heights if h >= walk.ROWS)
+
+
+def rows() -> packing.Rows:
+    """How many rows tiles should have."""
+    return packing.Rows(chip().enough_queries, max(chip().forward.heights))
+
+
+def _filling(kernel: Forward, block_q: int) -> packing.Filling:
+    return packing.Filling(block_q, kernel.height(block_q))
 
 
 class _Parts(NamedTuple):
@@ -195,20 +213,27 @@ def _split(
     operands: Operands,
     mask: Mask | None,
     rule: LogitRule,
+    filling: packing.Filling,
     q_len: int,
     kv_len: int,
     ragged: bool,
 ) -> _Parts | str:
     """The parts as kernels take them, or a sentence that says what they cannot take."""
+    modifier = kernels.modifier(operands, rule)
+
+    def modify(logit, q_index, *where):
+        return modifier(logit, filling.row(q_index), *where)
 
     def hide(logit, q_index, kv_index, batch, head):
-        return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
+        row = filling.row(q_index)
+        return rule.hide(logit, mask, row, kv_index, batch, head, ragged=ragged)
 
     batches, _, heads, _ = operands.q.shape
+    q_len = filling.length(q_len)
     sizes: dict[str, Any] = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
     modified = None
     if not _only_scales(operands, rule):
-        modified = separate(kernels.modifier(operands, rule), **sizes)
+        modified = separate(modify, **sizes)
     if isinstance(modified, str):
         return modified
     hidden = separate(hide, **sizes) if mask is not None or ragged else None
@@ -225,10 +250,10 @@ def _only_scales(operands: Operands, rule: LogitRule) -> bool:
     )
 
 
-def _tiles(parts: _Parts, rule: LogitRule, sizes: Sizes) -> Tiles:
+def _tiles(parts: _Parts, rule: LogitRule, filling: packing.Filling, sizes: Sizes) -> Tiles:
     modify, hide = parts
     return Tiles(
-        sizes.block_q,
+        filling.filled,
         sizes.block_kv,
         None if modify else rule.scale,
         modify and Rule(modify.rule, modify.row_values, modify.column_values, modify.gradient),

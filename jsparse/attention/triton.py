@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, xla
+from jsparse.attention import kernels, packing, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
@@ -38,6 +38,11 @@ def device_refusal() -> str | None:
 def least_side() -> int:
     """The side of the smallest square tiles worth laying out: what their products are made of."""
     return 64
+
+
+def rows() -> packing.Rows:
+    """How many rows tiles should have."""
+    return packing.Rows(kernels.LEAST_QUERIES)
 
 
 def skipping_refusal(

@@ -18,7 +18,7 @@ class Forward(NamedTuple):
 
     Attributes:
       compute: As a call, given a configuration.
-      heights: How many queries its tiles may have.
+      heights: How many queries its tiles may have, ascending.
       limit: `limit(block_q, block_kv, dim, v_dim)`: what of the chip is in the way, or None.
       default_config: `default_config(tiles, dim, v_dim)`: what is shipped, None where nothing fits.
       others: `others(block_q, block_kv)`: what may be worth timing besides, where it is legal.
@@ -26,6 +26,7 @@ class Forward(NamedTuple):
         be laid out so, or None.
       shared_memory: `shared_memory(block_q, block_kv, dim, v_dim, config)`: bytes of it that a
         program asks for, barriers apart.
+      lengths: How many keys its tiles may have, ascending.
     """
 
     compute: Callable[..., tuple[jax.Array, jax.Array]]
@@ -35,6 +36,12 @@ class Forward(NamedTuple):
     others: Callable[[int, int], Iterable[Config]]
     layout_refusal: Callable[[Config, int, int, int, int], str | None]
     shared_memory: Callable[[int, int, int, int, Config], int]
+    lengths: tuple[int, ...] = (64, 128)
+
+    def height(self, rows: int) -> int:
+        """The queries of the tile that so many are worth filling up to; as many if none is."""
+        # memory is copied by eight rows
+        return next((h for h in self.heights if rows <= h < max(2 * rows, 16)), rows)
 
     def refusal(self, dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
         """Why it cannot take a problem, or None if it can.
@@ -49,10 +56,9 @@ class Forward(NamedTuple):
         if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
             return f"its matrix products take bfloat16 or float16, not {jnp.dtype(dtype).name}."
         if block_q not in self.heights:
-            heights = " or ".join(map(str, self.heights))
-            return f"it takes tiles of {heights} queries, not {block_q}."
-        if block_kv not in (64, 128):
-            return f"it takes tiles of 64 or 128 keys, not {block_kv}."
+            return f"it takes tiles of {_any_of(self.heights)} queries, not {block_q}."
+        if block_kv not in self.lengths:
+            return f"it takes tiles of {_any_of(self.lengths)} keys, not {block_kv}."
         if max(dim, v_dim) > 256:
             return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
         reason = self.limit(block_q, block_kv, dim, v_dim)
@@ -103,11 +109,14 @@ class Forward(NamedTuple):
         reason = self.refusal(q.dtype, *sizes)
         if reason:
             raise NotImplementedError("The Mosaic block-sparse forward: " + reason)
+        default = self.default_config(tiles, *sizes[2:])
+        usual = self.default_config(Tiles(*sizes[:2]), *sizes[2:])
         # many vectors of keys ask for registers that what was timed had to spare
-        operation = "forward, many values" if tiles.column_values > 2 else "forward"
+        many = tiles.column_values > 2 or default != usual
+        operation = "forward, many values" if many else "forward"
         chosen = config or choose(
             configurations.key(operation, tiles.changes, q.dtype, *sizes),
-            self.default_config(tiles, *sizes[2:]),
+            default,
             lambda tuned: self.layout_refusal(tuned, *sizes),
             self.compute,
             (q, k, v, lists),
@@ -117,6 +126,11 @@ class Forward(NamedTuple):
         if reason:
             raise ValueError(f"config={chosen} is not legal here: {reason}")
         return self.compute(q, k, v, lists, tiles, chosen)
+
+
+def _any_of(numbers: tuple[int, ...]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 class Problem(NamedTuple):

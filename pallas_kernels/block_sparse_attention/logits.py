@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -52,7 +53,9 @@ class Place(NamedTuple):
     """Where a piece of logits lies, and which of its axes are the queries.
 
     `positions` is a reference to the numbers from 0 on, at least as many as there are tokens; `ops`
-    are the functions of the chip on arrays in registers.
+    are the functions of the chip on arrays in registers. Where tiles of the second axis are strips
+    from several places, `listed` is a row of `positions`, which has those of their tokens in the
+    order of the lists; the start on that axis counts along it, and so do values per token.
     """
 
     batch: jax.Array
@@ -63,6 +66,7 @@ class Place(NamedTuple):
     shape: tuple[int, int]
     positions: Any
     ops: Operations
+    listed: tuple[jax.Array, ...] = ()
 
     def _arguments(self, rule: Rule) -> tuple[Any, ...]:
         q_axis, kv_axis = self.q_axis, 1 - self.q_axis
@@ -78,7 +82,7 @@ class Place(NamedTuple):
         if axis == 0:
             return ops.iota(self.shape, 0) + start
         # the compiler would keep what it adds to each start in sixteen registers, for all tiles
-        numbers = ops.load_columns(self.positions.at[pl.ds(start, self.shape[1])])
+        numbers = ops.load_columns(self.positions.at[*self.listed, pl.ds(start, self.shape[1])])
         return ops.along(numbers, self.shape, 1)
 
     def _readers(
@@ -113,8 +117,8 @@ class Tiles(NamedTuple):
     """Static: tile sizes, and what happens to the logits in them.
 
     Attributes:
-      block_q: Queries per tile, 64 or 128.
-      block_kv: Keys per tile, 64 or 128.
+      block_q: Queries per block of the lists: 64 or 128, on Hopper also 8, 16 or 32.
+      block_kv: Keys per block of the lists: the same.
       scale: Constant positive factor on the logits, before all else.
       rule: Changes the logits of every tile. None changes nothing.
       mask: Hides, in the tiles that a list does not call whole, with -inf. None hides nothing.
@@ -148,6 +152,31 @@ class Tiles(NamedTuple):
             rule=self.rule and self.rule.bind(refs[:count]),
             mask=self.mask and self.mask.bind(refs[count:]),
         )
+
+    def arranged(
+        self,
+        rows: Callable[[jax.Array], jax.Array],
+        columns: Callable[[jax.Array], jax.Array],
+    ) -> "Tiles":
+        """The same with values per query and per key as these functions lay them out."""
+
+        def each(rule: Rule | None) -> Rule | None:
+            return rule and rule._replace(
+                row_values=tuple(map(rows, rule.row_values)),
+                column_values=tuple(map(columns, rule.column_values)),
+            )
+
+        return self._replace(rule=each(self.rule), mask=each(self.mask))
+
+    def hiding(self, kv_len: int) -> "Tiles":
+        """The same where the mask also hides keys from position `kv_len` on."""
+        hide = self.mask or Rule(lambda logits, *_: logits)
+
+        def apply(logits, q_index, kv_index, row_values, column_values):
+            logits = hide.apply(logits, q_index, kv_index, row_values, column_values)
+            return jnp.where(kv_index < kv_len, logits, -jnp.inf)
+
+        return self._replace(mask=hide._replace(apply=apply))
 
     @property
     def to_base_2(self) -> float:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations, ring
+from pallas_kernels.block_sparse_attention import strips
 from pallas_kernels.block_sparse_attention.chip import Forward
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax
@@ -32,6 +33,9 @@ from pallas_kernels.block_sparse_attention.walk import (
     launch,
 )
 from pallas_kernels.warpgroup import product_nt, warpgroup
+
+# per thread, where two programs of a consumer and a producer share a multiprocessor
+HALF_THE_REGISTERS = configurations.REGISTERS // (2 * 2 * configurations.THREADS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +62,9 @@ class Config:
 def shared_memory(block_q: int, block_kv: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
     out = 0 if v_dim <= dim else v_dim  # or it takes the place of the queries
-    in_flight = config.stages * block_kv * (dim + v_dim)
-    return 2 * (block_q * (dim + out) + in_flight) + 4 * block_q
+    rows, keys = max(block_q, ROWS), max(block_kv, ROWS)
+    in_flight = config.stages * keys * (dim + v_dim)
+    return 2 * (rows * (dim + out) + in_flight) + 4 * rows
 
 
 def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
@@ -67,7 +72,10 @@ def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
 
     A ring of one tile has no room for the overlap: with tiles of 128 x 128, dim 192 and v_dim 128.
     """
-    block_q, block_kv = tiles.block_q, tiles.block_kv
+    side_by_side = _side_by_side(tiles, dim, v_dim)
+    if side_by_side is not None:
+        return side_by_side
+    block_q, block_kv = tiles.block_q, max(tiles.block_kv, ROWS)
     # vectors with a value per key are held for all keys at once, in every thread
     columns = 64 if tiles.column_values > 2 else block_kv
     for stages in (4, 3, 2, 1):
@@ -77,12 +85,31 @@ def default_config(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
     return None
 
 
+def _side_by_side(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
+    """For few queries, the deepest ring of two programs on a multiprocessor; None if one fits.
+
+    Such programs wait for keys, and while one begins or ends the other still loads. What fits in
+    half of the registers was found by compiling: for wide values neither the overlap, which one
+    program is to the other, nor what reads a vector of keys.
+    """
+    wide = v_dim > 64
+    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
+    if tiles.block_q >= ROWS or v_dim > 128 or (wide and reads_keys):
+        return None
+    for stages in (4, 3, 2):
+        config = Config(stages, 64, HALF_THE_REGISTERS, overlap=not wide)
+        needed = shared_memory(tiles.block_q, tiles.block_kv, dim, v_dim, config)
+        if needed <= SHARED_MEMORY // 2 - RESERVED:
+            return config
+    return None
+
+
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
     """Why a program cannot be laid out by this configuration, or None if it can."""
     reason = configurations.layout_refusal(
         config,
-        consumers=block_q // ROWS,
-        rows=block_kv,
+        consumers=max(block_q // ROWS, 1),
+        rows=max(block_kv, ROWS),
         needed=shared_memory(block_q, block_kv, dim, v_dim, config),
         limit=SHARED_MEMORY - RESERVED,
     )
@@ -96,8 +123,11 @@ def others(block_q: int, block_kv: int) -> Iterator[Config]:
     return (
         Config(stages, columns, consumer, producer, overlap)
         for stages in (4, 3, 2, 1)
-        for columns in sorted({64, block_kv}, reverse=True)
-        for consumer, producer in ((240, 24), (232, 40))
+        for columns in sorted({64, max(block_kv, ROWS)}, reverse=True)
+        for consumer, producer in (
+            *((240, 24), (232, 40)),
+            *[(HALF_THE_REGISTERS, 24)] * (block_q < ROWS),
+        )
         for overlap in (True, False)
     )
 
@@ -107,9 +137,10 @@ def _compute(
 ) -> tuple[jax.Array, jax.Array]:
     batches, q_len, heads, _ = q.shape
     v_dim, dtype = v.shape[3], q.dtype
-    block_q, block_kv = tiles.block_q, tiles.block_kv
-    columns = min(chosen.columns, block_kv)
-    shape, parts, consumers = (ROWS, columns), block_kv // columns, block_q // ROWS
+    own, met = Side((q,), tiles.block_q), Side((k, v), tiles.block_kv)
+    columns = min(chosen.columns, met.tile)
+    shape, parts, consumers = (ROWS, columns), met.tile // columns, own.tile // ROWS
+    lists, tiles, positions, _ = strips.by_query(lists, tiles, own, met)
     in_place = v_dim <= q.shape[3]  # the output takes the place of the queries
     ops = warpgroup()
 
@@ -132,9 +163,9 @@ def _compute(
 
         def softmax(raw, entry, part, masked, peak, total):
             """The peak and sum after a piece, what decays sums before it, and its numerators."""
-            kv_start = program.met(visit, entry) * block_kv + part * columns
+            kv_start = program.first(visit, entry) + part * columns
             where = program.batch, program.head, program.start, kv_start
-            at = Place(*where, 0, shape, program.positions, ops)
+            at = Place(*where, 0, shape, program.positions, ops, program.listed(visit))
             known = Softmax(peak, total)
             known, probs, decay = known.add(bound.change(raw, at, masked), factor)
             return known.peak, known.total, decay, probs
@@ -235,8 +266,9 @@ def _compute(
             out_ref, lse_ref = program.results
             # a part of the columns lies in one piece for eight rows
             rows = ROWS if out_tile.shape[1] == v_dim else 8
-            pairs = [(lse_rows, lse_ref.at[program.numbers])]
-            for row in range(0, ROWS, rows):
+            pairs = [(program.stored(lse_rows), lse_ref.at[program.numbers])]
+            rows = min(rows, program.rows)
+            for row in range(0, program.rows, rows):
                 tokens = pl.ds(program.start + row, rows)
                 target = out_ref.at[program.batch, tokens, program.head]
                 pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
@@ -268,8 +300,8 @@ def _compute(
 
     out, lse = launch(
         consumer,
-        Side((q,), block_q),
-        Side((k, v), block_kv),
+        own,
+        met,
         lists,
         inputs=tiles.values,
         results=(
@@ -283,10 +315,19 @@ def _compute(
         ),
         config=chosen,
         ops=ops,
+        positions=positions,
     )
     return out, lse
 
 
+SIDES = 8, 16, 32, 64, 128  # of blocks, in tokens
 FORWARD = Forward(
-    _compute, (64, 128), lambda *sizes: None, default_config, others, layout_refusal, shared_memory
+    _compute,
+    SIDES,
+    lambda *sizes: None,
+    default_config,
+    others,
+    layout_refusal,
+    shared_memory,
+    lengths=SIDES,
 )

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations
+from pallas_kernels.block_sparse_attention import strips
 from pallas_kernels.block_sparse_attention.chip import (
     Backward,
     Gradients,
@@ -58,6 +59,7 @@ class Config:
 
 def shared_memory(own: int, other: int, dim: int, v_dim: int, config: Config) -> int:
     """Bytes of shared memory: a program's own tile and the ring of the others, barriers apart."""
+    own, other = max(own, ROWS), max(other, ROWS)
     return 2 * (dim + v_dim) * (own + config.stages * other) + 64 * own
 
 
@@ -74,8 +76,8 @@ def layout_refusal(config: Config, own: int, other: int, dim: int, v_dim: int) -
     """Why a program cannot be laid out by this configuration, or None if it can."""
     return configurations.layout_refusal(
         config,
-        consumers=own // ROWS,
-        rows=other,
+        consumers=max(own // ROWS, 1),
+        rows=max(other, ROWS),
         needed=shared_memory(own, other, dim, v_dim, config),
         limit=SHARED_MEMORY - RESERVED,
     )
@@ -86,7 +88,7 @@ def candidates(own: int, other: int, dim: int, v_dim: int) -> tuple[Config, ...]
     others = (
         Config(stages, columns, consumer, producer)
         for stages in (3, 2, 1)
-        for columns in sorted({64, other})
+        for columns in sorted({64, max(other, ROWS)})
         for consumer, producer in ((240, 24), (232, 40))
     )
     return configurations.candidates(
@@ -171,10 +173,14 @@ def d_queries(
       was not asked for.
     """
     batches, q_len, heads, dim = problem.q.shape
-    block_kv, dtype = tiles.block_kv, problem.q.dtype
+    dtype = problem.q.dtype
+    own, met = (
+        Side((problem.q, problem.d_out), tiles.block_q),
+        Side((problem.k, problem.v), tiles.block_kv),
+    )
     row_values = tiles.rule.row_values if tiles.rule else ()
     wanted = floats(row_values) if with_values else ()
-    sizes = tiles.block_q, block_kv, dim, problem.v.shape[3]
+    sizes = own.block, met.block, dim, problem.v.shape[3]
     default = default_config(*sizes)
     assert default is not None
     chosen = config or choose(
@@ -185,17 +191,20 @@ def d_queries(
         (problem, lists),
         tiles,
     )
-    columns = min(chosen.columns, block_kv)
-    shape, parts = (ROWS, columns), block_kv // columns
+    columns = min(chosen.columns, met.tile)
+    shape, parts = (ROWS, columns), met.tile // columns
     sums = len(wanted)
+    numbers = problem.lse2, problem.delta
+    lists, tiles, positions, numbers = strips.by_query(lists, tiles, own, met, numbers)
     ops = warpgroup()
 
     def consumer(program: Program):
         k_ring, v_ring = program.rings
         lse_ref, delta_ref, *values = program.inputs
         bound, visit = tiles.bind(values), program.visit(jnp.int32(0), jnp.int32(0))
+        tokens = program.batch, program.head, pl.ds(program.start, ROWS)
         lse2, delta = (
-            lax.broadcast_in_dim(ops.load_rows(ref.at[program.numbers]), shape, (0,))
+            lax.broadcast_in_dim(ops.load_rows(ref.at[tokens]), shape, (0,))
             for ref in (lse_ref, delta_ref)
         )
 
@@ -212,7 +221,7 @@ def d_queries(
         def piece(entry, step, part, carry, masked):
             d_q, d_values = carry
             k_piece, v_piece = (x.piece(step, part, columns) for x in (k_ring, v_ring))
-            kv_start = program.met(visit, entry) * block_kv + part * columns
+            kv_start = program.first(visit, entry) + part * columns
             at = Place(
                 program.batch,
                 program.head,
@@ -222,6 +231,7 @@ def d_queries(
                 shape,
                 program.positions,
                 ops,
+                program.listed(visit),
             )
 
             def products(raw, d_probs, *rest):
@@ -245,7 +255,7 @@ def d_queries(
         if with_q:
             q_tile = program.own(0)
             q_tile[...] = (d_q[0] * tiles.to_raw).astype(dtype)
-            pairs.append((q_tile, program.results[0].at[program.tokens]))
+            pairs.append((program.stored(q_tile), program.results[0].at[program.tokens]))
         pairs += _sums_to_write(program, d_values, program.head)
         program.write(pairs)
 
@@ -253,14 +263,15 @@ def d_queries(
     out_types += [jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)] * sums
     results = launch(
         consumer,
-        Side((problem.q, problem.d_out), tiles.block_q),
-        Side((problem.k, problem.v), block_kv),
+        own,
+        met,
         lists,
-        inputs=(problem.lse2, problem.delta, *tiles.values),
+        inputs=(*numbers, *tiles.values),
         results=out_types,
-        scratch=[plgpu.SMEM((tiles.block_q // ROWS, max(sums, 1), ROWS), jnp.float32)],
+        scratch=[plgpu.SMEM((own.tile // ROWS, max(sums, 1), ROWS), jnp.float32)],
         config=chosen,
         ops=ops,
+        positions=positions,
     )
     d_q = results[0] if with_q else None
     return d_q, place(results[with_q:], wanted, len(row_values))
@@ -294,10 +305,14 @@ def d_keys(
     """
     batches, kv_len, _, v_dim = problem.v.shape
     heads, dim = problem.q.shape[2:]
-    block_q, dtype = tiles.block_q, problem.q.dtype
+    dtype = problem.q.dtype
+    own, met = (
+        Side((problem.k, problem.v), tiles.block_kv),
+        Side((problem.q, problem.d_out), tiles.block_q),
+    )
     column_values = tiles.rule.column_values if tiles.rule else ()
     wanted = floats(column_values) if with_values else ()
-    sizes = tiles.block_kv, block_q, dim, v_dim
+    sizes = own.block, met.block, dim, v_dim
     default = default_config(*sizes)
     assert default is not None
     chosen = config or choose(
@@ -308,11 +323,13 @@ def d_keys(
         (problem, inverse),
         tiles,
     )
-    columns = min(chosen.columns, block_q)
-    shape, parts = (ROWS, columns), block_q // columns
+    columns = min(chosen.columns, met.tile)
+    shape, parts = (ROWS, columns), met.tile // columns
     sums = len(wanted)
     with_d_probs, lse_inside = with_k or bool(wanted), tiles.rule is None
     ops = warpgroup()
+    numbers = problem.lse2, problem.delta
+    inverse, tiles, positions, numbers = strips.by_key(inverse, tiles, own, met, *numbers)
 
     def consumer(program: Program):
         q_ring, d_out_ring = program.rings
@@ -335,7 +352,7 @@ def d_keys(
             def piece(entry, step, part, carry, masked):
                 d_k, d_v, d_values = carry
                 q_piece, d_out_piece = (x.piece(step, part, columns) for x in (q_ring, d_out_ring))
-                q_start = program.met(visit, entry) * block_q + part * columns
+                q_start = program.first(visit, entry) + part * columns
                 at = Place(
                     program.batch,
                     visit.head,
@@ -345,6 +362,7 @@ def d_keys(
                     shape,
                     program.positions,
                     ops,
+                    program.listed(visit),
                 )
                 numbers = program.batch, visit.head, pl.ds(q_start, columns)
 
@@ -400,7 +418,7 @@ def d_keys(
         pairs = []
         for value, tile, result in zip((*d_k, *d_v), own, program.results, strict=False):
             tile[...] = value.astype(dtype)
-            pairs.append((tile, result.at[program.tokens]))
+            pairs.append((program.stored(tile), result.at[program.tokens]))
         program.write(pairs)
 
     kept = [problem.k] * with_k + [problem.v] * with_v
@@ -408,14 +426,15 @@ def d_keys(
     out_types += [jax.ShapeDtypeStruct((batches, heads, kv_len), jnp.float32)] * sums
     results = launch(
         consumer,
-        Side((problem.k, problem.v), tiles.block_kv),
-        Side((problem.q, problem.d_out), block_q),
+        own,
+        met,
         inverse,
-        inputs=(problem.lse2, problem.delta, *tiles.values),
+        inputs=(*numbers, *tiles.values),
         results=out_types,
-        scratch=[plgpu.SMEM((tiles.block_kv // ROWS, max(sums, 1), ROWS), jnp.float32)],
+        scratch=[plgpu.SMEM((own.tile // ROWS, max(sums, 1), ROWS), jnp.float32)],
         config=chosen,
         ops=ops,
+        positions=positions,
     )
     results, d_values = list(results[: len(kept)]), results[len(kept) :]
     d_k = results.pop(0) if with_k else None
@@ -460,7 +479,8 @@ def _sums_to_write(program: Program, sums: Sequence[jax.Array], q_head: jax.Arra
     pairs = []
     for n, (value, target) in enumerate(zip(sums, targets, strict=True)):
         smem[program.member, n] = value
-        pairs.append((smem.at[program.member, n], target.at[batch, q_head, rows]))
+        source = program.stored(smem.at[program.member, n])
+        pairs.append((source, target.at[batch, q_head, rows]))
     return pairs
 
 

@@ -5,6 +5,15 @@ cores have rows, and meets the tiles of the other side that its list names. A pr
 reads the list and copies those tiles by TMA into rings of shared memory. Every consumer waits for a
 tile to come and says when it is done with it; the producer waits for all of them before it
 overwrites a slot.
+
+Blocks shorter than a warpgroup's 64 rows are walked by the same programs. An owned block of fewer
+rows lies at the top of its tile: they alone are loaded and stored, and what products make of the
+others stays with those. Blocks that are met are strips, of which as many as fill 64 rows are copied
+into one tile, each from where it is; lists and positions then come in the order of `strips`. That
+rows are multiplied in vain costs little, for such programs wait for keys: 64 keys and values of
+width 128 are 32 KiB, of which a Hopper's memory (4.8 TB/s, 132 multiprocessors) brings one in 900
+ns to each, while its tensor cores (989 TFLOP/s) multiply them with 64 rows in 280 ns, however few
+of those count.
 """
 
 import functools
@@ -32,6 +41,8 @@ Carry = TypeVar("Carry")
 
 class Lists(NamedTuple):
     """Which tiles of the other side each tile meets, as parts of one flat list per head.
+
+    Where tiles are several blocks each, all numbers but `ids` count tiles.
 
     Attributes:
       ids: int32 [batch | 1, heads | kv_heads | 1, entries], tiles of the other side.
@@ -67,7 +78,7 @@ class Layout(Protocol):
 
 
 class Side(NamedTuple):
-    """Arrays [batch, tokens, heads, width] of one side, q's or k's, and its tokens per tile."""
+    """Arrays [batch, tokens, heads, width] of one side, q's or k's, and its tokens per block."""
 
     arrays: tuple[jax.Array, ...]
     block: int
@@ -79,8 +90,18 @@ class Side(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Its tiles."""
+        """Its blocks."""
         return self.arrays[0].shape[1] // self.block
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile in shared memory."""
+        return max(self.block, ROWS)
+
+    @property
+    def strips(self) -> int:
+        """Blocks that are met together, as one tile."""
+        return self.tile // self.block
 
 
 class Sides(NamedTuple):
@@ -212,6 +233,7 @@ class Program(NamedTuple):
       batch: The sequence.
       head: The head of the tile it owns.
       start: The first of its tokens.
+      rows: How many they are.
       member: Which of the consumers it is; those that own the same tokens are neighbours.
       stripe: Which of the program's stripes of tokens it owns.
       tiles: The tiles of each array of its side in shared memory, one for each stripe.
@@ -219,7 +241,8 @@ class Program(NamedTuple):
       inputs: References to the further inputs.
       results: References to the results.
       scratch: References to the further shared memory.
-      positions: A reference to the numbers from 0 on.
+      positions: A reference to the numbers from 0 on, or to the positions in the order of lists.
+      other: The side whose tiles it meets.
       visits: How many lists the program walks.
       visit: Gives each of them from its number and how many tiles were met before.
       ids: `Lists.ids`.
@@ -229,6 +252,7 @@ class Program(NamedTuple):
     batch: jax.Array
     head: jax.Array
     start: jax.Array
+    rows: int
     member: jax.Array
     stripe: jax.Array
     tiles: tuple[Any, ...]
@@ -237,6 +261,7 @@ class Program(NamedTuple):
     results: tuple[Any, ...]
     scratch: tuple[Any, ...]
     positions: Any
+    other: Side
     visits: int
     visit: Callable[[jax.Array, jax.Array], Visit]
     ids: Any
@@ -250,6 +275,20 @@ class Program(NamedTuple):
         """Which tile an entry is."""
         return self.ids[*visit.row, entry]
 
+    def first(self, visit: Visit, entry: jax.Array) -> jax.Array:
+        """Where what is known of a tile's tokens begins in arrays of such numbers."""
+        if self.other.strips == 1:
+            return self.met(visit, entry) * self.other.block
+        return entry * self.other.tile
+
+    def listed(self, visit: Visit) -> tuple[jax.Array, ...]:
+        """Which row of `positions` that is about; none where they are the numbers from 0 on."""
+        return visit.row if self.other.strips > 1 else ()
+
+    def stored(self, ref: Any) -> Any:
+        """Of a warpgroup's rows in shared memory those that are its tokens'."""
+        return ref if self.rows == self.ops.height else ref.at[pl.ds(0, self.rows)]
+
     def write(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """Copies from shared to device memory, and waits for that."""
         plgpu.commit_smem()
@@ -260,12 +299,12 @@ class Program(NamedTuple):
     @property
     def tokens(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, tokens, heads, width]."""
-        return self.batch, pl.ds(self.start, self.ops.height), self.head
+        return self.batch, pl.ds(self.start, self.rows), self.head
 
     @property
     def numbers(self) -> tuple[Any, ...]:
         """Where its rows are in arrays [batch, heads, tokens]."""
-        return self.batch, self.head, pl.ds(self.start, self.ops.height)
+        return self.batch, self.head, pl.ds(self.start, self.rows)
 
 
 def launch(
@@ -280,6 +319,7 @@ def launch(
     config: Layout,
     ops: Operations,
     sharing: int = 1,
+    positions: jax.Array | None = None,
 ) -> Sequence[jax.Array]:
     """Runs a program for each tile of `own`, those with the longest way first.
 
@@ -294,9 +334,12 @@ def launch(
       config: How a program is laid out.
       ops: The functions of the chip on arrays in registers.
       sharing: How many consumers own the same tokens.
+      positions: int32 [batch | 1, heads | kv_heads | 1, tokens], those of the tokens of `lists` in
+        their order, where tiles are several blocks each.
     """
     sides = Sides(own, met)
-    visits, stripes = sides.visits, own.block // ops.height
+    rows = min(own.block, ops.height)
+    visits, stripes = sides.visits, own.block // rows
     consumers = stripes * sharing
     given = [x for x in lists if x is not None]
     counts = own.arrays, met.arrays, given, inputs, results, own.arrays, met.arrays
@@ -322,10 +365,14 @@ def launch(
 
                 # the step is carried, where it might be derived: registers are few here
                 def copy(entry, step):
-                    start = bound.ids[*way.row, entry] * met.block
-                    source = batch, pl.ds(start, met.block), way.head
+                    strips = [
+                        bound.ids[*way.row, entry * met.strips + n if met.strips > 1 else entry]
+                        * met.block
+                        for n in range(met.strips)
+                    ]
                     for ref, tiles in zip(met_refs, rings, strict=True):
-                        tiles.fill(ref.at[source], step)
+                        sources = [(batch, pl.ds(start, met.block), way.head) for start in strips]
+                        tiles.fill([ref.at[source] for source in sources], step)
                     return step + 1
 
                 return lax.fori_loop(way.first, way.last, copy, steps)
@@ -338,13 +385,15 @@ def launch(
         def consume():
             plgpu.set_max_registers(config.consumer_registers, action="increase")
             stripe, other = divmod_i32(member, sharing)
-            start = block * own.block + stripe * ops.height
+            start = block * own.block + stripe * rows
 
             @pl.when(other == 0)
             def load():
                 for ref, smem, full in zip(own_refs, own_smem, own_full, strict=True):
-                    source = ref.at[batch, pl.ds(start, ops.height), head]
-                    plgpu.copy_gmem_to_smem(source, smem.at[stripe], full.at[stripe])
+                    source = ref.at[batch, pl.ds(start, rows), head]
+                    whole = rows == ops.height
+                    tile = smem.at[stripe] if whole else smem.at[stripe, pl.ds(0, rows)]
+                    plgpu.copy_gmem_to_smem(source, tile, full.at[stripe])
 
             for full in own_full:
                 plgpu.barrier_wait(full.at[stripe])
@@ -359,6 +408,7 @@ def launch(
                     batch,
                     head,
                     start,
+                    rows,
                     member,
                     stripe,
                     tiles=own_smem,
@@ -367,6 +417,7 @@ def launch(
                     results=result_refs,
                     scratch=tuple(left),
                     positions=positions_ref,
+                    other=met,
                     visits=visits,
                     visit=visit_anew,
                     ids=bound.ids,
@@ -374,16 +425,20 @@ def launch(
                 )
             )
 
-    positions = jnp.arange(max(side.arrays[0].shape[1] for side in (own, met)), dtype=jnp.int32)
+    if positions is None:
+        longest = max(side.arrays[0].shape[1] for side in (own, met))
+        positions = jnp.arange(longest, dtype=jnp.int32)
     programs = sides.order(lists)
     return plgpu.kernel(
         kernel,
         out_type=tuple(results),
         scratch_types=(
             *(ring.tiles(x.dtype, stripes, ops.height, x.shape[3]) for x in own.arrays),
-            *(ring.tiles(x.dtype, config.stages, met.block, x.shape[3]) for x in met.arrays),
+            *(ring.tiles(x.dtype, config.stages, met.tile, x.shape[3]) for x in met.arrays),
             *(plgpu.Barrier(num_barriers=stripes) for _ in own.arrays),
-            *(barrier for _ in met.arrays for barrier in ring.barriers(config.stages, consumers)),
+            *itertools.chain(
+                *(ring.barriers(config.stages, consumers, met.strips) for _ in met.arrays)
+            ),
             *scratch,
         ),
         grid=programs.shape,
@@ -392,6 +447,14 @@ def launch(
         thread_name="warpgroup",
         compiler_params=ops.compiler_params,
     )(programs, positions, *own.arrays, *met.arrays, *given, *inputs)
+
+
+def readable(values: jax.Array, own: Side) -> jax.Array:
+    """Numbers per token [.., tokens | 1], of which a warpgroup may read its rows from any block."""
+    missing = own.tile - own.block
+    if not missing or values.shape[-1] == 1:
+        return values
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
 def divmod_i32(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import jsparse as js
 from jsparse.attention import attend as attending
 from jsparse.attention import xla
 from jsparse.attention.block_sparse import block_sparse_attention
+from jsparse.attention.packing import Rows
 from jsparse.testing import CASES, Problem
 from pallas_kernels import _compat
 from tests.inputs import qkv
@@ -74,6 +75,19 @@ def test_lists_per_query_head_and_full_tiles_stay_apart(executed):
     js.attend(q, k, v, js.BlockMask.from_dense(tiles, **sizes, block_q=1))
     js.attend(q, k, v, js.BlockMask.from_dense(tiles[:1, ::64], **sizes, block_q=64))
     assert executed == [(4, 1, 16), (4, 64, 16)]
+
+
+def test_a_group_of_too_many_rows_is_packed_in_equal_parts(executed, monkeypatch):
+    q, k, v = qkv(7, 20, heads=6, kv_heads=1)
+    tiles = np.random.default_rng(0).random((1, 4, 3)) < 0.7
+    plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=7, kv_len=20, block_q=2, block_kv=8)
+    options = {"mask": CAUSAL, "score_mod": lambda s, b, h, i, j: s + 0.1 * h * j}
+    # tiles have 5 rows at most: 2 of 6 heads with 2 queries each
+    monkeypatch.setattr(attending, "Rows", lambda enough: Rows(enough, 5))
+    got = js.attend(q, k, v, plan, **options, return_lse=True, implementation="xla")
+    assert executed == [(3, 4, 8)]
+    want = js.attend(q, k, v, plan, **options, return_lse=True, implementation="reference")
+    close(got, want, 200 * 2.0**-23)
 
 
 def test_second_derivatives():

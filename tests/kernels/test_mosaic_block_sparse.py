@@ -34,8 +34,11 @@ def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, s
     )
 
 
-def compare(q, k, v, plan, *, capability=_compat.HOPPER, **options):
-    """Holds the kernel to the f32 reference, within the rounding of probabilities and output."""
+def compare(q, k, v, plan, *, capability=_compat.HOPPER, exact=None, **options):
+    """Holds the kernel to the f32 reference, within the rounding of probabilities and output.
+
+    `exact` are what the reference gets in the place of q, k and v.
+    """
     with _compat.interpreter(capability):
         run = jax.jit(
             lambda q, k, v: js.attend(
@@ -44,17 +47,17 @@ def compare(q, k, v, plan, *, capability=_compat.HOPPER, **options):
         )
         out, lse = jax.block_until_ready(run(q, k, v))
     assert out.dtype == v.dtype
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k, v = (x.astype(jnp.float32) for x in exact or (q, k, v))
 
-    def exact(v):
+    def reference(v):
         return js.attend(q, k, v, plan, return_lse=True, implementation="reference", **options)
 
-    want, want_lse = exact(v)
+    want, want_lse = reference(v)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
     # probabilities are rounded once, the output too, and once more when a sink takes its share
     roundings = 3 if "sinks" in options else 2
     unit = float(jnp.finfo(out.dtype).eps) / 2
-    allowed = roundings * unit * np.asarray(exact(jnp.abs(v))[0]) + 1e-6
+    allowed = roundings * unit * np.asarray(reference(jnp.abs(v))[0]) + 1e-6
     error = np.abs(np.asarray(out, np.float32) - np.asarray(want))
     assert (error <= allowed).all(), float((error / allowed).max())
 
@@ -276,8 +279,9 @@ def test_the_choice_falls_on_the_kernel_and_can_be_asked_for():
     ("change", "reason"),
     [
         ({"dtype": jnp.float32}, "bfloat16 or float16, not float32"),
-        ({"block_q": 32}, "64 or 128 queries, not 32"),
-        ({"block_kv": 1}, "64 or 128 keys, not 1"),
+        ({"block_q": 256}, "8, 16, 32, 64 or 128 queries, not 256"),
+        ({"block_kv": 1}, "8, 16, 32, 64 or 128 keys, not 1"),
+        ({"block_kv": 24}, "8, 16, 32, 64 or 128 keys, not 24"),
         ({"dim": 320}, "up to 256, not 320"),
         ({"mask": js.masks.dense(jnp.ones((1, 256, 256), bool))}, "with a query and a key"),
         ({"bias": jnp.ones((256, 256))}, "with a query and a key"),
