@@ -180,10 +180,10 @@ def _keep(kept: Array, number: Array, step: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(kept, step, number * len(step), 0)
 
 
-def _sum_of_lists(
+def sum_of_lists(
     kept: Float[Array, "slots block_q dim"], chunks: Chunks, weights: Array | None
 ) -> Float[Array, "batch heads span block_q dim"]:
-    """For each row what its entries have given, entry by entry."""
+    """For each row what its entries have given, in the order of its list."""
 
     def entry(number, total):
         place, listed = (
@@ -200,11 +200,55 @@ def _sum_of_lists(
     return loop(longest, entry, jnp.zeros(shape, jnp.float32))
 
 
-def _by_row(x: Array, sizes: Sizes) -> Array:
-    """Spans of tiles, [spans, batch, heads, span, block_q, ...], as [batch, heads, rows, ...]."""
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
-    return x[:, :, : sizes.q_blocks * sizes.block_q]
+def merged(
+    peaks: Float[Array, "slots block_q"],
+    totals: Float[Array, "slots block_q"],
+    sums: Float[Array, "slots block_q v_dim"],
+    chunks: Chunks,
+) -> tuple[
+    Float[Array, "batch heads span block_q v_dim"], Float[Array, "batch heads span block_q"]
+]:
+    """A span's `(out, lse)` from what its rows got from each tile of their lists.
+
+    Peaks are finite; totals and sums of numerators are over their exponentials.
+    """
+    listed = chunks.listed[..., None]
+    peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
+    peak = peaks.max(3)
+    weights = jnp.exp(peaks - peak[..., None, :])
+    total = jnp.where(listed, weights * at(totals, chunks.place), 0.0).sum(3)
+    seen = total != 0
+    safe = jnp.where(seen, total, 1.0)
+    out = sum_of_lists(sums, chunks, weights) / safe[..., None]
+    return out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
+
+
+def by_spans(
+    compute: Callable[[Any, Array, Chunks], tuple[Any, Any]],
+    carry: Any,
+    lists: Lists,
+    sizes: Sizes,
+    cut: Cut,
+) -> tuple[Any, Any]:
+    """Computes one span of queries after the other.
+
+    `compute(carry, start, chunks)` gives, besides the next carry, arrays [batch, heads, span,
+    block_q, ...] for the span whose first row of tiles is `start`; all spans' are given together,
+    [batch, heads, rows, ...].
+    """
+
+    def span(carry, number_and_entries):
+        number, entries = number_and_entries
+        return compute(carry, number * cut.span, Chunks.of(entries, sizes, cut))
+
+    def by_row(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
+        return x[:, :, : sizes.q_blocks * sizes.block_q]
+
+    numbered = indices(cut.spans), _spans(lists, sizes, cut)
+    carry, rows = jax.lax.scan(span, carry, numbered)
+    return carry, jax.tree.map(by_row, rows)
 
 
 def forward(
@@ -215,12 +259,9 @@ def forward(
     q, k, v = operands.q, operands.k, operands.v
     bias = Bias.of(operands.bias, s, rule.group)
 
-    def span(kept, number_and_entries):
-        number_of_span, entries = number_and_entries
-        chunks = Chunks.of(entries, s, cut)
-
+    def span(kept, start, chunks):
         def step(number, kept):
-            here, there, _ = chunks.step(number, number_of_span * cut.span, s)
+            here, there, _ = chunks.step(number, start, s)
             owner = here.batch[:, None, None, None], here.head[:, None, None, None]
             where = on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
@@ -239,21 +280,12 @@ def forward(
             return tuple(_keep(x, number, part) for x, part in zip(kept, parts, strict=True))
 
         kept = loop(chunks.steps, step, kept)
-        peaks, totals, sums = kept
-        listed = chunks.listed[..., None]
-        peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
-        peak = peaks.max(3)
-        weights = jnp.exp(peaks - peak[..., None, :])
-        total = jnp.where(listed, weights * at(totals, chunks.place), 0.0).sum(3)
-        seen = total != 0
-        safe = jnp.where(seen, total, 1.0)
-        out = _sum_of_lists(sums, chunks, weights) / safe[..., None]
-        return kept, (out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf))
+        return kept, merged(*kept, chunks)
 
     shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
     kept = tuple(_kept(shape, cut) for shape in shapes)
-    _, (out, lse) = jax.lax.scan(span, kept, (indices(cut.spans), _spans(lists, s, cut)))
-    return jnp.swapaxes(_by_row(out, s), 1, 2), _by_row(lse, s)
+    _, (out, lse) = by_spans(span, kept, lists, s, cut)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 def backward(
@@ -267,13 +299,10 @@ def backward(
     bias = Bias.of(operands.bias, s, rule.group)
     differentiated = Differentiated(operands, rule, lists.mask, s.ragged)
 
-    def span(carry, number_and_entries):
-        number_of_span, entries = number_and_entries
-        chunks = Chunks.of(entries, s, cut)
-
+    def span(carry, start, chunks):
         def step(number, carry):
             d_queries, d_k, d_v, sums = carry
-            here, there, listed = chunks.step(number, number_of_span * cut.span, s)
+            here, there, listed = chunks.step(number, start, s)
             index = here.batch[:, None], here.head[:, None], here.blocks
             lse = jnp.where(listed[..., None], at(terms.lse, *index), jnp.inf)
             own = OwnRows(
@@ -302,15 +331,13 @@ def backward(
             )
 
         carry = loop(chunks.steps, step, carry)
-        return carry, _sum_of_lists(carry[0], chunks, None)
+        return carry, sum_of_lists(carry[0], chunks, None)
 
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
-    (_, d_k, d_v, sums), d_q = jax.lax.scan(
-        span, carry, (indices(cut.spans), _spans(lists, s, cut))
-    )
-    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), d_k, d_v, sums, bias)
+    (_, d_k, d_v, sums), d_q = by_spans(span, carry, lists, s, cut)
+    return differentiated.of_operands(jnp.swapaxes(d_q, 1, 2), d_k, d_v, sums, bias)
 
 
 def _where_full(here: Callable[..., Any], by_rows: Callable[..., Any]) -> Callable[..., Any]:

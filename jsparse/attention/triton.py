@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, xla
+from jsparse.attention import kernels, triton_kv_major, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
@@ -14,6 +14,7 @@ from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
+from pallas_kernels.block_sparse_attention import triton_kv_major as of_gathered_rows
 
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
@@ -57,7 +58,8 @@ def problem_refusal(
 ) -> str | None:
     """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    reason = triton.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    kernel = of_gathered_rows if _of_gathered_rows(block_q) else triton
+    reason = kernel.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
@@ -74,7 +76,10 @@ def forward(
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
-    out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
+    if _of_gathered_rows(sizes.block_q):
+        out, lse = triton_kv_major.forward(problem, lists, tiles, sizes)
+    else:
+        out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
     return out[..., : v.shape[-1]], lse
 
 
@@ -128,8 +133,11 @@ def backward(
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         padded = _pad_width(d_out.astype(q.dtype))
         cotangents = triton.Cotangents(padded, lse2, delta)
-        found = lists.kv_indices, lists.kv_num_blocks
-        d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
+        if _of_gathered_rows(sizes.block_q):
+            d_q, per_query = triton_kv_major.d_queries(problem, cotangents, lists, tiles, sizes)
+        else:
+            found = lists.kv_indices, lists.kv_num_blocks
+            d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
         inverse = inverse_of(lists, sizes)
         turned = inverse.offsets, inverse.q_indices
         d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
@@ -201,6 +209,11 @@ def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Til
         return d_changed, *(next(floats) if x.dtype == jnp.float32 else None for x in all_values)
 
     return triton.Tiles(sizes.block_q, sizes.block_kv, None, changed, gradient)
+
+
+def _of_gathered_rows(block_q: int) -> bool:
+    """Whether tiles have so few queries that those of several are brought together."""
+    return block_q < triton.LEAST_SIDE
 
 
 def _padded_width(x: Array) -> int:
