@@ -71,6 +71,8 @@ class Case(NamedTuple):
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
     # whether tiles are skipped on the way; the first of the arrays is then the threshold
     skipping: bool = False
+    # entries that a list can hold; as many as there are tiles of keys where it says nothing
+    width: int | None = None
 
 
 T = 8192
@@ -179,7 +181,7 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
         ((1, case.q_len, case.heads, case.dim), case.dtype),
         ((1, case.q_len, case.kv_heads, case.dim), case.dtype),
         ((1, case.q_len, case.kv_heads, case.v_dim), case.dtype),
-        ((1, case.heads, q_blocks, kv_blocks), "int32"),
+        ((1, case.heads, q_blocks, case.width or kv_blocks), "int32"),
         ((1, case.heads, q_blocks), "int32"),
         *case.arrays,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse.attention import xla
-from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, by_spans
 from jsparse.attention.lanes import (
     Bias,
     Blocks,
@@ -70,7 +70,6 @@ class Cut(NamedTuple):
 
     chunk: int
     span: int
-    spans: int
     lanes: int
     steps: int
 
@@ -86,7 +85,7 @@ class Cut(NamedTuple):
         most = s.batches * s.heads * (span * width // chunk + min(s.kv_blocks, span * width))
         logits = _LOGITS.get(jax.default_backend(), _LOGITS_OF_ACCELERATORS)
         lanes = max(1, min(most, logits // (chunk * s.block_q * s.block_kv)))
-        return cls(chunk, span, spans, lanes, -(-most // lanes))
+        return cls(chunk, span, lanes, -(-most // lanes))
 
 
 class Chunks(NamedTuple):
@@ -159,16 +158,6 @@ class Chunks(NamedTuple):
         return Blocks(batch, head, span + members), keys, listed
 
 
-def _spans(lists: Lists, sizes: Sizes, cut: Cut) -> Int[Array, "spans _ _ span width"]:
-    """The lists span by span, -1 in the place of padding."""
-    batches, heads, rows, width = lists.kv_indices.shape
-    counted = indices(width) < lists.kv_num_blocks[..., None]
-    entries = jnp.where(counted, lists.kv_indices, -1)
-    missing = cut.spans * cut.span - rows
-    entries = jnp.pad(entries, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1)
-    return jnp.moveaxis(entries.reshape(batches, heads, cut.spans, cut.span, width), 2, 0)
-
-
 # made once for all spans: what a span leaves there is in no place of the next
 def _kept(shape: tuple[int, ...], cut: Cut) -> Float[Array, "_ ..."]:
     return jnp.zeros((cut.steps * cut.lanes * cut.chunk, *shape), jnp.float32)
@@ -223,31 +212,29 @@ def merged(
     return out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
 
 
-def by_spans(
+def by_chunks(
     compute: Callable[[Any, Array, Chunks], tuple[Any, Any]],
     carry: Any,
     lists: Lists,
     sizes: Sizes,
     cut: Cut,
 ) -> tuple[Any, Any]:
-    """Computes one span of queries after the other.
+    """Computes the chunks of one span after the other.
 
     `compute(carry, start, chunks)` gives, besides the next carry, arrays [batch, heads, span,
     block_q, ...] for the span whose first row of tiles is `start`; all spans' are given together,
     [batch, heads, rows, ...].
     """
 
-    def span(carry, number_and_entries):
-        number, entries = number_and_entries
-        return compute(carry, number * cut.span, Chunks.of(entries, sizes, cut))
+    def of_span(carry, start, entries):
+        return compute(carry, start, Chunks.of(entries, sizes, cut))
 
     def by_row(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 2)
         x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
         return x[:, :, : sizes.q_blocks * sizes.block_q]
 
-    numbered = indices(cut.spans), _spans(lists, sizes, cut)
-    carry, rows = jax.lax.scan(span, carry, numbered)
+    carry, rows = by_spans(of_span, carry, lists, cut.span)
     return carry, jax.tree.map(by_row, rows)
 
 
@@ -284,7 +271,7 @@ def forward(
 
     shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
     kept = tuple(_kept(shape, cut) for shape in shapes)
-    _, (out, lse) = by_spans(span, kept, lists, s, cut)
+    _, (out, lse) = by_chunks(span, kept, lists, s, cut)
     return jnp.swapaxes(out, 1, 2), lse
 
 
@@ -336,7 +323,7 @@ def backward(
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
-    (_, d_k, d_v, sums), d_q = by_spans(span, carry, lists, s, cut)
+    (_, d_k, d_v, sums), d_q = by_chunks(span, carry, lists, s, cut)
     return differentiated.of_operands(jnp.swapaxes(d_q, 1, 2), d_k, d_v, sums, bias)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, triton_kv_major, xla
+from jsparse.attention import kernels, triton_columns, triton_kv_major, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
@@ -121,14 +121,14 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand."""
     q, k = operands[:2]
-    by_pair = False
+    looped = False
 
     def split(operands: Operands) -> Separated | str | None:
         lengths = q.shape[1], k.shape[1]
         return _tile_rule(operands, lists.mask, rule, *lengths, sizes.ragged)
 
     def compute(parts: Separated | None):
-        nonlocal by_pair
+        nonlocal looped
         problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         padded = _pad_width(d_out.astype(q.dtype))
@@ -138,12 +138,17 @@ def backward(
         else:
             found = lists.kv_indices, lists.kv_num_blocks
             d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
-        inverse = inverse_of(lists, sizes)
-        turned = inverse.offsets, inverse.q_indices
-        d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
+        if sizes.block_kv < triton.LEAST_SIDE:
+            d_k, d_v = triton_columns.d_keys(problem, cotangents, lists, tiles, sizes)
+            per_key = (None,) * len(problem.values)
+            looped = bool(triton.per_key(problem))
+        else:
+            inverse = inverse_of(lists, sizes)
+            turned = inverse.offsets, inverse.q_indices
+            d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
         if parts is None:
             return d_q, d_k, d_v, ()
-        by_pair = any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
+        looped |= any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
         rows, columns = len(parts.row_values), len(parts.column_values)
         d_values = (
             tuple(d if d is None else d[..., 0] for d in per_query[:rows]),
@@ -153,11 +158,12 @@ def backward(
         return d_q, d_k, d_v, d_values
 
     result = kernels.gradients(operands, split, compute)
-    if not by_pair:
+    if not looped:
         return result
-    # values per pair have theirs from the loops of XLA, which drops these where nobody asks
-    looped = xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
-    return looped._replace(q=result.q, k=result.k, v=result.v)
+    # values per pair, and per key where columns are gathered, have theirs from the loops of XLA,
+    # which drops these where nobody asks
+    by_loops = xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
+    return by_loops._replace(q=result.q, k=result.k, v=result.v)
 
 
 PASSES = Passes(forward, backward, xla.differentiable_forward, skipping_forward)

@@ -22,7 +22,7 @@ def forward(
         parts = triton_kv_major.forward(problem, _of_kernel(chunks, start), tiles)
         return carry, kv_major.merged(*(_by_member(part, sizes) for part in parts), chunks)
 
-    _, (out, lse) = kv_major.by_spans(span, None, lists, sizes, Cut.of(lists, sizes))
+    _, (out, lse) = kv_major.by_chunks(span, None, lists, sizes, Cut.of(lists, sizes))
     return jnp.swapaxes(out, 1, 2), lse
 
 
@@ -43,7 +43,7 @@ def d_queries(
         found = (kv_major.sum_of_lists(_by_member(x, sizes), chunks, None) for x in parts)
         return carry, tuple(found)
 
-    _, (d_q, *d_values) = kv_major.by_spans(span, None, lists, sizes, Cut.of(lists, sizes))
+    _, (d_q, *d_values) = kv_major.by_chunks(span, None, lists, sizes, Cut.of(lists, sizes))
     found = dict(zip(wanted, d_values, strict=True))
     d_q = jnp.swapaxes(d_q, 1, 2).astype(problem.q.dtype)
     return d_q, tuple(found.get(n) for n in range(len(problem.values)))

@@ -341,6 +341,17 @@ def config_of(problem: Problem, tiles: Tiles, own: int, other: int, *, backward:
     return default_config(*sides, width, problem.q.dtype, rule=rule, backward=backward)
 
 
+def direct_config_of(
+    problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool = True
+) -> Config:
+    """The same for programs whose steps follow from no list.
+
+    There is no place in one to read ahead: a third stage would be shared memory alone.
+    """
+    chosen = config_of(problem, tiles, own, other, backward=backward)
+    return dataclasses.replace(chosen, num_stages=2)
+
+
 def _piece(block: int) -> int:
     """The largest piece of a tile, or of several small ones."""
     return block & -block if block >= LEAST_SIDE else _GATHERED

@@ -67,9 +67,9 @@ def forward(
       config: How a program is laid out.
 
     Returns:
-      For each query of the chunks' members, f32 [chunks, size * block_q]: its largest logit, natural
-      and finite; the sum of what is over of its numerators; and their sum with values [..., v_dim].
-      Anything where there is no member.
+      For each query of the chunks' members, f32 [chunks, size * block_q]: its largest logit, in
+      natural units and finite; the sum of exponentials of what logits lack to it; and that sum
+      weighted by values, [..., v_dim]. Anything where there is no member.
 
     Raises:
       NotImplementedError: if the kernel cannot take this problem.
@@ -92,7 +92,7 @@ def forward(
         start = triton.Softmax.of_nothing(chosen.own, v_dim)
         softmax = triton.loop(mine.steps, step, start)
 
-        @pl.when(mine.steps > 0)
+        @pl.when(mine.exists)
         def write():
             # finite: the difference of two infinities is no number
             peak_ref[mine.place] = jnp.maximum(softmax.peak / LOG2_E, _LOWEST)
@@ -145,7 +145,7 @@ def d_queries(
             mine.row.no_gradient(dim, wanted),
         )
 
-        @pl.when(mine.steps > 0)
+        @pl.when(mine.exists)
         def write():
             d_q_ref[*mine.place, :] = d_q
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
@@ -168,6 +168,7 @@ class _Mine(NamedTuple):
 
     row: triton.Row
     kv_start: jax.Array
+    exists: jax.Array
     steps: jax.Array
     place: tuple[Any, ...]
     size: int
@@ -194,11 +195,13 @@ class _Mine(NamedTuple):
         tokens = jnp.where(tokens >= 0, tokens, first)
         queries = Gathered(tokens, there)
         kv_head = lax.div(head, jnp.int32(problem.q.shape[2] // problem.k.shape[2]))
-        steps = tiles.block_kv // config.other
+        exists = chunk < chunks.total[0]
+        steps = lax.select(exists, jnp.int32(tiles.block_kv // config.other), jnp.int32(0))
         return cls(
             triton.Row(batch, head, kv_head, queries, tiles),
             chunks.kv_block[chunk] * tiles.block_kv,
-            jnp.where(chunk < chunks.total[0], steps, 0),
+            exists,
+            steps,
             (chunk, pl.ds(part * config.own, config.own)),
             config.other,
         )
@@ -218,8 +221,8 @@ def _layout(
 ) -> tuple[int, triton.Config]:
     """Rows of a chunk with those that fill it up, and how a program is laid out."""
     own = max(triton.LEAST_SIDE, 1 << (_rows(chunks, tiles) - 1).bit_length())
-    chosen = config or triton.config_of(problem, tiles, own, tiles.block_kv, backward=backward)
-    return own, chosen
+    sides = own, tiles.block_kv
+    return own, config or triton.direct_config_of(problem, tiles, *sides, backward=backward)
 
 
 def _rows(chunks: Chunks, tiles: triton.Tiles) -> int:
