@@ -267,7 +267,8 @@ def forward(
             return tuple(_keep(x, number, part) for x, part in zip(kept, parts, strict=True))
 
         kept = loop(chunks.steps, step, kept)
-        return kept, merged(*kept, chunks)
+        peaks, totals, sums = kept
+        return kept, merged(peaks, totals, sums, chunks)
 
     shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
     kept = tuple(_kept(shape, cut) for shape in shapes)

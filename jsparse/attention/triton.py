@@ -14,7 +14,7 @@ from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
-from pallas_kernels.block_sparse_attention import triton_kv_major as of_gathered_rows
+from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
 
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
@@ -58,7 +58,7 @@ def problem_refusal(
 ) -> str | None:
     """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    kernel = of_gathered_rows if _of_gathered_rows(block_q) else triton
+    kernel = gathered_queries if _few(block_q) else triton
     reason = kernel.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
@@ -76,7 +76,7 @@ def forward(
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
-    if _of_gathered_rows(sizes.block_q):
+    if _few(sizes.block_q):
         out, lse = triton_kv_major.forward(problem, lists, tiles, sizes)
     else:
         out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
@@ -133,12 +133,12 @@ def backward(
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         padded = _pad_width(d_out.astype(q.dtype))
         cotangents = triton.Cotangents(padded, lse2, delta)
-        if _of_gathered_rows(sizes.block_q):
+        if _few(sizes.block_q):
             d_q, per_query = triton_kv_major.d_queries(problem, cotangents, lists, tiles, sizes)
         else:
             found = lists.kv_indices, lists.kv_num_blocks
             d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
-        if sizes.block_kv < triton.LEAST_SIDE:
+        if _few(sizes.block_kv):
             d_k, d_v = triton_columns.d_keys(problem, cotangents, lists, tiles, sizes)
             per_key = (None,) * len(problem.values)
             looped = bool(triton.per_key(problem))
@@ -217,9 +217,9 @@ def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Til
     return triton.Tiles(sizes.block_q, sizes.block_kv, None, changed, gradient)
 
 
-def _of_gathered_rows(block_q: int) -> bool:
-    """Whether tiles have so few queries that those of several are brought together."""
-    return block_q < triton.LEAST_SIDE
+def _few(tokens: int) -> bool:
+    """Whether tiles have so few tokens on a side that those of several are gathered."""
+    return tokens < triton.LEAST_SIDE
 
 
 def _padded_width(x: Array) -> int:

@@ -19,8 +19,9 @@ def forward(
     """Computes `(out, lse)`, both f32."""
 
     def span(carry, start, chunks):
-        parts = triton_kv_major.forward(problem, _of_kernel(chunks, start), tiles)
-        return carry, kv_major.merged(*(_by_member(part, sizes) for part in parts), chunks)
+        found = triton_kv_major.forward(problem, _of_kernel(chunks, start), tiles)
+        peaks, totals, sums = (_by_member(x, sizes) for x in found)
+        return carry, kv_major.merged(peaks, totals, sums, chunks)
 
     _, (out, lse) = kv_major.by_chunks(span, None, lists, sizes, Cut.of(lists, sizes))
     return jnp.swapaxes(out, 1, 2), lse
@@ -37,11 +38,12 @@ def d_queries(
     wanted = triton.per_query(problem)
 
     def span(carry, start, chunks):
-        given = problem, cotangents, _of_kernel(chunks, start), tiles
-        d_q, d_values = triton_kv_major.d_queries(*given)
+        d_q, d_values = triton_kv_major.d_queries(
+            problem, cotangents, _of_kernel(chunks, start), tiles
+        )
         parts = d_q, *(d_value[..., None] for d_value in d_values)
-        found = (kv_major.sum_of_lists(_by_member(x, sizes), chunks, None) for x in parts)
-        return carry, tuple(found)
+        sums = (kv_major.sum_of_lists(_by_member(x, sizes), chunks, None) for x in parts)
+        return carry, tuple(sums)
 
     _, (d_q, *d_values) = kv_major.by_chunks(span, None, lists, sizes, Cut.of(lists, sizes))
     found = dict(zip(wanted, d_values, strict=True))
@@ -52,8 +54,11 @@ def d_queries(
 def _of_kernel(chunks: Chunks, start: Array) -> triton_kv_major.Chunks:
     """Chunks one after the other, whose members are rows of all tiles, not of the span's alone."""
     members = jnp.where(chunks.members >= 0, chunks.members + start, -1)
+    batch, head, kv_block = (x.reshape(-1) for x in (chunks.batch, chunks.head, chunks.kv_block))
     return triton_kv_major.Chunks(
-        *(x.reshape(-1) for x in (chunks.batch, chunks.head, chunks.kv_block)),
+        batch,
+        head,
+        kv_block,
         members.reshape(-1, members.shape[-1]),
         chunks.total[None],
     )

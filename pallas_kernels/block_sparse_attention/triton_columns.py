@@ -6,11 +6,11 @@ shares the list, and writes that for each entry apart. Then a program for each k
 entries gave, in the order of the inverse list: each number has one writer.
 
 Per entry of one key that takes four products with `block_q` rows, `4 * block_q * (dim + v_dim)`
-operations for each head, and moves `8 * (dim + v_dim)` bytes: an f32 written and read again. A
-program that owned one key had no product; one that owned 16 neighbours would read q and d_out of
-every tile that lists one of them, `2 * block_q * (dim + v_dim)` bytes of 16 bits for each such
-tile, to save it. That is less only where more than `block_q / 4` neighbours are listed together,
-and where they are, tiles of 16 keys and more are the better plan.
+operations for each head, and moves `8 * (dim + v_dim)` bytes: an f32 written and read again. The
+tile's q and d_out are read once per piece, of 32 or 64 entries. A program that owned one key had no
+product; one that owned 16 neighbours would read q and d_out, `2 * block_q * (dim + v_dim)` bytes of
+16 bits, for every tile that lists one of them. That is less only where more than `block_q / 4`
+neighbours are listed together, and where they are, tiles of 16 keys and more are the better plan.
 """
 
 from typing import NamedTuple

@@ -114,8 +114,8 @@ class Place(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """That of the logits."""
-        counts = self.queries.count, self.keys.count
-        return counts if self.q_axis == 0 else counts[::-1]
+        q_count, kv_count = self.queries.count, self.keys.count
+        return (q_count, kv_count) if self.q_axis == 0 else (kv_count, q_count)
 
     @property
     def indices(self) -> tuple[jax.Array, jax.Array]:
