@@ -190,10 +190,8 @@ class _Mine(NamedTuple):
         there = row <= last
         row = jnp.minimum(row, last)
         tokens = tokens_of(chunks.members, (chunk,), 0, row, tiles.block_q)
-        # none repeat the first: what is in no list may hold a nan
-        first = jnp.maximum(chunks.members[chunk, 0], 0) * tiles.block_q
-        tokens = jnp.where(tokens >= 0, tokens, first)
-        queries = Gathered(tokens, there)
+        # where there is no member, what is computed of the first query is not read again
+        queries = Gathered(jnp.maximum(tokens, 0), there)
         kv_head = lax.div(head, jnp.int32(problem.q.shape[2] // problem.k.shape[2]))
         exists = chunk < chunks.total[0]
         steps = lax.select(exists, jnp.int32(tiles.block_kv // config.other), jnp.int32(0))
