@@ -16,6 +16,7 @@ of few queries. What owns tiles of few keys is in `triton_columns`, of few queri
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -288,7 +289,10 @@ def d_keys(
     """
     batches, kv_len, kv_heads, dim = problem.k.shape
     heads, v_dim, dtype = problem.q.shape[2], problem.v.shape[-1], problem.k.dtype
-    chosen = config or config_of(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
+    own = tiles.block_kv
+    if tiles.block_q < LEAST_SIDE and max(dim, v_dim) <= 64:
+        own = math.gcd(own, 32)  # 64 keys and gathered queries spill on Blackwell
+    chosen = config or config_of(problem, tiles, own, tiles.block_q, backward=True)
     group, wanted = heads // kv_heads, per_key(problem)
 
     def d_keys_kernel(

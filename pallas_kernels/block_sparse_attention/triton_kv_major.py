@@ -219,7 +219,11 @@ def _layout(
 ) -> tuple[int, triton.Config]:
     """Rows of a chunk with those that fill it up, and how a program is laid out."""
     own = max(triton.LEAST_SIDE, 1 << (_rows(chunks, tiles) - 1).bit_length())
-    sides = own, tiles.block_kv
+    most = own
+    width = max(problem.q.shape[-1], problem.v.shape[-1])
+    if not backward and problem.q.dtype.itemsize == 4 and width > 64:
+        most = min(own, 32)  # more gathered rows spill on Blackwell where there is a rule
+    sides = most, tiles.block_kv
     return own, config or triton.direct_config_of(problem, tiles, *sides, backward=backward)
 
 
