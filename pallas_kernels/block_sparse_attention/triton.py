@@ -189,7 +189,7 @@ def forward(
             return softmax.add(look(there), tiles.to_base_2, v_ref[*row.keys(there), :])
 
         start = Softmax.of_nothing(chosen.own, problem.v.shape[-1])
-        loop(walk.steps, step, start).write(row, out_ref, lse_ref)
+        loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
 
     return call(forward_kernel, chosen, programs(problem, chosen), out_and_lse(problem))(
         *problem[:3], kv_indices, kv_num_blocks, *problem.values
@@ -243,7 +243,7 @@ def d_queries(
         refs = q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref
         add = row.gradient(refs, value_refs, wanted)
         d_q, d_values = loop(
-            walk.steps,
+            *walk.steps,
             lambda number, sums: add(walk.tokens(number), sums),
             row.no_gradient(dim, wanted),
         )
@@ -317,12 +317,12 @@ def d_keys(
                 return add(head, walk.tokens(number), sums)
 
             start = *carry, column.no_value_gradient(wanted)
-            d_k, d_v, d_values = loop(walk.steps, step, start)
+            d_k, d_v, d_values = loop(*walk.steps, step, start)
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
                 ref[batch, head, column.tokens.at] = d_value
             return d_k, d_v
 
-        d_k, d_v = loop(group, one_head, column.no_gradient(dim, v_dim))
+        d_k, d_v = loop(0, group, one_head, column.no_gradient(dim, v_dim))
         d_k_ref[*here, :] = d_k.astype(dtype)
         d_v_ref[*here, :] = d_v.astype(dtype)
 
@@ -388,10 +388,10 @@ def call(kernel: Callable, config: Config, programs: int, out_shape: list) -> Ca
     )
 
 
-def loop(count: Any, step: Callable, carry: Any) -> Any:
-    """`fori_loop` from 0, with counts of 32 bits."""
+def loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
+    """`fori_loop` with counts of 32 bits."""
     # JAX's own integers are 64 bits wide where that is switched on
-    return lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), step, carry)
+    return lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -88,7 +88,7 @@ def d_entries(
         at = *triton.list_of(batch, owner, owners, indices_ref), row
         walk = Walk(indices_ref, at, 0, counts_ref[*at], tiles.block_kv, chosen.own)
 
-        @pl.when(piece < walk.steps)
+        @pl.when(piece < walk.steps[1])
         def compute():
             kv_head = lax.div(owner, jnp.int32(owners // kv_heads))
             column = triton.Column(batch, kv_head, walk.tokens(piece), tiles)
@@ -102,7 +102,7 @@ def d_entries(
                 return add(owner * (heads // owners) + member, there, (*sums, ()))[:2]
 
             steps = (heads // owners) * (tiles.block_q // chosen.other)
-            d_k, d_v = triton.loop(steps, step, column.no_gradient(dim, v_dim))
+            d_k, d_v = triton.loop(0, steps, step, column.no_gradient(dim, v_dim))
             here = batch, owner, row, pl.ds(piece * chosen.own, chosen.own)
             d_k_ref[*here, :] = d_k
             d_v_ref[*here, :] = d_v
@@ -158,9 +158,9 @@ def add_entries(
                 new = (found.only_listed(part, 0, 0.0).sum(axis=0) for part in parts)
                 return tuple(a + b for a, b in zip(sums, new, strict=True))
 
-            return triton.loop(walk.steps, step, sums)
+            return triton.loop(*walk.steps, step, sums)
 
-        found = triton.loop(members, one_owner, (d_k_ref[*here, :], d_v_ref[*here, :]))
+        found = triton.loop(0, members, one_owner, (d_k_ref[*here, :], d_v_ref[*here, :]))
         for ref, x in zip(out, found, strict=True):
             ref[*here, :] = x
 

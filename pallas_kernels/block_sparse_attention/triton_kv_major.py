@@ -90,7 +90,7 @@ def forward(
             return softmax.add(look(there), tiles.to_base_2, values)
 
         start = triton.Softmax.of_nothing(chosen.own, v_dim)
-        softmax = triton.loop(mine.steps, step, start)
+        softmax = triton.loop(0, mine.steps, step, start)
 
         @pl.when(mine.exists)
         def write():
@@ -140,6 +140,7 @@ def d_queries(
         given = q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref
         add = mine.row.gradient(given, value_refs, wanted)
         d_q, d_values = triton.loop(
+            0,
             mine.steps,
             lambda number, sums: add(mine.keys(number), sums),
             mine.row.no_gradient(dim, wanted),

@@ -103,7 +103,7 @@ def forward(
             )
 
         start = triton.Softmax.of_nothing(chosen.own, v_dim)
-        triton.loop(walk.steps, step, start).write(row, out_ref, lse_ref)
+        triton.loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
 
     kept = jax.ShapeDtypeStruct((batches, heads, *kv_indices.shape[2:]), jnp.int32)
     arrays = *problem[:3], kv_indices, kv_num_blocks, skipping.log2_threshold

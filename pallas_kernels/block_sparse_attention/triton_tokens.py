@@ -74,22 +74,27 @@ class Walk(NamedTuple):
     size: int
 
     @property
-    def steps(self) -> jax.Array:
-        """How many steps it takes."""
-        entries = self.last - self.first
+    def steps(self) -> tuple[Any, Any]:
+        """The numbers of its first step and of the one after its last."""
         if self.block >= self.size:
-            return entries * (self.block // self.size)
-        return lax.div(entries * self.block + (self.size - 1), jnp.int32(self.size))
+            # not from 0: a kernel would add the first entry to each, and keep it in a register
+            parts = self.block // self.size
+            return self.first * parts, self.last * parts
+        return 0, lax.div(self._tokens + (self.size - 1), jnp.int32(self.size))
+
+    @property
+    def _tokens(self) -> jax.Array:
+        return (self.last - self.first) * self.block
 
     def tokens(self, number: jax.Array) -> Tokens:
         """Those of a step."""
         if self.block >= self.size:
             entry, part = divmod_i32(number, self.block // self.size)
-            start = self.ids[*self.at, self.first + entry] * self.block
+            start = self.ids[*self.at, entry] * self.block
             return Run(start + part * self.size, self.size)
         place = number * self.size + lax.iota(jnp.int32, self.size)
-        listed = place < (self.last - self.first) * self.block
-        place = jnp.minimum(place, (self.last - self.first) * self.block - 1)
+        listed = place < self._tokens
+        place = jnp.minimum(place, self._tokens - 1)
         return Gathered(tokens_of(self.ids, self.at, self.first, place, self.block), listed)
 
 
