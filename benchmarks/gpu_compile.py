@@ -69,13 +69,15 @@ class Case(NamedTuple):
     kv_heads: int = 4
     batch: int = 1
     kv_len: int | None = None  # as many as queries
-    # entries of a list of a row of tiles, of which there is one per kv head; all tiles, per head
-    width: int | None = None
+    # whether the query heads of a group share their lists
+    shared: bool = False
     # given arrays of the shapes in `arrays`, the keyword arguments of attention
     options: Callable[..., dict[str, Any]] = lambda: {}
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
     # whether tiles are skipped on the way; the first of the arrays is then the threshold
     skipping: bool = False
+    # entries that a list can hold; as many as there are tiles of keys where it says nothing
+    width: int | None = None
 
 
 # of the tiles that kernels get
@@ -85,10 +87,12 @@ IDS = ((1, T), "int32")
 # lists per query, shared by the query heads of a group
 NSA: dict[str, Any] = {
     **{"q_len": 4096, "heads": 64, "block_q": 1, "block_kv": 64, "width": 16},
+    "shared": True,
 }
 # a query for each of some sequences, which sees some pages of keys, up to its own length
 DECODE: dict[str, Any] = {
     **{"batch": 8, "q_len": 1, "kv_len": 32768, "heads": 32, "kv_heads": 8, "block_q": 1},
+    "shared": True,
     "options": lambda length: {"mask": js.masks.lengths(length, length)},
     "arrays": (((8,), "int32"),),
 }
@@ -213,7 +217,7 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
     """Attention of a case and its gradients, computed by `passes`, and what to lower them with."""
     kv_len = case.kv_len or case.q_len
     q_blocks, kv_blocks = -(-case.q_len // case.block_q), -(-kv_len // case.block_kv)
-    lists = case.batch, case.kv_heads if case.width else case.heads, q_blocks
+    lists = case.batch, case.kv_heads if case.shared else case.heads, q_blocks
     shapes = (
         ((case.batch, case.q_len, case.heads, case.dim), case.dtype),
         ((case.batch, kv_len, case.kv_heads, case.dim), case.dtype),
@@ -273,7 +277,7 @@ def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
 
 def rows_of(case: Case) -> int:
     """Rows of a tile of queries, those of a group that shares a list in one."""
-    shared = case.width is not None and case.block_q < PACKED.enough
+    shared = case.shared and case.block_q < PACKED.enough
     return case.block_q * (case.heads // case.kv_heads if shared else 1)
 
 

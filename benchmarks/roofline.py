@@ -166,6 +166,34 @@ def kernels_of_short_tiles(problem: Problem) -> dict[str, Work]:
     }
 
 
+def gathered_queries(problem: Problem) -> dict[str, Work]:
+    """The same for tiles of few queries, where each entry's part is written and read again.
+
+    A forward pass keeps of each query and entry a sum of values, its weight and the largest logit.
+    """
+    listed = problem.tiles * problem.block_q
+    return {
+        "forward": _kept(forward(problem), listed * (problem.v_dim + 2)),
+        "d_q": _kept(d_q(problem), listed * problem.dim),
+        "d_k_d_v": d_k_d_v(problem),
+    }
+
+
+def gathered_columns(problem: Problem) -> dict[str, Work]:
+    """The same for tiles of few keys, whose lists no two heads share."""
+    listed = problem.tiles * problem.block_kv
+    return {
+        "forward": forward(problem),
+        "d_q": d_q(problem),
+        "d_k_d_v": _kept(d_k_d_v(problem), listed * (problem.dim + problem.v_dim)),
+    }
+
+
+def _kept(work: Work, numbers: float) -> Work:
+    """With so many f32 written and read besides."""
+    return Work(work.flops, work.bytes + 8.0 * numbers)
+
+
 class _Sizes(NamedTuple):
     """Bytes of each array; `row_numbers` of two f32 per row, `kv` of k and v."""
 

@@ -100,6 +100,22 @@ def test_gradients_of_short_tiles():
     assert apart["d_k"].bytes == 256 * 3 * keys + (512 + 8) * strips
 
 
+def test_what_entries_give_is_written_and_read_again():
+    # a head of 64 queries, each listing 2 of 8 tiles of 16 keys
+    few_queries = Problem(1, 1, 64, 128, 64, 32, tiles=128, block_q=1, block_kv=16)
+    found, plain = roofline.gathered_queries(few_queries), roofline.kernels(few_queries)
+    assert {name: work.flops for name, work in found.items()} == {
+        name: work.flops for name, work in plain.items()
+    }
+    more = {name: work.bytes - plain[name].bytes for name, work in found.items()}
+    assert more == {"forward": 8 * 128 * (32 + 2), "d_q": 8 * 128 * 64, "d_k_d_v": 0}
+    # 2 tiles of 32 queries, each listing 10 keys
+    few_keys = Problem(1, 1, 64, 128, 64, 32, tiles=20, block_q=32, block_kv=1)
+    found, plain = roofline.gathered_columns(few_keys), roofline.kernels(few_keys)
+    more = {name: work.bytes - plain[name].bytes for name, work in found.items()}
+    assert more == {"forward": 0, "d_q": 0, "d_k_d_v": 8 * 20 * (64 + 32)}
+
+
 def test_every_device_names_its_source():
     assert all("https://" in device.source for device in DEVICES.values())
     assert (H200.flops_per_second, H200.bytes_per_second) == (989e12, 4.8e12)

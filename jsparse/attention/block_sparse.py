@@ -5,7 +5,7 @@ over the inverse list; XLA's loops add them up. Memory is that of the inputs and
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +232,29 @@ def _no_tangents(tree):
         return np.zeros(x.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)
+
+
+def by_spans(
+    compute: Callable[[Any, Array, Array], tuple[Any, Any]], carry: Any, lists: Lists, span: int
+) -> tuple[Any, Any]:
+    """Computes one span of rows of tiles after the other.
+
+    `compute(carry, start, entries) -> (carry, result)` gets the span's first row and its lists,
+    with -1 in the place of padding. Results are stacked.
+    """
+    batches, heads, rows, width = lists.kv_indices.shape
+    counted = jnp.arange(width) < lists.kv_num_blocks[..., None]
+    entries = jnp.where(counted, lists.kv_indices, -1)
+    spans = -(-rows // span)
+    missing = ((0, 0), (0, 0), (0, spans * span - rows), (0, 0))
+    entries = jnp.pad(entries, missing, constant_values=-1)
+    entries = jnp.moveaxis(entries.reshape(batches, heads, spans, span, width), 2, 0)
+
+    def step(carry, start_and_entries):
+        return compute(carry, *start_and_entries)
+
+    starts = jnp.arange(spans, dtype=jnp.int32) * span
+    return jax.lax.scan(step, carry, (starts, entries))
 
 
 def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:

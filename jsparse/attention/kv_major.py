@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse.attention import xla
-from jsparse.attention.block_sparse import Lists, Passes, Sizes
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, by_spans
 from jsparse.attention.lanes import (
     Bias,
     Blocks,
@@ -70,7 +70,6 @@ class Cut(NamedTuple):
 
     chunk: int
     span: int
-    spans: int
     lanes: int
     steps: int
 
@@ -86,7 +85,7 @@ class Cut(NamedTuple):
         most = s.batches * s.heads * (span * width // chunk + min(s.kv_blocks, span * width))
         logits = _LOGITS.get(jax.default_backend(), _LOGITS_OF_ACCELERATORS)
         lanes = max(1, min(most, logits // (chunk * s.block_q * s.block_kv)))
-        return cls(chunk, span, spans, lanes, -(-most // lanes))
+        return cls(chunk, span, lanes, -(-most // lanes))
 
 
 class Chunks(NamedTuple):
@@ -159,16 +158,6 @@ class Chunks(NamedTuple):
         return Blocks(batch, head, span + members), keys, listed
 
 
-def _spans(lists: Lists, sizes: Sizes, cut: Cut) -> Int[Array, "spans _ _ span width"]:
-    """The lists span by span, -1 in the place of padding."""
-    batches, heads, rows, width = lists.kv_indices.shape
-    counted = indices(width) < lists.kv_num_blocks[..., None]
-    entries = jnp.where(counted, lists.kv_indices, -1)
-    missing = cut.spans * cut.span - rows
-    entries = jnp.pad(entries, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1)
-    return jnp.moveaxis(entries.reshape(batches, heads, cut.spans, cut.span, width), 2, 0)
-
-
 # made once for all spans: what a span leaves there is in no place of the next
 def _kept(shape: tuple[int, ...], cut: Cut) -> Float[Array, "_ ..."]:
     return jnp.zeros((cut.steps * cut.lanes * cut.chunk, *shape), jnp.float32)
@@ -180,10 +169,10 @@ def _keep(kept: Array, number: Array, step: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(kept, step, number * len(step), 0)
 
 
-def _sum_of_lists(
+def sum_of_lists(
     kept: Float[Array, "slots block_q dim"], chunks: Chunks, weights: Array | None
 ) -> Float[Array, "batch heads span block_q dim"]:
-    """For each row what its entries have given, entry by entry."""
+    """For each row what its entries have given, in the order of its list."""
 
     def entry(number, total):
         place, listed = (
@@ -200,11 +189,53 @@ def _sum_of_lists(
     return loop(longest, entry, jnp.zeros(shape, jnp.float32))
 
 
-def _by_row(x: Array, sizes: Sizes) -> Array:
-    """Spans of tiles, [spans, batch, heads, span, block_q, ...], as [batch, heads, rows, ...]."""
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
-    return x[:, :, : sizes.q_blocks * sizes.block_q]
+def merged(
+    peaks: Float[Array, "slots block_q"],
+    totals: Float[Array, "slots block_q"],
+    sums: Float[Array, "slots block_q v_dim"],
+    chunks: Chunks,
+) -> tuple[
+    Float[Array, "batch heads span block_q v_dim"], Float[Array, "batch heads span block_q"]
+]:
+    """A span's `(out, lse)` from what its rows got from each tile of their lists.
+
+    Peaks are finite; totals and sums of numerators are over their exponentials.
+    """
+    listed = chunks.listed[..., None]
+    peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
+    peak = peaks.max(3)
+    weights = jnp.exp(peaks - peak[..., None, :])
+    total = jnp.where(listed, weights * at(totals, chunks.place), 0.0).sum(3)
+    seen = total != 0
+    safe = jnp.where(seen, total, 1.0)
+    out = sum_of_lists(sums, chunks, weights) / safe[..., None]
+    return out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf)
+
+
+def by_chunks(
+    compute: Callable[[Any, Array, Chunks], tuple[Any, Any]],
+    carry: Any,
+    lists: Lists,
+    sizes: Sizes,
+    cut: Cut,
+) -> tuple[Any, Any]:
+    """Computes the chunks of one span after the other.
+
+    `compute(carry, start, chunks)` gives, besides the next carry, arrays [batch, heads, span,
+    block_q, ...] for the span whose first row of tiles is `start`; all spans' are given together,
+    [batch, heads, rows, ...].
+    """
+
+    def of_span(carry, start, entries):
+        return compute(carry, start, Chunks.of(entries, sizes, cut))
+
+    def by_row(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        x = x.reshape(*x.shape[:2], -1, *x.shape[5:])
+        return x[:, :, : sizes.q_blocks * sizes.block_q]
+
+    carry, rows = by_spans(of_span, carry, lists, cut.span)
+    return carry, jax.tree.map(by_row, rows)
 
 
 def forward(
@@ -215,12 +246,9 @@ def forward(
     q, k, v = operands.q, operands.k, operands.v
     bias = Bias.of(operands.bias, s, rule.group)
 
-    def span(kept, number_and_entries):
-        number_of_span, entries = number_and_entries
-        chunks = Chunks.of(entries, s, cut)
-
+    def span(kept, start, chunks):
         def step(number, kept):
-            here, there, _ = chunks.step(number, number_of_span * cut.span, s)
+            here, there, _ = chunks.step(number, start, s)
             owner = here.batch[:, None, None, None], here.head[:, None, None, None]
             where = on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner
             logits = rule.modify(
@@ -240,20 +268,12 @@ def forward(
 
         kept = loop(chunks.steps, step, kept)
         peaks, totals, sums = kept
-        listed = chunks.listed[..., None]
-        peaks = jnp.where(listed, at(peaks, chunks.place), jnp.finfo(jnp.float32).min)
-        peak = peaks.max(3)
-        weights = jnp.exp(peaks - peak[..., None, :])
-        total = jnp.where(listed, weights * at(totals, chunks.place), 0.0).sum(3)
-        seen = total != 0
-        safe = jnp.where(seen, total, 1.0)
-        out = _sum_of_lists(sums, chunks, weights) / safe[..., None]
-        return kept, (out, jnp.where(seen, peak + jnp.log(safe), -jnp.inf))
+        return kept, merged(peaks, totals, sums, chunks)
 
     shapes = (s.block_q,), (s.block_q,), (s.block_q, v.shape[-1])
     kept = tuple(_kept(shape, cut) for shape in shapes)
-    _, (out, lse) = jax.lax.scan(span, kept, (indices(cut.spans), _spans(lists, s, cut)))
-    return jnp.swapaxes(_by_row(out, s), 1, 2), _by_row(lse, s)
+    _, (out, lse) = by_chunks(span, kept, lists, s, cut)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 def backward(
@@ -267,13 +287,10 @@ def backward(
     bias = Bias.of(operands.bias, s, rule.group)
     differentiated = Differentiated(operands, rule, lists.mask, s.ragged)
 
-    def span(carry, number_and_entries):
-        number_of_span, entries = number_and_entries
-        chunks = Chunks.of(entries, s, cut)
-
+    def span(carry, start, chunks):
         def step(number, carry):
             d_queries, d_k, d_v, sums = carry
-            here, there, listed = chunks.step(number, number_of_span * cut.span, s)
+            here, there, listed = chunks.step(number, start, s)
             index = here.batch[:, None], here.head[:, None], here.blocks
             lse = jnp.where(listed[..., None], at(terms.lse, *index), jnp.inf)
             own = OwnRows(
@@ -302,15 +319,13 @@ def backward(
             )
 
         carry = loop(chunks.steps, step, carry)
-        return carry, _sum_of_lists(carry[0], chunks, None)
+        return carry, sum_of_lists(carry[0], chunks, None)
 
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
-    (_, d_k, d_v, sums), d_q = jax.lax.scan(
-        span, carry, (indices(cut.spans), _spans(lists, s, cut))
-    )
-    return differentiated.of_operands(jnp.swapaxes(_by_row(d_q, s), 1, 2), d_k, d_v, sums, bias)
+    (_, d_k, d_v, sums), d_q = by_chunks(span, carry, lists, s, cut)
+    return differentiated.of_operands(jnp.swapaxes(d_q, 1, 2), d_k, d_v, sums, bias)
 
 
 def _where_full(here: Callable[..., Any], by_rows: Callable[..., Any]) -> Callable[..., Any]:

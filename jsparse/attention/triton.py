@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, packing, xla
+from jsparse.attention import kernels, packing, triton_columns, triton_kv_major, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
@@ -14,6 +14,7 @@ from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
+from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
 
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
@@ -62,7 +63,8 @@ def problem_refusal(
 ) -> str | None:
     """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    reason = triton.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    kernel = gathered_queries if _few(block_q) else triton
+    reason = kernel.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
@@ -79,7 +81,10 @@ def forward(
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
-    out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
+    if _few(sizes.block_q):
+        out, lse = triton_kv_major.forward(problem, lists, tiles, sizes)
+    else:
+        out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
     return out[..., : v.shape[-1]], lse
 
 
@@ -121,26 +126,34 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand."""
     q, k = operands[:2]
-    by_pair = False
+    looped = False
 
     def split(operands: Operands) -> Separated | str | None:
         lengths = q.shape[1], k.shape[1]
         return _tile_rule(operands, lists.mask, rule, *lengths, sizes.ragged)
 
     def compute(parts: Separated | None):
-        nonlocal by_pair
+        nonlocal looped
         problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         padded = _pad_width(d_out.astype(q.dtype))
         cotangents = triton.Cotangents(padded, lse2, delta)
-        found = lists.kv_indices, lists.kv_num_blocks
-        d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
-        inverse = inverse_of(lists, sizes)
-        turned = inverse.offsets, inverse.q_indices
-        d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
+        if _few(sizes.block_q):
+            d_q, per_query = triton_kv_major.d_queries(problem, cotangents, lists, tiles, sizes)
+        else:
+            found = lists.kv_indices, lists.kv_num_blocks
+            d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
+        if _few(sizes.block_kv):
+            d_k, d_v = triton_columns.d_keys(problem, cotangents, lists, tiles, sizes)
+            per_key = (None,) * len(problem.values)
+            looped = bool(triton.per_key(problem))
+        else:
+            inverse = inverse_of(lists, sizes)
+            turned = inverse.offsets, inverse.q_indices
+            d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
         if parts is None:
             return d_q, d_k, d_v, ()
-        by_pair = any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
+        looped |= any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
         rows, columns = len(parts.row_values), len(parts.column_values)
         d_values = (
             tuple(d if d is None else d[..., 0] for d in per_query[:rows]),
@@ -150,11 +163,12 @@ def backward(
         return d_q, d_k, d_v, d_values
 
     result = kernels.gradients(operands, split, compute)
-    if not by_pair:
+    if not looped:
         return result
-    # values per pair have theirs from the loops of XLA, which drops these where nobody asks
-    looped = xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
-    return looped._replace(q=result.q, k=result.k, v=result.v)
+    # values per pair, and per key where columns are gathered, have theirs from the loops of XLA,
+    # which drops these where nobody asks
+    by_loops = xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
+    return by_loops._replace(q=result.q, k=result.k, v=result.v)
 
 
 PASSES = Passes(forward, backward, xla.differentiable_forward, skipping_forward)
@@ -206,6 +220,11 @@ def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Til
         return d_changed, *(next(floats) if x.dtype == jnp.float32 else None for x in all_values)
 
     return triton.Tiles(sizes.block_q, sizes.block_kv, None, changed, gradient)
+
+
+def _few(tokens: int) -> bool:
+    """Whether tiles have so few tokens on a side that those of several are gathered."""
+    return tokens < triton.LEAST_SIDE
 
 
 def _padded_width(x: Array) -> int:

@@ -67,15 +67,24 @@ def column_ranks(entries: Int[Array, "lists rows width"], columns: int) -> Ranks
     return Ranks(ranks[:, :rows], counts)
 
 
-def invert(entries: Int[Array, "lists rows width"], columns: int) -> InverseList:
-    """The inverse of lists whose padding is outside [0, columns)."""
+def invert(
+    entries: Int[Array, "lists rows width"],
+    columns: int,
+    ids: Int[Array, "rows width"] | None = None,
+) -> InverseList:
+    """The inverse of lists whose padding is outside [0, columns).
+
+    `ids` are what it names entries by; default the row that an entry is in.
+    """
     lists, rows, width = entries.shape
     ranks, counts = column_ranks(entries, columns)
     offsets = jnp.pad(jnp.cumsum(counts, axis=-1, dtype=jnp.int32), ((0, 0), (1, 0)))
     inside = (entries >= 0) & (entries < columns)
     owner = jnp.arange(lists)[:, None, None]
     place = offsets.at[owner, jnp.where(inside, entries, 0)].get(mode="promise_in_bounds") + ranks
-    ids = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], entries.shape)
+    if ids is None:
+        ids = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    ids = jnp.broadcast_to(ids, entries.shape)
     # padding goes past the end, where nothing is written
     place = jnp.where(inside, place, rows * width)
     found = jnp.zeros((lists, rows * width), jnp.int32).at[owner, place].set(ids, mode="drop")

@@ -1,16 +1,22 @@
 """Block-sparse attention, forward and backward, by Pallas' Triton backend.
 
-For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, values for each pair
-of tokens. JAX has deprecated this backend since 0.11 and will remove it; as Mosaic learns a shape
-or a chip, that goes there, and this file ends with the backend.
+For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, gathered columns,
+values for each pair of tokens. JAX has deprecated this backend since 0.11 and will remove it; as
+Mosaic learns a shape or a chip, that goes there, and this file ends with the backend.
 
 Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the
 inverse list of a tile of keys, one query head of the group after the other. Each number has one
 writer, so reruns are equal bit by bit. Products of f32 are as precise as
 `jax.default_matmul_precision` says.
+
+Tiles of fewer than 16 tokens fill no product: a step gathers the tokens of several tiles of the
+list, token by token. So a forward pass and `d_q` read tiles of few keys, and `d_k` with `d_v` tiles
+of few queries. What owns tiles of few keys is in `triton_columns`, of few queries in
+`triton_kv_major`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
+from pallas_kernels.block_sparse_attention.triton_tokens import Place, Run, Tokens, Walk
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # rule(logits, q_index, kv_index, values) -> logits; element by element, values as functions that
@@ -36,7 +43,7 @@ class Config:
 
     Attributes:
       own: Tokens that a program computes, at most a tile's.
-      other: Tokens it reads per step of its loop, at most a tile's.
+      other: Tokens it reads per step of its loop, at most a tile's where tiles have 16 or more.
       num_warps: Of 32 threads each.
       num_stages: Depth of the pipeline. A step's tokens are read one step ahead with 2; with 3
         its place in the list two steps ahead, or, where a rule wants that place too, the tokens.
@@ -83,8 +90,14 @@ _BACKWARD = {
 }
 
 
+# a tile of fewer tokens is no side of a product
+LEAST_SIDE = 16
+# tokens that a step gathers, at most
+_GATHERED = 64
+
+
 def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
-    """Why these kernels cannot take a problem, or None if they can.
+    """Why the kernels that own tiles of queries cannot take a problem, or None if they can.
 
     Args:
       dtype: Of q, k and v.
@@ -93,11 +106,17 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
       dim: Width of q and k, padded to a power of two.
       v_dim: Width of v, padded to a power of two.
     """
+    if block_q not in (16, 32, 64, 128):
+        return f"it takes tiles of 16, 32, 64 or 128 queries, not {block_q}."
+    if block_kv >= LEAST_SIDE and block_kv not in (16, 32, 64, 128):
+        return f"it takes tiles of 16, 32, 64 or 128 keys, or of fewer than 16, not {block_kv}."
+    return arrays_refusal(dtype, dim, v_dim)
+
+
+def arrays_refusal(dtype: Any, dim: int, v_dim: int) -> str | None:
+    """Why none of the kernels can take such arrays, or None."""
     if jnp.dtype(dtype) not in map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)):
         return f"it takes float32, bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    for name, size in (("queries", block_q), ("keys", block_kv)):
-        if size not in (16, 32, 64, 128):
-            return f"it takes tiles of 16, 32, 64 or 128 {name}, not {size}."
     if max(dim, v_dim) > 256:
         return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
     return None
@@ -162,15 +181,15 @@ def forward(
 
     def forward_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, *refs):
         *value_refs, out_ref, lse_ref = refs
-        row = row_of(problem, indices_ref, tiles, chosen)
-        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
+        row, walk = row_of(problem, indices_ref, counts_ref, tiles, chosen)
+        look = row.logits(q_ref, k_ref, value_refs)
 
         def step(number, softmax):
-            logits, at = look(number)
-            return softmax.add(logits, tiles.to_base_2, v_ref[*at, :])
+            there = walk.tokens(number)
+            return softmax.add(look(there), tiles.to_base_2, v_ref[*row.keys(there), :])
 
         start = Softmax.of_nothing(chosen.own, problem.v.shape[-1])
-        loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
+        loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
 
     return call(forward_kernel, chosen, programs(problem, chosen), out_and_lse(problem))(
         *problem[:3], kv_indices, kv_num_blocks, *problem.values
@@ -213,45 +232,22 @@ def d_queries(
     """
     batches, q_len, heads, dim = problem.q.shape
     dtype = problem.q.dtype
-    chosen = config or default_config(
-        tiles.block_q,
-        tiles.block_kv,
-        max(dim, problem.v.shape[-1]),
-        dtype,
-        rule=bool(tiles.rule),
-        backward=True,
-    )
-    wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] == 1]
+    chosen = config or config_of(problem, tiles, tiles.block_q, tiles.block_kv, backward=True)
+    wanted = per_query(problem)
 
     def d_queries_kernel(
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, indices_ref, counts_ref, *refs
     ):
-        value_refs, d_q_ref, *d_value_refs = _split(refs, len(problem.values))
-        row = row_of(problem, indices_ref, tiles, chosen)
-        here, rows = (row.batch, row.queries, row.head), (row.batch, row.head, row.queries)
-        queries, d_out = q_ref[*here, :], d_out_ref[*here, :]
-        lse2, delta = lse_ref[rows], delta_ref[rows]
-
-        def step(number, carry):
-            d_q, d_values = carry
-            kv_start = row.kv_start(indices_ref, number)
-            at = row.batch, pl.ds(kv_start, chosen.other), row.kv_head
-            keys = k_ref[*at, :]
-            raw = _product(queries, keys, 1)
-            place = _Place(row.batch, row.head, row.q_start, kv_start, 0, raw.shape)
-            logits, pullback = _logits(raw, tiles, place, value_refs)
-            probs = jnp.exp2(logits * LOG2_E - lse2[:, None])
-            d_probs = _product(d_out, v_ref[*at, :], 1)
-            d_raw, d_new = pullback(probs * (d_probs - delta[:, None]))
-            d_q = d_q + _product(d_raw.astype(dtype), keys, 0)
-            sums = tuple(d_new[n].sum(axis=1) for n in wanted)
-            return d_q, tuple(a + b for a, b in zip(d_values, sums, strict=True))
-
-        start = (
-            jnp.zeros((chosen.own, dim), jnp.float32),
-            tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted),
+        value_refs, d_q_ref, *d_value_refs = split(refs, len(problem.values))
+        row, walk = row_of(problem, indices_ref, counts_ref, tiles, chosen)
+        refs = q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref
+        add = row.gradient(refs, value_refs, wanted)
+        d_q, d_values = loop(
+            *walk.steps,
+            lambda number, sums: add(walk.tokens(number), sums),
+            row.no_gradient(dim, wanted),
         )
-        d_q, d_values = loop(0, row.steps(counts_ref), step, start)
+        here, rows = (row.batch, row.tokens.at, row.head), (row.batch, row.head, row.tokens.at)
         d_q_ref[*here, :] = d_q.astype(dtype)
         for ref, d_value in zip(d_value_refs, d_values, strict=True):
             ref[rows] = d_value
@@ -293,55 +289,40 @@ def d_keys(
     """
     batches, kv_len, kv_heads, dim = problem.k.shape
     heads, v_dim, dtype = problem.q.shape[2], problem.v.shape[-1], problem.k.dtype
-    chosen = config or config_of(problem, tiles, tiles.block_kv, tiles.block_q, backward=True)
-    parts, group = tiles.block_q // chosen.other, heads // kv_heads
-    wanted = [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] > 1]
+    own = tiles.block_kv
+    if tiles.block_q < LEAST_SIDE and max(dim, v_dim) <= 64:
+        own = math.gcd(own, 32)  # 64 keys and gathered queries spill on Blackwell
+    chosen = config or config_of(problem, tiles, own, tiles.block_q, backward=True)
+    group, wanted = heads // kv_heads, per_key(problem)
 
     def d_keys_kernel(
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, offsets_ref, ids_ref, *refs
     ):
-        value_refs, d_k_ref, d_v_ref, *d_value_refs = _split(refs, len(problem.values))
+        value_refs, d_k_ref, d_v_ref, *d_value_refs = split(refs, len(problem.values))
         program, part = divmod_i32(pl.program_id(0), kv_len // chosen.own)
         batch, kv_head = divmod_i32(program, kv_heads)
-        kv_start, kv_block = part * chosen.own, lax.div(part, tiles.block_kv // chosen.own)
-        here = batch, pl.ds(kv_start, chosen.own), kv_head
-        keys, values = k_ref[*here, :], v_ref[*here, :]
+        kv_block = lax.div(part, tiles.block_kv // chosen.own)
+        column = Column(batch, kv_head, Run(part * chosen.own, chosen.own), tiles)
+        here = batch, column.tokens.at, kv_head
+        refs = q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref
+        add = column.gradient(refs, value_refs, wanted)
 
         def one_head(member, carry):
             head = kv_head * group + member
-            at = _list_of(batch, head, heads, offsets_ref)
+            at = list_of(batch, head, heads, offsets_ref)
             first, last = offsets_ref[*at, kv_block], offsets_ref[*at, kv_block + 1]
+            walk = Walk(ids_ref, at, first, last, tiles.block_q, chosen.other)
 
-            def step(number, carry):
-                d_k, d_v, d_values = carry
-                entry, piece = divmod_i32(number, parts)
-                q_start = ids_ref[*at, entry] * tiles.block_q + piece * chosen.other
-                tokens = pl.ds(q_start, chosen.other)
-                queries, d_out = q_ref[batch, tokens, head, :], d_out_ref[batch, tokens, head, :]
-                # keys are the rows, so that no tile of logits is turned round
-                raw = _product(keys, queries, 1)
-                place = _Place(batch, head, q_start, kv_start, 1, raw.shape)
-                logits, pullback = _logits(raw, tiles, place, value_refs)
-                probs = jnp.exp2(logits * LOG2_E - lse_ref[batch, head, tokens][None, :])
-                d_v = d_v + _product(probs.astype(dtype), d_out, 0)
-                d_probs = _product(values, d_out, 1)
-                d_logits = probs * (d_probs - delta_ref[batch, head, tokens][None, :])
-                d_raw, d_new = pullback(d_logits)
-                d_k = d_k + _product(d_raw.astype(dtype), queries, 0)
-                sums = tuple(d_new[n].sum(axis=1) for n in wanted)
-                return d_k, d_v, tuple(a + b for a, b in zip(d_values, sums, strict=True))
+            def step(number, sums):
+                return add(head, walk.tokens(number), sums)
 
-            start = *carry, tuple(jnp.zeros((chosen.own,), jnp.float32) for _ in wanted)
-            d_k, d_v, d_values = loop(first * parts, last * parts, step, start)
+            start = *carry, column.no_value_gradient(wanted)
+            d_k, d_v, d_values = loop(*walk.steps, step, start)
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
-                ref[batch, head, pl.ds(kv_start, chosen.own)] = d_value
+                ref[batch, head, column.tokens.at] = d_value
             return d_k, d_v
 
-        start = (
-            jnp.zeros((chosen.own, dim), jnp.float32),
-            jnp.zeros((chosen.own, v_dim), jnp.float32),
-        )
-        d_k, d_v = loop(0, group, one_head, start)
+        d_k, d_v = loop(0, group, one_head, column.no_gradient(dim, v_dim))
         d_k_ref[*here, :] = d_k.astype(dtype)
         d_v_ref[*here, :] = d_v.astype(dtype)
 
@@ -357,10 +338,27 @@ def d_keys(
 
 
 def config_of(problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool) -> Config:
-    """The shipped configuration for a problem."""
+    """The shipped configuration for a problem, whose tiles have so many tokens on either side."""
     width = max(problem.q.shape[-1], problem.v.shape[-1])
     rule = tiles.rule is not None
-    return default_config(own, other, width, problem.q.dtype, rule=rule, backward=backward)
+    sides = (_piece(own), _piece(other))
+    return default_config(*sides, width, problem.q.dtype, rule=rule, backward=backward)
+
+
+def direct_config_of(
+    problem: Problem, tiles: Tiles, own: int, other: int, *, backward: bool = True
+) -> Config:
+    """The same for programs whose steps follow from no list.
+
+    There is no place in one to read ahead: a third stage would be shared memory alone.
+    """
+    chosen = config_of(problem, tiles, own, other, backward=backward)
+    return dataclasses.replace(chosen, num_stages=2)
+
+
+def _piece(block: int) -> int:
+    """The largest piece of a tile, or of several small ones."""
+    return block & -block if block >= LEAST_SIDE else _GATHERED
 
 
 def programs(problem: Problem, config: Config) -> int:
@@ -403,46 +401,112 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 class Row(NamedTuple):
-    """A program's part of a tile of queries, and the list of that tile."""
+    """The queries of a program, of one head."""
 
     batch: jax.Array
     head: jax.Array
     kv_head: jax.Array
-    q_start: jax.Array
-    list_at: tuple[Any, ...]
+    tokens: Tokens
     tiles: Tiles
-    config: Config
 
-    @property
-    def queries(self) -> Any:
-        """Its tokens."""
-        return pl.ds(self.q_start, self.config.own)
+    def keys(self, there: Tokens) -> tuple[Any, ...]:
+        """Where in k and v tokens are."""
+        return self.batch, there.at, self.kv_head
 
-    def steps(self, counts_ref: Any) -> jax.Array:
-        """How many pieces of key tiles there are to read."""
-        return counts_ref[self.list_at] * (self.tiles.block_kv // self.config.other)
+    def _place(self, there: Tokens) -> Place:
+        return Place(self.batch, self.head, self.tokens, there, 0)
 
-    def kv_start(self, indices_ref: Any, number: jax.Array) -> jax.Array:
-        """The first key of a step."""
-        entry, part = divmod_i32(number, self.tiles.block_kv // self.config.other)
-        start = indices_ref[*self.list_at, entry] * self.tiles.block_kv
-        return start + part * self.config.other
+    def logits(self, q_ref: Any, k_ref: Any, value_refs: Any) -> Callable[[Tokens], jax.Array]:
+        """Gives the logits of some keys; -inf where these are not listed."""
+        queries = q_ref[self.batch, self.tokens.at, self.head, :]
 
-    def logits(self, q_ref: Any, k_ref: Any, indices_ref: Any, value_refs: Any) -> Callable:
-        """Gives for a step's number the logits of its piece, and where its keys and values are."""
-        queries = q_ref[self.batch, self.queries, self.head, :]
-
-        def look(number):
-            kv_start = self.kv_start(indices_ref, number)
-            at = self.batch, pl.ds(kv_start, self.config.other), self.kv_head
-            logits = _product(queries, k_ref[*at, :], 1)
+        def look(there):
+            logits = _product(queries, k_ref[*self.keys(there), :], 1)
             if self.tiles.rule:
-                place = _Place(self.batch, self.head, self.q_start, kv_start, 0, logits.shape)
-                arguments = _arguments(logits, self.tiles.scale, place, value_refs)
+                arguments = _arguments(logits, self.tiles.scale, self._place(there), value_refs)
                 logits = self.tiles.rule(*arguments)
-            return logits, at
+            return there.only_listed(logits, 1, -jnp.inf)
 
         return look
+
+    def gradient(self, refs: Sequence[Any], value_refs: Any, wanted: Sequence[int]) -> Callable:
+        """Gives the sums with some keys' part added: those of `d_q`, and of the wanted values.
+
+        `refs` are to q, k, v and to the cotangents.
+        """
+        q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
+        here, rows = (self.batch, self.tokens.at, self.head), (self.batch, self.head)
+        queries, d_out = q_ref[*here, :], d_out_ref[*here, :]
+        lse2, delta = lse_ref[*rows, self.tokens.at], delta_ref[*rows, self.tokens.at]
+
+        def add(there, sums):
+            d_q, d_values = sums
+            keys = k_ref[*self.keys(there), :]
+            raw = _product(queries, keys, 1)
+            logits, pullback = _logits(raw, self.tiles, self._place(there), value_refs)
+            logits = there.only_listed(logits, 1, -jnp.inf)
+            probs = jnp.exp2(logits * LOG2_E - lse2[:, None])
+            d_probs = _product(d_out, v_ref[*self.keys(there), :], 1)
+            d_raw, d_new = pullback(probs * (d_probs - delta[:, None]))
+            d_q = d_q + _product(d_raw.astype(keys.dtype), keys, 0)
+            new = (d_new[n].sum(axis=1) for n in wanted)
+            return d_q, tuple(a + b for a, b in zip(d_values, new, strict=True))
+
+        return add
+
+    def no_gradient(self, dim: int, wanted: Sequence[int]) -> tuple[jax.Array, Any]:
+        """The sums to begin with."""
+        rows = self.tokens.count
+        none = (jnp.zeros((rows,), jnp.float32) for _ in wanted)
+        return jnp.zeros((rows, dim), jnp.float32), tuple(none)
+
+
+class Column(NamedTuple):
+    """The keys of a program, of one head of k and v."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    tokens: Tokens
+    tiles: Tiles
+
+    def gradient(self, refs: Sequence[Any], value_refs: Any, wanted: Sequence[int]) -> Callable:
+        """Gives the sums with some queries' part added: `d_k`, `d_v`, and those of values.
+
+        `refs` are to q, k, v and to the cotangents.
+        """
+        q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
+        here = self.batch, self.tokens.at, self.kv_head
+        keys, values = k_ref[*here, :], v_ref[*here, :]
+        dtype = keys.dtype
+
+        def add(head, there, sums):
+            d_k, d_v, d_values = sums
+            at, rows = (self.batch, there.at, head), (self.batch, head, there.at)
+            queries, d_out = q_ref[*at, :], d_out_ref[*at, :]
+            # keys are the rows, so that no tile of logits is turned round
+            raw = _product(keys, queries, 1)
+            place = Place(self.batch, head, there, self.tokens, 1)
+            logits, pullback = _logits(raw, self.tiles, place, value_refs)
+            lse2 = there.only_listed(lse_ref[rows], 0, jnp.inf)
+            probs = jnp.exp2(logits * LOG2_E - lse2[None, :])
+            d_v = d_v + _product(probs.astype(dtype), d_out, 0)
+            d_probs = _product(values, d_out, 1)
+            d_raw, d_new = pullback(probs * (d_probs - delta_ref[rows][None, :]))
+            d_k = d_k + _product(d_raw.astype(dtype), queries, 0)
+            new = (d_new[n].sum(axis=1) for n in wanted)
+            return d_k, d_v, tuple(a + b for a, b in zip(d_values, new, strict=True))
+
+        return add
+
+    def no_gradient(self, dim: int, v_dim: int) -> tuple[jax.Array, jax.Array]:
+        """The sums of `d_k` and `d_v` to begin with."""
+        widths = dim, v_dim
+        d_k, d_v = (jnp.zeros((self.tokens.count, width), jnp.float32) for width in widths)
+        return d_k, d_v
+
+    def no_value_gradient(self, wanted: Sequence[int]) -> tuple[jax.Array, ...]:
+        """Those of the wanted values."""
+        return tuple(jnp.zeros((self.tokens.count,), jnp.float32) for _ in wanted)
 
 
 class Softmax(NamedTuple):
@@ -475,70 +539,38 @@ class Softmax(NamedTuple):
         """Writes the rows' output and log-sum-exp."""
         seen = self.total != 0.0
         safe = jnp.where(seen, self.total, 1.0)
-        out_ref[row.batch, row.queries, row.head, :] = self.acc / safe[:, None]
+        out_ref[row.batch, row.tokens.at, row.head, :] = self.acc / safe[:, None]
         lse = jnp.where(seen, self.peak / LOG2_E + jnp.log(safe), -jnp.inf)
-        lse_ref[row.batch, row.head, row.queries] = lse
+        lse_ref[row.batch, row.head, row.tokens.at] = lse
 
 
-def row_of(problem: Problem, indices_ref: Any, tiles: Tiles, config: Config) -> Row:
-    """What this program computes."""
+def row_of(
+    problem: Problem, indices_ref: Any, counts_ref: Any, tiles: Tiles, config: Config
+) -> tuple[Row, Walk]:
+    """What this program computes, and the list of its tile of queries."""
     _, q_len, heads, _ = problem.q.shape
     program, part = divmod_i32(pl.program_id(0), q_len // config.own)
     batch, head = divmod_i32(program, heads)
     kv_head = lax.div(head, jnp.int32(heads // problem.k.shape[2]))
     q_block = lax.div(part, jnp.int32(tiles.block_q // config.own))
-    list_at = *_list_of(batch, head, heads, indices_ref), q_block
-    return Row(batch, head, kv_head, part * config.own, list_at, tiles, config)
+    at = *list_of(batch, head, heads, indices_ref), q_block
+    walk = Walk(indices_ref, at, 0, counts_ref[*at], tiles.block_kv, config.other)
+    return Row(batch, head, kv_head, Run(part * config.own, config.own), tiles), walk
 
 
-def _list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:
+def list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:
     """Which lists a query head reads: they are shared over batch, heads or a group."""
     each = jnp.int32(heads // lists.shape[1])
     return batch if lists.shape[0] > 1 else 0, lax.div(head, each)
 
 
-class _Place(NamedTuple):
-    """Where a piece of logits lies, and which of its axes are the queries."""
-
-    batch: jax.Array
-    head: jax.Array
-    q_start: jax.Array
-    kv_start: jax.Array
-    q_axis: int
-    shape: tuple[int, ...]
-
-    def index(self, axis: int, start: jax.Array) -> jax.Array:
-        return lax.broadcasted_iota(jnp.int32, self.shape, axis) + start
-
-    def reader(self, ref: Any) -> Callable[[], jax.Array]:
-        """Gives an array [batch | 1, heads | 1, q_len | 1, kv_len | 1] in the logits' shape."""
-        starts, axes = (self.q_start, self.kv_start), (self.q_axis, 1 - self.q_axis)
-        full = [axis for axis, size in zip(axes, ref.shape[2:], strict=True) if size > 1]
-        at = tuple(
-            index if size > 1 else 0
-            for index, size in zip((self.batch, self.head), ref.shape, strict=False)
-        )
-        tokens = tuple(
-            pl.ds(start, self.shape[axis]) if axis in full else 0
-            for start, axis in zip(starts, axes, strict=True)
-        )
-
-        tile = ref[*at, *tokens]
-        tile = lax.broadcast_in_dim(tile.T if full == [1, 0] else tile, self.shape, sorted(full))
-        return lambda: tile
-
-
-def _arguments(raw: jax.Array, scale: float | None, place: _Place, value_refs: Any) -> tuple:
+def _arguments(raw: jax.Array, scale: float | None, place: Place, value_refs: Any) -> tuple:
     """What a rule is called with."""
-    return (
-        raw if scale is None else raw * scale,
-        place.index(place.q_axis, place.q_start),
-        place.index(1 - place.q_axis, place.kv_start),
-        tuple(map(place.reader, value_refs)),
-    )
+    scaled = raw if scale is None else raw * scale
+    return scaled, *place.indices, tuple(map(place.reader, value_refs))
 
 
-def _logits(raw: jax.Array, tiles: Tiles, place: _Place, value_refs: Any):
+def _logits(raw: jax.Array, tiles: Tiles, place: Place, value_refs: Any):
     """Logits in natural units, and how a gradient goes back to `raw` and to the values."""
     scale, rule, gradient = tiles.scale, tiles.rule, tiles.gradient
     if rule is None or gradient is None:
@@ -553,10 +585,20 @@ def _logits(raw: jax.Array, tiles: Tiles, place: _Place, value_refs: Any):
     return rule(*arguments), pullback
 
 
+def per_query(problem: Problem) -> list[int]:
+    """Which values have a gradient that `d_queries` sums: an f32 for a query, not for a pair."""
+    return [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] == 1]
+
+
+def per_key(problem: Problem) -> list[int]:
+    """Which values have a gradient that `d_keys` sums."""
+    return [n for n, x in enumerate(problem.values) if _summed(x) and x.shape[3] > 1]
+
+
 def _summed(value: jax.Array) -> bool:
-    """Whether a value has a gradient that a kernel sums: an f32 for a token, not for a pair."""
     return jnp.issubdtype(value.dtype, jnp.floating) and 1 in value.shape[2:]
 
 
-def _split(refs: Sequence[Any], values: int) -> tuple[Any, ...]:
+def split(refs: Sequence[Any], values: int) -> tuple[Any, ...]:
+    """References to values as one tuple, then the others."""
     return refs[:values], *refs[values:]

@@ -32,6 +32,8 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
     reason = triton.refusal(dtype, block_q, block_kv, dim, v_dim)
     if reason:
         return reason
+    if block_kv < triton.LEAST_SIDE:
+        return f"where tiles are skipped it takes tiles of 16 keys or more, not {block_kv}."
     largest = triton.default_config(128, 128, max(dim, v_dim), dtype, rule=True, backward=False)
     if block_q > largest.own or block_kv > largest.other:
         return (
@@ -79,28 +81,29 @@ def forward(
 
     def skipping_kernel(q_ref, k_ref, v_ref, indices_ref, counts_ref, limits_ref, *refs):
         *value_refs, out_ref, lse_ref, kept_ref = refs
-        row = triton.row_of(problem, indices_ref, tiles, chosen)
-        look = row.logits(q_ref, k_ref, indices_ref, value_refs)
+        row, walk = triton.row_of(problem, indices_ref, counts_ref, tiles, chosen)
+        look = row.logits(q_ref, k_ref, value_refs)
         limit = limits_ref[row.batch, row.head]
-        q_index = row.q_start + lax.iota(jnp.int32, chosen.own)
+        q_index = row.tokens.along((chosen.own,), 0)
 
         def step(number, softmax):
-            logits, at = look(number)
+            there = walk.tokens(number)
+            logits = look(there)
             # finite: a row that sees nothing here is below it even where it saw nothing before
             least = jnp.maximum(softmax.peak + limit, _LOWEST)
             least = jnp.where(q_index < skipping.q_len, least, jnp.inf)
             # number by number, for a maximum would pass over a nan
             below = logits * tiles.to_base_2 < least[:, None]
             keep = jnp.where(below, 0, 1).max(axis=1).max(axis=0)
-            kept_ref[row.batch, row.head, row.list_at[-1], number] = keep
+            kept_ref[row.batch, row.head, walk.at[-1], number] = keep
             return lax.cond(
                 keep > 0,
-                lambda: softmax.add(logits, tiles.to_base_2, v_ref[*at, :]),
+                lambda: softmax.add(logits, tiles.to_base_2, v_ref[*row.keys(there), :]),
                 lambda: softmax,
             )
 
         start = triton.Softmax.of_nothing(chosen.own, v_dim)
-        triton.loop(0, row.steps(counts_ref), step, start).write(row, out_ref, lse_ref)
+        triton.loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
 
     kept = jax.ShapeDtypeStruct((batches, heads, *kv_indices.shape[2:]), jnp.int32)
     arrays = *problem[:3], kv_indices, kv_num_blocks, skipping.log2_threshold
