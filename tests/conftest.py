@@ -64,3 +64,14 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops what a module had compiled.
+
+    Each program maps some memory, and a process may have 65,530 mappings on Linux: XLA crashes when
+    thousands of programs have used them up.
+    """
+    yield
+    jax.clear_caches()

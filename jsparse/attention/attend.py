@@ -194,6 +194,9 @@ def choose(problem: Problem) -> Choice:
     refused = {}
     for name in ("mosaic", "triton", "xla"):
         lowered = _lowered(problem, name)
+        if name == "triton" and not isinstance(lowered, str):
+            wasteful = (part.plan and triton.waste(_packed(triton, part)) for part in lowered.parts)
+            lowered = next(filter(None, wasteful), lowered)
         if not isinstance(lowered, str):
             return Choice(name, lowered, refused)
         refused[name] = lowered
@@ -234,6 +237,14 @@ def _part_refusal(adapter: Any, part: Problem) -> str | None:
     if part.log_threshold is not None:
         refusal = adapter.skipping_refusal
     return refusal(operands, mask, rule, block_q, block_kv)
+
+
+def _packed(adapter: Any, part: Problem) -> BlockMask:
+    """The plan of a lowered problem as an adapter's kernels get it."""
+    assert isinstance(part.plan, BlockMask)
+    if part.log_threshold is not None:
+        return part.plan
+    return pack(part.operands, part.plan, part.rule, adapter.rows())[1]
 
 
 def _reference(problem: Problem) -> tuple[Array, Array]:
@@ -277,7 +288,8 @@ def _xla(problem: Problem) -> tuple[Array, Array]:
     call = _compiled if keeps else _executed
     return call(
         problem.operands,
-        with_plan(problem),
+        # a few queries, as in a step of decoding, are no whole tile
+        with_plan(problem, min(DEFAULT_BLOCK, problem.rule.q_len)),
         problem.mask,
         rule=problem.rule,
         passes=kv_major.passes,
@@ -323,13 +335,13 @@ _SKIPPING_CALLS: dict[str, Callable[[Problem], tuple[Array, Array, BlockMask]]] 
 _ADAPTERS: dict[str, Any] = {"mosaic": mosaic, "triton": triton}
 
 
-def with_plan(problem: Problem) -> BlockMask:
+def with_plan(problem: Problem, block_q: int = DEFAULT_BLOCK) -> BlockMask:
     """A lowered problem's tile list; where there is none, the tiles its mask touches, or all."""
     plan, mask, rule = problem.plan, problem.mask, problem.rule
     if plan is not None:
         assert isinstance(plan, BlockMask)
         return plan
-    sizes = {"block_q": DEFAULT_BLOCK, "block_kv": DEFAULT_BLOCK}
+    sizes = {"block_q": block_q, "block_kv": DEFAULT_BLOCK}
     if mask is not None:
         plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)
         return flatten_batch(plan, problem.operands.q.shape[:1])

@@ -44,4 +44,4 @@ def from_length(method: Method, *, min_length: int) -> Method:
         out, _ = dense.attend((), q, k, v, **given)
         return out, DenseInfo(state)
 
-    return Method(method.init, plan, attend)
+    return Method(method.init, plan, attend, method.init_state)

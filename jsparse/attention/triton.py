@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, packing, triton_columns, triton_kv_major, xla
+from jsparse.attention import kernels, kv_major, packing, triton_columns, triton_kv_major, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
-from jsparse.types import Mask
+from jsparse.types import BlockMask, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
 from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
@@ -44,6 +44,20 @@ def least_side() -> int:
 def rows() -> packing.Rows:
     """How many rows tiles should have."""
     return packing.Rows(kernels.LEAST_QUERIES)
+
+
+def waste(plan: BlockMask) -> str | None:
+    """Why another implementation is the better choice for lists of these sizes, or None.
+
+    Of tiles of few queries each entry's part is kept, in chunks of many: where few queries list a
+    tile of keys, as pages of a cache are listed by one sequence, most of a chunk is for nothing.
+    """
+    if not _few(plan.block_q) or kv_major.pays(plan):
+        return None
+    return (
+        f"where so few queries list each tile of keys, tiles of {plan.block_q} queries take it "
+        "more memory than the keys; it computes them where it is asked for by name."
+    )
 
 
 def skipping_refusal(

@@ -14,11 +14,8 @@ from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
-from jsparse.checks.attention import forced_blocks as forced_blocks
-from jsparse.checks.attention import hidden_states as hidden_states
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
-from jsparse.checks.attention import keys_of_all_tokens as keys_of_all_tokens
 from jsparse.checks.attention import level_range as level_range
 from jsparse.checks.attention import levels as levels
 from jsparse.checks.attention import list_heads as list_heads
@@ -30,9 +27,7 @@ from jsparse.checks.attention import merge_parts as merge_parts
 from jsparse.checks.attention import neighborhood_axis as neighborhood_axis
 from jsparse.checks.attention import no_dropout as no_dropout
 from jsparse.checks.attention import not_given as not_given
-from jsparse.checks.attention import of_single_keys as of_single_keys
 from jsparse.checks.attention import one_per_head as one_per_head
-from jsparse.checks.attention import one_softmax as one_softmax
 from jsparse.checks.attention import order_fits as order_fits
 from jsparse.checks.attention import pairs as pairs
 from jsparse.checks.attention import patterns as patterns
@@ -43,7 +38,6 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import pooled_operands as pooled_operands
-from jsparse.checks.attention import power_of_two as power_of_two
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
@@ -52,7 +46,6 @@ from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
-from jsparse.checks.attention import token_lists as token_lists
 from jsparse.checks.attention import whole_grid as whole_grid
 from jsparse.checks.debug import debug_checks as debug_checks
 from jsparse.checks.debug import listed_entries as listed_entries
@@ -75,6 +68,14 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.methods import a_state as a_state
+from jsparse.checks.methods import forced_blocks as forced_blocks
+from jsparse.checks.methods import hidden_states as hidden_states
+from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
+from jsparse.checks.methods import of_single_keys as of_single_keys
+from jsparse.checks.methods import one_softmax as one_softmax
+from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
+from jsparse.checks.methods import token_lists as token_lists
 from jsparse.checks.paged import new_tokens as new_tokens
 from jsparse.checks.paged import one_bool_per_sequence as one_bool_per_sequence
 from jsparse.checks.paged import one_per_sequence as one_per_sequence
@@ -104,6 +105,7 @@ from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
 from jsparse.checks.values import factors as factors
 from jsparse.checks.values import finite as finite
+from jsparse.checks.values import floating as floating
 from jsparse.checks.values import fractions as fractions
 from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
@@ -115,7 +117,9 @@ from jsparse.checks.values import one_logit as one_logit
 from jsparse.checks.values import one_of as one_of
 from jsparse.checks.values import positive as positive
 from jsparse.checks.values import positive_number as positive_number
+from jsparse.checks.values import power_of_two as power_of_two
 from jsparse.checks.values import same_number_of_axes as same_number_of_axes
+from jsparse.checks.values import same_shape as same_shape
 from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
 from jsparse.checks.values import some as some

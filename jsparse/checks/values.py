@@ -140,6 +140,30 @@ def odd_or_zero(**values: int) -> None:
             raise ValueError(f"{name}={value} must be odd, or 0.")
 
 
+def floating(**dtypes: Any) -> None:
+    """Each dtype is one of floating point, with two zeros."""
+    for name, dtype in dtypes.items():
+        # where a negative zero is a nan, XLA makes nans of small negative numbers
+        if not jnp.issubdtype(dtype, jnp.floating) or "fnuz" in jnp.dtype(dtype).name:
+            raise ValueError(
+                f"{name}={jnp.dtype(dtype).name} must be a dtype of floating point with two zeros, "
+                "such as float8_e4m3fn."
+            )
+
+
+def same_shape(what: str, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    """Two things are of one shape."""
+    if left != right:
+        raise ValueError(f"The {what} differ in shape: {left} and {right}.")
+
+
+def power_of_two(**values: int) -> None:
+    """Numbers are powers of two."""
+    for name, value in values.items():
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{name}={value} must be a power of two.")
+
+
 def some(**values: Any) -> None:
     """Each sequence has an element."""
     for name, value in values.items():

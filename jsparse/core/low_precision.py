@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# the largest e4m3 number, and the least scale that the authors' kernels use
-_LARGEST, _LEAST = 448.0, 1e-4
+from jsparse import checks
+
+# the least number that a scale is made for, in the authors' kernels
+_LEAST = 1e-4
 
 
 def hadamard(x: Float[Array, "*rest dim"]) -> Float[Array, "*rest dim"]:
@@ -32,15 +34,19 @@ def rounded(
 
     Args:
       x: Vectors.
-      dtype: Such as bfloat16 or float8_e4m3fn; None rounds nothing.
+      dtype: Of floating point, such as bfloat16 or float8_e4m3fn; None rounds nothing.
       power_of_two: Whether scales are rounded up to powers of two.
+
+    Raises:
+      ValueError: if the dtype has no exponent.
     """
     x = x.astype(jnp.float32)
     if dtype is None:
         return x
+    checks.floating(dtype=dtype)
     if jnp.dtype(dtype).itemsize > 1:
         return x.astype(dtype).astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), _LEAST) / _LARGEST
+    scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), _LEAST) / float(jnp.finfo(dtype).max)
     if power_of_two:
         scale = jnp.exp2(jnp.ceil(jnp.log2(scale)))
     return (x / scale).astype(dtype).astype(jnp.float32) * scale

@@ -105,8 +105,7 @@ def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityR
         run = layer.attention or layer._method
 
         def attention(q, k, v, *, mask, x, positions):
-            params = () if layer.method_params is None else layer.method_params[...]
-            options = {"mask": mask, "params": params, "x": x, "positions": positions}
+            options = {"mask": mask, "params": layer.params(), "x": x, "positions": positions}
             found.append(density_report(layer.method, q, k, v, **options))
             return run(q, k, v, mask=mask, x=x, positions=positions)
 

@@ -207,19 +207,20 @@ def list_overlap(left: BlockMask, right: BlockMask) -> Float[Array, "*batch list
     Rows in which both are empty have 1.
 
     Raises:
-      ValueError: if the plans are of other lengths or tiles.
+      ValueError: if the plans are of other lengths or tiles, or have other numbers of lists.
     """
     checks.same_grid(left.grid, right.grid)
+    checks.same_shape("plans", left.kv_num_blocks.shape, right.kv_num_blocks.shape)
+    last = left.grid.kv_blocks
 
-    def common(own, of_own, other, of_other):
+    def common(own, other):
         places = jnp.clip(jnp.searchsorted(other, own), 0, len(other) - 1)
-        return (of_own & (other[places] == own) & of_other[places]).sum()
+        return ((own < last) & (other[places] == own)).sum()
 
     for _ in left.kv_num_blocks.shape:
         common = jax.vmap(common)
-    # padding after the last entry, so that lists ascend to their ends
-    last = left.grid.kv_blocks
-    lists = [jnp.where(plan.entries(), plan.kv_indices, last) for plan in (left, right)]
-    both = common(lists[0], left.entries(), lists[1], right.entries())
-    either = left.kv_num_blocks + right.kv_num_blocks - both
+    # padding after the last entry, wherever it stood
+    lists = [jnp.sort(jnp.where(x.entries(), x.kv_indices, last), axis=-1) for x in (left, right)]
+    both = common(*lists)
+    either = left.entries().sum(-1) + right.entries().sum(-1) - both
     return jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)

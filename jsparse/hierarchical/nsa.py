@@ -178,15 +178,18 @@ def nsa(
             return compressed.apply(params[name], windows.of(x)).astype(x.dtype)
 
         new, count = -(-q_len // stride), windows.count(k.shape[-3])
-        if state is None or new >= count:
+        if state is None:
             return Pair(of("k", k), of("v", v))
+        if new >= count:
+            return Pair(of("k", k).astype(state.k.dtype), of("v", v).astype(state.v.dtype))
         done = (start - windows.size) // stride + 1  # complete before the first query
 
         def add(name, known, x, first):
             first = jnp.clip(first, 0, count - new)
             length = (new - 1) * stride + windows.size
             tokens = jax.lax.dynamic_slice_in_dim(x, first * stride, length)
-            return jax.lax.dynamic_update_slice_in_dim(known, of(name, tokens), first, axis=0)
+            made = of(name, tokens).astype(known.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(known, made, first, axis=0)
 
         def one(known, k, v, first):
             return Pair(add("k", known.k, k, first), add("v", known.v, v, first))
@@ -202,16 +205,17 @@ def nsa(
         whole = causal(offset=offset) if mask is None else causal(offset=offset) & mask
         start = kv_len - q_len if offset is None else offset
         pair = compress(params, k, v, q_len, start, state)
+        k_windows, v_windows = (x.astype(q.dtype) for x in pair)
         seen = whole_windows(whole, size=windows.size, stride=stride, kv_len=kv_len)
         if windows.count(kv_len):
-            out, lse = attend(q, *pair, mask=seen, return_lse=True, **options)
+            out, lse = attend(q, k_windows, v_windows, mask=seen, return_lse=True, **options)
         else:
             out = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
             lse = jnp.full((*q.shape[:-3], q.shape[-2], q_len), -jnp.inf)
         logits = {name: options[name] for name in ("scale", "softcap") if name in options}
         plan, scores = select_blocks(
             q,
-            pair.k,
+            k_windows,
             lse,
             windows=windows,
             block_kv=block_kv,

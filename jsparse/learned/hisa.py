@@ -71,9 +71,10 @@ def select_tokens(
       indexed: What the indexer made of hidden states.
       top_k: Tokens per query.
       block_kv: Tokens per block.
-      block_top_k: Blocks per query; None looks at every token instead.
+      block_top_k: Blocks per query, at least 2; None looks at every token instead.
       mask: Who may see whom.
     """
+    checks.room_for_both_ends(block_top_k)
     batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
     flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
     whole = None if mask is None else mask.flatten_batch(batch_shape)
@@ -202,6 +203,14 @@ def index_loss(
     q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
     every = jnp.arange(kv_len)
 
+    def product(of_q, of_k, result, queries, keys, tokens):
+        """Products with all keys; where rows have lists, each with its own tokens."""
+        if plan is not None:
+            keys, of_k = keys[tokens], f"r{of_k}"
+        return jnp.einsum(
+            f"{of_q},{of_k}->{result}", queries, keys, preferred_element_type=jnp.float32
+        )
+
     def one_chunk(flat, index):
         batch, chunk = jnp.divmod(index, chunks)
         row = chunk * rows + jnp.arange(rows)
@@ -219,18 +228,13 @@ def index_loss(
             seen = jnp.arange(plan.width) < counts[batch, known][:, None]
         seen &= _visible(whole, row[:, None], tokens, q_len, kv_len, batch)
         queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
-        logits = jnp.einsum(
-            "rkgd,rtkd->rkgt", queries, k[batch, tokens], preferred_element_type=jnp.float32
-        )
+        logits = product("rkgd", "tkd", "rkgt", queries, k[batch], tokens)
         # a row that sees nothing has a softmax too; it does not count in the end
         some = seen.any(-1, keepdims=True)
         shown = seen | ~some
         logits = jnp.where(shown[:, None, None], logits * factor, -jnp.inf)
         target = jax.nn.softmax(logits, axis=-1).mean((1, 2))
-        inside = jnp.einsum(
-            "rhd,rtd->rth", flat.q[batch, known], flat.k[batch, tokens],
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        inside = product("rhd", "td", "rth", flat.q[batch, known], flat.k[batch], tokens)
         scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
         scores = jnp.where(shown, scores, -jnp.inf)
         log_share = jnp.where(shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
@@ -265,8 +269,8 @@ def hisa(
     Args:
       top_k: Tokens per query; 2048 in the paper.
       block_kv: Tokens per block of the first stage; 128 in the paper.
-      block_top_k: Blocks per query, first and last visible one included; 64 in the paper. None
-        skips the first stage.
+      block_top_k: Blocks per query, at least 2: the first and the last visible one are included;
+        64 in the paper. None skips the first stage.
       index_heads: Heads of the indexer; 64 in DeepSeek-V3.2.
       index_dim: Features of each; 128 there.
       rotary_dim: How many of them, the first ones, turn with position; even, 64 there; 0 for none.
@@ -276,17 +280,20 @@ def hisa(
 
     Differs from the paper:
       The indexer's queries are made of hidden states, not of the low-rank queries that only latent
-      attention has. Ties go to the lower token. Mean keys are not rounded again.
+      attention has. Ties go to the lower token. Mean keys are not rounded again, nor are the
+      scores of blocks.
 
     Raises:
       ValueError: if a number is out of range.
     """
     checks.positive(top_k=top_k, block_kv=block_kv, index_heads=index_heads, index_dim=index_dim)
-    checks.positive(block_top_k=1 if block_top_k is None else block_top_k)
+    checks.room_for_both_ends(block_top_k)
     checks.non_negative(rotary_dim=rotary_dim)
     checks.multiple(of=2, rotary_dim=rotary_dim)
     checks.at_most(index_dim, rotary_dim=rotary_dim)
     checks.positive_number(rope_base=rope_base)
+    if index_dtype is not None:
+        checks.floating(index_dtype=index_dtype)
     eight_bits = index_dtype is not None and jnp.dtype(index_dtype).itemsize == 1
     if eight_bits:
         checks.power_of_two(index_dim=index_dim)

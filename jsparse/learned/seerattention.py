@@ -108,7 +108,8 @@ def seerattention(
         `jsparse.core.pooling`.
       k_pools: The same of keys.
       rope_base: Base of the positions that q and k carry, with halves paired as in `js.nn`; None
-        where they carry none, and then the gate has none.
+        where they carry none, and then the gate has none. Keys carry 0, 1, ...: a layer that is
+        called with other `positions` needs None.
       dense_rows: Rows of tiles at the end that keep all they see; 2 in the authors' code.
       width: Most tiles a row can hold; default all. Rows that need more are marked `overflowed`.
 

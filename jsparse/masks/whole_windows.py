@@ -13,11 +13,7 @@ from jsparse.types.mask import Index, TileClassifier
 
 @pytree_dataclass
 class WholeWindows(Mask):
-    """Query `i` sees window `w` where `mask` lets it see all keys of the window.
-
-    Where `mask` does not know that of a range of keys, it counts as no: nothing hidden is ever in a
-    window that is seen.
-    """
+    """Query `i` sees window `w` where `mask` lets it see all keys of the window."""
 
     mask: Mask
     size: int = static_field()
@@ -26,10 +22,9 @@ class WholeWindows(Mask):
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         inner = frame._replace(kv_len=self.kv_len)
-        classify = self.mask.classifier(TileGrid(frame.q_len, self.kv_len, 1, self.stride))
-        cells = range(self.size // self.stride)
+        keys = (kv_index * self.stride + n for n in range(self.size))
         return functools.reduce(
-            operator.and_, (classify(q_index, kv_index + n, inner).every for n in cells)
+            operator.and_, (self.mask.visible(q_index, key, inner) for key in keys)
         )
 
     def classifier(self, grid: TileGrid) -> TileClassifier:

@@ -24,10 +24,11 @@ class SparseAttention(nnx.Module):
     """Multi-head attention with grouped keys and values, sparse by any method.
 
     The attribute `attention` is what turns projected q, k, v into the output; assign another
-    callable of the same form to a built model to capture tensors or to change the method.
+    callable of the same form to a built model to capture tensors or to change the method. A state
+    that the module's method carries while decoding then stays as it is.
 
     Attributes:
-      attention: `attention(q, k, v, *, mask, x) -> out`; default: the module's method.
+      attention: `attention(q, k, v, *, mask, x, positions) -> out`; default: the module's method.
     """
 
     def __init__(
@@ -152,9 +153,11 @@ class SparseAttention(nnx.Module):
             mask = past if mask is None else mask & past
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        if cache is not None and self.method is not None and self.method.init_state is not None:
-            out, info = self.method.attend(
-                self._params(),
+        method = self.method if self.attention is None else None
+        if cache is not None and method is not None and method.init_state is not None:
+            checks.a_state(cache.state, jax.eval_shape(method.init_state, cache.k, cache.v))
+            out, info = method.attend(
+                self.params(),
                 q,
                 k,
                 v,
@@ -187,14 +190,15 @@ class SparseAttention(nnx.Module):
             k,
             v,
             self.method,
-            params=self._params(),
+            params=self.params(),
             mask=mask,
             x=x,
             positions=positions,
             **self._options(),
         )
 
-    def _params(self) -> Any:
+    def params(self) -> Any:
+        """The method's parameters, as it takes them."""
         return jax.tree.map(lambda x: x[...], self.method_params, is_leaf=_is_variable)
 
     def _options(self) -> dict[str, Any]:

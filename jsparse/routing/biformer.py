@@ -127,7 +127,8 @@ def biformer(
     Args:
       grid: Size of the grid along each axis, tokens being row-major; default one axis, the whole
         sequence.
-      regions: Regions along each axis; 7 in the paper.
+      regions: Regions along each axis, at most: they are `ceil(length / regions)` long, so 7 of a
+        length of 8 are 4. 7 in the paper, for lengths that it divides.
       top_k: Regions that each attends to; 1, 4 and 16 in the paper's three stages.
       per_head: Whether each query head routes by itself; all route together in the paper.
 

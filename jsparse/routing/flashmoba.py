@@ -23,10 +23,11 @@ _SCORED_ROWS, _SCORED_BLOCKS = 128, 64
 class FlashMobaInfo(NamedTuple):
     """Products of queries with the means of the chosen blocks, in list order; then -inf.
 
-    A query's own block has its score like any other.
+    A query's own block has its score like any other. There is nothing to carry to the next step.
     """
 
     block_scores: Float[Array, "*batch heads q_len top_k"]
+    state: tuple[()] = ()
 
 
 def convolve_keys(
@@ -87,7 +88,7 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
     Differs from the paper:
       Ties go to the lower block; the authors' reference takes the higher. The convolution acts on
       keys as they are given, with their positions applied, and starts as the identity: neither is
-      published.
+      published. It reaches over the border of documents, as block means do.
 
     Raises:
       ValueError: if a size is not positive, or `taps` is negative.
@@ -148,4 +149,5 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         tiles, info = route(q, k, positions, mask)
         return attend(q, k, v, tiles, mask=mask, **options), info
 
-    return Method(init, plan, attend_to_blocks)
+    # keys that a convolution has changed are not those of a cache: such a method decodes by itself
+    return Method(init, plan, attend_to_blocks, (lambda k, v: ()) if taps else None)

@@ -1,18 +1,15 @@
 """Block-sparse attention, forward and backward, by Pallas' Triton backend.
 
 For what the Mosaic kernels do not take: GPUs from Ampere on, f32, small tiles, gathered columns,
-values for each pair of tokens. JAX has deprecated this backend since 0.11 and will remove it; as
-Mosaic learns a shape or a chip, that goes there, and this file ends with the backend.
+values for each pair of tokens. JAX has deprecated this backend: as Mosaic learns a shape or a chip,
+that goes there, and this file ends with the backend.
 
 Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` with `d_v` the
 inverse list of a tile of keys, one query head of the group after the other. Each number has one
-writer, so reruns are equal bit by bit. Products of f32 are as precise as
-`jax.default_matmul_precision` says.
+writer, so reruns are bit-equal. Products of f32 are as precise as `jax.default_matmul_precision`.
 
-Tiles of fewer than 16 tokens fill no product: a step gathers the tokens of several tiles of the
-list, token by token. So a forward pass and `d_q` read tiles of few keys, and `d_k` with `d_v` tiles
-of few queries. What owns tiles of few keys is in `triton_columns`, of few queries in
-`triton_kv_major`.
+Tiles of fewer than 16 tokens fill no product: a step gathers several of the list, token by token.
+What owns tiles of few keys is in `triton_columns`, of few queries in `triton_kv_major`.
 """
 
 import dataclasses
@@ -560,8 +557,7 @@ def row_of(
 
 def list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:
     """Which lists a query head reads: they are shared over batch, heads or a group."""
-    each = jnp.int32(heads // lists.shape[1])
-    return batch if lists.shape[0] > 1 else 0, lax.div(head, each)
+    return batch if lists.shape[0] > 1 else 0, lax.div(head, jnp.int32(heads // lists.shape[1]))
 
 
 def _arguments(raw: jax.Array, scale: float | None, place: Place, value_refs: Any) -> tuple:

@@ -99,6 +99,14 @@ def test_layers_of_a_model_report_and_the_model_stays_as_it_was():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, expected)
 
 
+def test_a_layer_whose_method_has_parameters_reports():
+    method = js.hisa(top_k=4, block_kv=8, index_heads=2, index_dim=8, rotary_dim=4)
+    layer = js.nn.SparseAttention(32, num_heads=4, num_kv_heads=2, method=method, rngs=nnx.Rngs(0))
+    (found,) = density_of_layers(layer, jnp.ones((2, 20, 32)), mask=CAUSAL)
+    # 1, 2, 3 tokens for the first queries, 4 for the others, of those that a query sees
+    np.testing.assert_allclose(found.pairs, (6 + 17 * 4) / (20 * 21 / 2), rtol=1e-5)
+
+
 def test_a_report_prints_a_line_per_head():
     tiles = jnp.asarray([[0.25, 0.5], [0.75, 0.5]])
     text = str(DensityReport(tiles, tiles / 2, jnp.asarray(False)))

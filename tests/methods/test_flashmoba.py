@@ -45,6 +45,8 @@ def test_worked_example():
     v = jnp.arange(8, dtype=jnp.float32)[:, None, None]
     scores = oracle.gates(q, k, 2)
     np.testing.assert_allclose(scores[0, 7, :3], [1, 0.2, -1])
+    _, info = js.flashmoba(block_kv=2, top_k=4).plan((), q, k, mask=CAUSAL)
+    np.testing.assert_allclose(info.block_scores[0, 7], scores[0, 7])
     chosen = oracle.select(scores, 8, 2, 2)
     assert chosen[0, 7] == [0, 3]
     _, lse = oracle.attention(q, k, v, chosen, 2)

@@ -7,6 +7,7 @@ import pytest
 
 import jsparse as js
 from jsparse.core.low_precision import hadamard, rounded
+from jsparse.core.tile_scores import relu_weighted
 from jsparse.evaluation.metrics import list_overlap
 from jsparse.learned.hisa import Indexed, index_loss, select_tokens
 from tests.inputs import qkv
@@ -64,8 +65,11 @@ def test_tokens_output_and_loss_equal_the_oracle(block_top_k):
 
 
 def test_worked_example():
-    found = oracle.scores(*(np.asarray(x) for x in WORKED))[7]
+    rows = WORKED.q[7:], WORKED.weights[7:]
+    found = relu_weighted(*rows, WORKED.k)[0]
     np.testing.assert_allclose(found, [1, 0.5, 3, 0.5, 1, 1.5, 0.5, 0.25])
+    blocks = relu_weighted(*rows, WORKED.k.reshape(4, 2, 2).mean(1))[0]
+    np.testing.assert_allclose(blocks, [0.75, 0.5, 1.25, 0.375])
     sizes = {"top_k": 3, "block_kv": 2, "mask": CAUSAL}
     two, one = (select_tokens(WORKED, block_top_k=m, **sizes) for m in (3, None))
     assert lists(two)[7] == [0, 4, 5]
@@ -122,14 +126,15 @@ def test_the_first_stage_is_below_the_mean_of_the_second():
     rng = np.random.default_rng(1)
     q, k = rng.normal(size=(6, 3, 8)), rng.normal(size=(32, 8))
     weights = np.abs(rng.normal(size=(6, 3)))
-    fine = oracle.scores(q, weights, k).reshape(6, 4, 8).mean(-1)
-    coarse = oracle.scores(q, weights, k.reshape(4, 8, 8).mean(1))
-    assert (coarse <= fine + 1e-12).all()
-    equal = np.repeat(k[:4], 8, axis=0)
-    np.testing.assert_allclose(
-        oracle.scores(q, weights, equal.reshape(4, 8, 8).mean(1)),
-        oracle.scores(q, weights, equal).reshape(6, 4, 8).mean(-1),
-    )
+    q, weights, k = (jnp.asarray(x, jnp.float32) for x in (q, weights, k))
+
+    def two_stages(k):
+        fine = relu_weighted(q, weights, k).reshape(6, 4, 8).mean(-1)
+        return relu_weighted(q, weights, k.reshape(4, 8, 8).mean(1)), fine
+
+    coarse, fine = two_stages(k)
+    assert (coarse < fine).all()
+    np.testing.assert_allclose(*two_stages(jnp.repeat(k[:4], 8, axis=0)), atol=1e-5)
 
 
 def test_what_leaves_the_selection_as_it_is():
@@ -148,6 +153,11 @@ def test_what_leaves_the_selection_as_it_is():
     assert lists(select_tokens(other, **sizes)) != lists(plan)
     # as many tokens as there are, up to 7, the first and the last block among their blocks
     assert [len(row) for row in lists(plan)] == [min(t + 1, 7) for t in range(length)]
+    # all of a block in the past, and nothing of what comes later, decides
+    later = indexed._replace(k=indexed.k.at[45:].mul(-7.0))
+    np.testing.assert_array_equal(
+        select_tokens(later, **sizes).kv_indices[:, :45], plan.kv_indices[:, :45]
+    )
     documents = CAUSAL & js.masks.segments(jnp.arange(length) // 25)
     for t, row in enumerate(lists(select_tokens(indexed, **{**sizes, "mask": documents}))):
         assert row
@@ -228,6 +238,8 @@ def test_eight_bits():
     assert (jnp.abs(by_two - x) <= jnp.maximum(jnp.abs(x) / 16, largest * 2.0**-8 / 448)).all()
     assert (jnp.abs(by_two - eight) > 0).any()
     np.testing.assert_array_equal(rounded(x, None), x)
+    wider = rounded(x, jnp.float8_e5m2)
+    assert (jnp.abs(wider - x) <= jnp.maximum(jnp.abs(x) / 8, largest * 2.0**-17 / 57344)).all()
     np.testing.assert_array_equal(rounded(x, jnp.bfloat16), x.astype(jnp.bfloat16))
     # most of the tokens are the same
     q, k, _ = qkv(90)
@@ -246,7 +258,9 @@ def test_eight_bits():
     [
         ({"top_k": 0}, "top_k=0"),
         ({"block_kv": 0}, "block_kv=0"),
-        ({"block_top_k": 0}, "block_top_k=0"),
+        ({"block_top_k": 1}, "block_top_k=1 must be at least 2"),
+        ({"index_dtype": "int8"}, "index_dtype=int8"),
+        ({"index_dtype": "float8_e4m3fnuz"}, "with two zeros"),
         ({"rotary_dim": 3}, "rotary_dim=3 must be a multiple of 2"),
         ({"rotary_dim": 256}, "rotary_dim=256"),
         ({"rope_base": 0.0}, "rope_base=0.0"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.core.tile_scores import block_importance
 from jsparse.core.windows import Windows
 from tests.inputs import qkv
 from tests.oracles import nsa as oracle
@@ -78,9 +79,14 @@ def test_branches_blocks_and_gates_equal_the_oracle(name):
 
 
 def test_worked_mapping():
-    scores = oracle.block_scores(np.arange(1, 8) / 28, 2, size=32, stride=16, block=64)
-    np.testing.assert_allclose(scores * 28, [16, 40])
-    assert scores.sum() == pytest.approx(2.0)
+    importance = np.arange(1, 8) / 28
+    expected = oracle.block_scores(importance, 2, size=32, stride=16, block=64)
+    np.testing.assert_allclose(expected * 28, [16, 40])
+    # a window before the first, and one that is not complete
+    padded = jnp.pad(jnp.asarray(importance, jnp.float32), 1)[None]
+    scores = block_importance(padded, Windows(32, 16), 64)[0]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    assert float(scores.sum()) == pytest.approx(2.0)
 
 
 def test_worked_example():
@@ -205,6 +211,10 @@ def test_a_mask_hides_windows_of_which_it_hides_a_key():
     params, x = params_of(method), hidden(length)
     mask = CAUSAL & js.masks.segments(ids)
     out = method.attend(params, q, k, v, x=x, mask=mask)[0]
+    # a mask of which nothing is known but its pairs hides the same
+    pairs = CAUSAL & js.masks.predicate(lambda b, h, i, j: ids[i] == ids[j])
+    same = method.attend(params, q, k, v, x=x, mask=pairs)[0]
+    np.testing.assert_allclose(same, out, atol=4e-6)
     # what another document says changes nothing
     other = ids[:, None, None] == 1
     changed = method.attend(

@@ -112,6 +112,42 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
     np.testing.assert_array_equal(again(x), module(x))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        js.flashmoba(block_kv=4, top_k=12, taps=3),
+        js.from_length(js.nsa(compression_size=4, stride=2, block_kv=4, top_k=3), min_length=1),
+        js.from_length(js.hisa(top_k=4, index_heads=2, index_dim=8, rotary_dim=4), min_length=1),
+    ],
+    ids=["flashmoba", "nsa from a length", "hisa from a length"],
+)
+def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
+    module, x = layer(method=method), inputs(16)
+    if "convolution" in (module.method_params or {}):
+        module.method_params["convolution"][...] = jnp.full((3, 2, 8), 0.5)
+    whole = module(x, mask=CAUSAL)
+    cache, parts, start = module.init_cache((2,), 20), [], 0
+    for length in (13, 1, 2):
+        out, cache = module(x[:, start : start + length], cache=cache)
+        parts.append(out)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
+
+
+@pytest.mark.parametrize(("own", "cached"), [("bfloat16", "float32"), (None, "bfloat16")])
+def test_a_state_has_the_dtype_of_its_cache(own, cached):
+    sizes = {"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6}
+    module, x = layer(method=js.nsa(**sizes), dtype=own), inputs(16)
+    cache = module.init_cache((2,), 20, dtype=cached)
+    for at in (slice(0, 15), slice(15, 16)):
+        out, cache = module(x[:, at], cache=cache)
+        assert cache.state.k.dtype == cached
+    # rounded to 16 bits on the way
+    np.testing.assert_allclose(out, module(x)[:, 15:], atol=0.05)
+    with pytest.raises(ValueError, match="make it by `layer.init_cache`"):
+        module(x[:, :2], cache=KVCache.empty((2,), 20, 2, 8))
+
+
 def test_sequences_of_one_batch_decode_at_their_own_positions():
     module, x = layer(), inputs()
     caches = [module(x[:1, :9], cache=module.init_cache((1,), 16))[1]]

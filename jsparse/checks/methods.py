@@ -1,0 +1,77 @@
+"""Checks of what methods are made of and called with."""
+
+from typing import Any
+
+import jax
+
+
+def of_single_keys(**values: Any) -> None:
+    """What belongs to single keys and one softmax is not given to a method of branches."""
+    for name, value in values.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} changes the logits of single keys in one softmax; this method has several "
+                f"branches, one of them over compressed keys. Leave {name} at None."
+            )
+
+
+def one_softmax(return_lse: bool) -> None:
+    """No log-sum-exp is asked for where several softmaxes are mixed."""
+    if return_lse:
+        raise ValueError(
+            "return_lse=True: this method mixes the outputs of several softmaxes, which have no "
+            "log-sum-exp together; leave it at False."
+        )
+
+
+def hidden_states(x: Any, q: Any, features: int) -> None:
+    """The hidden states that a method looks at fit its queries and parameters."""
+    expected = (*q.shape[:-2], features)
+    if x is None:
+        raise ValueError(
+            f"This method looks at hidden states; pass x {expected}, one vector per query."
+        )
+    if x.shape != expected:
+        raise ValueError(f"x {x.shape} must be {expected}, one vector per query.")
+
+
+def keys_of_all_tokens(q_len: int, kv_len: int) -> None:
+    """Without a state, hidden states of all keys are those of the queries."""
+    if q_len != kv_len:
+        raise ValueError(
+            f"x has the hidden states of {q_len} queries, and {kv_len} keys need some; give all "
+            "tokens at once, or the state that the step before returned."
+        )
+
+
+def room_for_both_ends(block_top_k: Any) -> None:
+    """Chosen blocks include the first and the last, whose mean tells of what comes later."""
+    if block_top_k is not None and block_top_k < 2:
+        raise ValueError(
+            f"block_top_k={block_top_k} must be at least 2: a query's first and last block are "
+            "always among them. None looks at every token."
+        )
+
+
+def a_state(state: Any, expected: Any) -> None:
+    """A cache carries the state of the layer's method."""
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(
+            "The cache has no state for the layer's method; make it by `layer.init_cache`."
+        )
+
+
+def token_lists(plan: Any) -> None:
+    """A plan lists single tokens for single queries, the same for all heads."""
+    if plan is not None and (plan.block_q, plan.block_kv, plan.list_heads) != (1, 1, 1):
+        raise ValueError(
+            f"plan has tiles of {plan.block_q} x {plan.block_kv} and {plan.list_heads} lists per "
+            "sequence; it must list tokens (1 x 1) for all heads together."
+        )
+
+
+def forced_blocks(top_k: int, **forced: int) -> None:
+    """Blocks that are always chosen are no more than are chosen."""
+    if sum(forced.values()) > top_k:
+        given = " and ".join(f"{name}={value}" for name, value in forced.items())
+        raise ValueError(f"top_k={top_k} blocks must have room for {given} forced ones.")
