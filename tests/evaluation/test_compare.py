@@ -98,7 +98,9 @@ def test_only_controls_that_can_be_traced_are(row, without_shape_checks):
 
     def density(value):
         method = row.factory(**{row.control: value})
-        return method.plan((), layer.q, layer.k, mask=js.masks.causal())[0].kv_num_blocks
+        sizes = {"num_heads": layer.q.shape[-2], "num_kv_heads": layer.k.shape[-2]}
+        params = method.init(jax.random.key(0), dim=layer.q.shape[-1], features=1, **sizes)
+        return method.plan(params, layer.q, layer.k, mask=js.masks.causal())[0].kv_num_blocks
 
     if row.control_traced:
         value = jnp.asarray(row.settings[0], jnp.float32)
