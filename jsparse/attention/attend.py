@@ -194,9 +194,9 @@ def choose(problem: Problem) -> Choice:
     refused = {}
     for name in ("mosaic", "triton", "xla"):
         lowered = _lowered(problem, name)
-        if name == "triton" and not isinstance(lowered, str):
-            wasteful = (part.plan and triton.waste(_packed(triton, part)) for part in lowered.parts)
-            lowered = next(filter(None, wasteful), lowered)
+        adapter = _ADAPTERS.get(name)
+        if adapter and not isinstance(lowered, str):
+            lowered = next(filter(None, (_waste(adapter, x) for x in lowered.parts)), lowered)
         if not isinstance(lowered, str):
             return Choice(name, lowered, refused)
         refused[name] = lowered
@@ -239,12 +239,12 @@ def _part_refusal(adapter: Any, part: Problem) -> str | None:
     return refusal(operands, mask, rule, block_q, block_kv)
 
 
-def _packed(adapter: Any, part: Problem) -> BlockMask:
-    """The plan of a lowered problem as an adapter's kernels get it."""
-    assert isinstance(part.plan, BlockMask)
-    if part.log_threshold is not None:
-        return part.plan
-    return pack(part.operands, part.plan, part.rule, adapter.rows())[1]
+def _waste(adapter: Any, part: Problem) -> str | None:
+    """Why another implementation is the better choice for a lowered problem's lists, or None."""
+    plan = part.plan
+    if not isinstance(plan, BlockMask) or part.log_threshold is not None:
+        return None
+    return adapter.waste(pack(part.operands, plan, part.rule, adapter.rows())[1])
 
 
 def _reference(problem: Problem) -> tuple[Array, Array]:

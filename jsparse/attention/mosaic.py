@@ -11,7 +11,7 @@ from jsparse.attention import kernels, packing, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
-from jsparse.types import Mask
+from jsparse.types import BlockMask, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
     mosaic,
@@ -43,6 +43,11 @@ def refusal(
     ragged = bool(rule.kv_len % block_kv)
     parts = _split(operands, mask, rule, filling, rule.rows, rule.kv_len, ragged)
     return parts if isinstance(parts, str) else None
+
+
+def waste(plan: BlockMask) -> str | None:
+    """Why another implementation is the better choice for a list: its programs keep no parts."""
+    return None
 
 
 def skipping_refusal(

@@ -249,15 +249,12 @@ def nsa(
         bias: Any = None,
         score_mod: Any = None,
         sinks: Any = None,
-        softcap: Any = None,
-        scale: Any = None,
         return_lse: bool = False,
-        implementation: str | None = None,
+        **options: Any,
     ) -> tuple[Any, Any]:
         checks.of_single_keys(bias=bias, score_mod=score_mod, sinks=sinks)
         checks.one_softmax(return_lse)
         checks.hidden_states(x, q, params["gates"].shape[0])
-        options = {"softcap": softcap, "scale": scale, "implementation": implementation}
         out, tiles, whole, local, info = scored(params, q, k, v, positions, mask, state, **options)
         outputs = (
             out,

@@ -9,7 +9,7 @@ import pytest
 
 import jsparse as js
 from jsparse.attention import attend as attending
-from jsparse.attention import kv_major, xla
+from jsparse.attention import kv_major, triton, xla
 from jsparse.testing import CASES, Problem
 from tests.attention.test_query_major import close
 from tests.inputs import qkv
@@ -330,3 +330,16 @@ def test_debug_checks_see_traced_lists_in_any_order():
     assert build(lists, counts).tolist() == [[2, 0]]
     with js.debug_checks(), pytest.raises(jax.errors.JaxRuntimeError, match=r"\[0, 1, 1\] holds"):
         finished(build, lists, counts)
+
+
+def test_triton_leaves_lists_alone_whose_parts_would_outgrow_the_keys():
+    def lists(q_len, kv_len, width, **tiles):
+        sizes = {"q_len": q_len, "kv_len": kv_len, **tiles}
+        indices = jnp.zeros((1, 1, q_len // tiles["block_q"], width), jnp.int32)
+        return js.BlockMask.from_lists(indices, jnp.ones(indices.shape[:-1], jnp.int32), **sizes)
+
+    # many queries list each tile of keys; a page is its own sequence's alone; rows fill a product
+    assert triton.waste(lists(4096, 4096, 8, block_q=1, block_kv=64)) is None
+    pages = {"block_kv": 16}
+    assert "more memory than the keys" in triton.waste(lists(64, 2**15, 32, block_q=4, **pages))
+    assert triton.waste(lists(64, 2**15, 32, block_q=16, **pages)) is None

@@ -202,6 +202,14 @@ def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_the_loss_over_all_tokens_makes_no_copy_of_the_keys_per_query():
+    q, k, _ = qkv(1024, heads=8, kv_heads=8, dim=64)
+    indexed = Indexed(jnp.ones((1024, 2, 8)), jnp.ones((1024, 2)), jnp.ones((1024, 8)))
+    loss = jax.jit(lambda indexed, q, k: index_loss(indexed, q, k, mask=CAUSAL))
+    memory = loss.lower(indexed, q, k).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 6 * k.nbytes
+
+
 def test_steps_of_decoding_equal_the_whole():
     length, max_len = 40, 48
     q, k, v = qkv(length, batch=(2,))
