@@ -325,7 +325,8 @@ def backward(
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
     (_, d_k, d_v, sums), d_q = by_chunks(span, carry, lists, s, cut)
-    return differentiated.of_operands(jnp.swapaxes(d_q, 1, 2), d_k, d_v, sums, bias)
+    d_q = differentiated.of_queries(jnp.swapaxes(d_q, 1, 2))
+    return differentiated.of_operands(d_q, d_k, d_v, sums, bias)
 
 
 def _where_full(here: Callable[..., Any], by_rows: Callable[..., Any]) -> Callable[..., Any]:

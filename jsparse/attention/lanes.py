@@ -8,6 +8,7 @@ longest list in all.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,13 +87,28 @@ def indices(count: int) -> Int[Array, " count"]:
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def at(x: Array, *index: Any) -> Array:
-    """`x[index]` for indices that are in bounds; floats of 16 bits have no derivative here."""
+def at(x: Array, *index: Any, of: Callable[[Array], Array] = lambda x: x) -> Array:
+    """`of(x)[index]` for indices that are in bounds; floats of 16 bits have no derivative here.
+
+    `of` gives `x` another shape. All that is read of such floats is read of one copy.
+    """
+    found = of(bits(x)).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return from_bits(found, x.dtype)
+
+
+def bits(x: Array) -> Array:
+    """Floats of 16 bits as integers, others as they are.
+
+    XLA for CPUs neither reads nor writes floats this short: it makes an f32 array of all of them
+    first, and in a loop for every turn.
+    """
     half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-    # XLA for CPUs reads no floats this short: it would make an f32 array of them all first
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
-    found = bits.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return jax.lax.bitcast_convert_type(found, x.dtype) if half else found
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
+
+
+def from_bits(x: Array, dtype: Any) -> Array:
+    """Floats again from what `bits` made of them."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 class Lanes(NamedTuple):
@@ -155,15 +171,15 @@ class Rows(NamedTuple):
 
     def tiles(self, x: Array, size: int) -> Float[Array, "lanes size dim"]:
         """The tiles of an array [batch, length, heads, dim]."""
-        return at(in_blocks(x, size), self.batch, self.block, slice(None), self.head)
+        index = self.batch, self.block, slice(None), self.head
+        return at(x, *index, of=lambda x: in_blocks(x, size))
 
     def rows(self, x: Array, size: int) -> Float[Array, "lanes dim_parts size dim_part"]:
         """The tiles with their last axis cut, as the rows of `scores`."""
-        blocks = in_blocks(x, size)
         inner = parts_of(x.shape[-1])
-        blocks = blocks.reshape(*blocks.shape[:-1], inner, -1)
         batch, head, block = (i[:, None] for i in self)
-        return at(blocks, batch, block, slice(None), head, indices(inner))
+        index = batch, block, slice(None), head, indices(inner)
+        return at(x, *index, of=lambda x: in_blocks(x, size, inner))
 
     def tokens(self, size: int) -> Int[Array, "lanes size"]:
         """The token indices of the tiles."""
@@ -190,7 +206,7 @@ class Blocks(NamedTuple):
     def tiles(self, x: Array, size: int) -> Float[Array, "lanes tokens dim"]:
         """The tiles of an array [batch, length, heads, dim], end to end."""
         index = self.batch[:, None], self.blocks, slice(None), self.head[:, None]
-        tiles = at(in_blocks(x, size), *index)
+        tiles = at(x, *index, of=lambda x: in_blocks(x, size))
         return tiles.reshape(tiles.shape[0], -1, x.shape[-1])
 
     def rows(self, x: Array, size: int) -> Float[Array, "lanes dim_parts tokens dim_part"]:
@@ -201,14 +217,12 @@ class Blocks(NamedTuple):
 
     def columns(self, x: Array, size: int) -> Float[Array, "lanes dim_parts parts tokens dim_part"]:
         """The tiles with both axes cut, as the columns of `scores`."""
-        blocks = in_blocks(x, size)
         inner = parts_of(x.shape[-1])
-        blocks = blocks.reshape(*blocks.shape[:-1], inner, -1)
         lanes, together = self.blocks.shape
         batch, head = (i[:, None, None] for i in (self.batch, self.head))
-        part = indices(inner)[:, None]
-        tiles = at(blocks, batch, self.blocks[:, None], slice(None), head, part)
-        return tiles.reshape(lanes, inner, parts_of(together * size), -1, blocks.shape[-1])
+        index = batch, self.blocks[:, None], slice(None), head, indices(inner)[:, None]
+        tiles = at(x, *index, of=lambda x: in_blocks(x, size, inner))
+        return tiles.reshape(lanes, inner, parts_of(together * size), -1, tiles.shape[-1])
 
     def tokens(self, size: int) -> Int[Array, "lanes tokens"]:
         """The token indices of the tiles."""
@@ -256,9 +270,12 @@ class ColumnSums(NamedTuple):
         return jnp.transpose(self.sums, order).reshape(x.shape).astype(x.dtype)
 
 
-def in_blocks(x: Array, size: int) -> Float[Array, "batch blocks size heads dim"]:
-    """An array [batch, length, heads, dim], tile by tile."""
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+def in_blocks(
+    x: Array, size: int, dim_parts: int | None = None
+) -> Shaped[Array, "batch blocks size heads *dim"]:
+    """An array [batch, length, heads, dim], tile by tile, its last axis in parts if so wished."""
+    dim = x.shape[3:] if dim_parts is None else (dim_parts, x.shape[3] // dim_parts)
+    return x.reshape(x.shape[0], -1, size, x.shape[2], *dim)
 
 
 def from_rows(x: Float[Array, "lanes dim_parts size dim_part"]) -> Float[Array, "lanes size dim"]:

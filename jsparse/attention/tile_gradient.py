@@ -131,18 +131,22 @@ class Differentiated:
             Modifiers(*d_modifiers),
         )
 
+    def of_queries(self, d_q: Array) -> Array:
+        """The gradient by queries, from sums over all their keys."""
+        return (d_q * self.factor).astype(self.operands.q.dtype)
+
     def of_operands(
         self, d_q: Array, d_k: ColumnSums, d_v: ColumnSums, sums: Modifiers, bias: Bias
     ) -> Operands:
-        """The gradient by the operands, from sums over all steps."""
-        d_q, d_k = d_q * self.factor, ColumnSums(d_k.sums * self.factor)
+        """The gradient by the operands, from that by queries and sums over all steps."""
+        d_k = ColumnSums(d_k.sums * self.factor)
         of, floats = self.operands, iter(sums.captured)
         captured: Any = tuple(
             next(floats).astype(x.dtype) if is_float else np.zeros(x.shape, jax.dtypes.float0)
             for x, is_float in zip(of.captured, self.inexact, strict=True)
         )
         return Operands(
-            d_q.reshape(of.q.shape).astype(of.q.dtype),
+            d_q.reshape(of.q.shape),
             d_k.like(of.k),
             d_v.like(of.v),
             None if of.bias is None else bias.like(sums.bias, of.bias),

@@ -14,8 +14,11 @@ from jsparse.attention.lanes import (
     Lanes,
     Rows,
     at,
+    bits,
     by_count,
+    from_bits,
     from_rows,
+    in_blocks,
     lane_count,
     loop,
     on_columns,
@@ -87,12 +90,12 @@ def backward(
             slice(None),
             here.head,
         )
-        d_q = d_q.at[target].set(from_rows(d_queries), mode="drop", wrap_negative_indices=False)
-        return d_q, *rest
+        rows = bits(differentiated.of_queries(from_rows(d_queries)))
+        return d_q.at[target].set(rows, mode="drop", wrap_negative_indices=False), *rest
 
-    d_q = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, q.shape[-1]), jnp.float32)
+    d_q = in_blocks(bits(jnp.zeros_like(q)), s.block_q)
     d_k, d_v = (ColumnSums.zeros(x, s.block_kv, together) for x in (k, v))
     sums = differentiated.zeros(bias)
     carry = loop((groups.longest > 0).sum(), group, (d_q, d_k, d_v, sums))
     d_q, d_k, d_v, sums = carry
-    return differentiated.of_operands(d_q, d_k, d_v, sums, bias)
+    return differentiated.of_operands(from_bits(d_q, q.dtype), d_k, d_v, sums, bias)
