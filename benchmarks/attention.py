@@ -38,12 +38,6 @@ LENGTH, HEADS, DIM, BLOCK = 8192, 4, 64, 128
 TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-6}
 # seconds before each run
 PAUSE = 0.02
-# of glibc: one heap for all, and nothing given back
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-}
 RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
 
 
@@ -107,18 +101,6 @@ def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
     return times
 
 
-def keep_memory() -> None:
-    """Starts this program again if the C library would hand memory back to the system.
-
-    By default it may do so whenever results are dropped; what comes next then waits for the same
-    pages again: up to a third of its time, in some runs and not in others. This is for all sides.
-    """
-    if not MALLOC.items() <= os.environ.items():
-        module = "benchmarks.attention"
-        arguments = [sys.executable, "-m", module, *sys.argv[1:]]
-        os.execve(sys.executable, arguments, os.environ | MALLOC)
-
-
 def ratio(times: dict[str, list[float]], slower: str, faster: str) -> float:
     """The median over runs of how many times longer `slower` took."""
     return float(np.median(np.array(times[slower]) / np.array(times[faster])))
@@ -179,17 +161,31 @@ def against_torch(density: float, repeats: int, dtype: str = "float32") -> dict[
 
 
 def scaling_in_density(repeats: int) -> list[dict[str, float]]:
-    """Time per tile from 2 to 25 percent."""
+    """Time from 2 to 25 percent, and what a line through it says.
+
+    Queries are read and outputs written whatever the density; the line's height at no tile is that.
+    """
     q, k, v, _ = map(jnp.asarray, inputs(LENGTH))
     run = jax.jit(forward)
-    rows = []
-    for density in (0.02, 0.05, 0.1, 0.25):
-        plan = plan_of(random_tiles(LENGTH, density), LENGTH)
-        times = in_turn({"run": lambda p=plan: run(q, k, v, p).block_until_ready()}, repeats)
-        tiles = int(plan.kv_num_blocks.sum())
-        median = float(np.median(times["run"]))
-        rows.append({"tiles": tiles, "ms": 1e3 * median, "us_per_tile": 1e6 * median / tiles})
-    return rows
+    plans = [plan_of(random_tiles(LENGTH, x), LENGTH) for x in (0.016, 0.03, 0.05, 0.1, 0.25)]
+    times = in_turn(
+        {str(i): lambda p=p: run(q, k, v, p).block_until_ready() for i, p in enumerate(plans)},
+        repeats,
+    )
+    tiles = np.array([int(plan.kv_num_blocks.sum()) for plan in plans])
+    milliseconds = 1e3 * np.array([np.median(x) for x in times.values()])
+    # relative distances count
+    slope, height = np.polyfit(tiles, milliseconds, 1, w=1 / milliseconds)
+    return [
+        {
+            "density": float(plan.density().mean()),
+            "tiles": int(n),
+            "ms": float(ms),
+            "us_per_tile": float(1e3 * ms / n),
+            "line_ms": float(height + slope * n),
+        }
+        for plan, n, ms in zip(plans, tiles, milliseconds, strict=True)
+    ]
 
 
 def long(length: int, repeats: int) -> dict[str, float]:
@@ -228,7 +224,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "torch": torch.__version__,
-        "malloc": "keeps freed memory",
         "date": datetime.date.today().isoformat(),
     }
 
@@ -238,7 +233,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one density, no scaling runs")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=[*TOLERANCE], help="of the peers' cases; default: both")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--long", type=int, help=argparse.SUPPRESS)
@@ -246,7 +241,6 @@ def main() -> None:
     if arguments.long:
         print(json.dumps(long(arguments.long, arguments.repeats)))
         return
-    keep_memory()
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -274,10 +268,8 @@ def main() -> None:
         for length in lengths:
             progress.update(bar, description=f"{length} tokens")
             command = [sys.executable, "-m", "benchmarks.attention", "--repeats", "3"]
-            # how much memory it needs is the question there
-            env = {name: value for name, value in os.environ.items() if name not in MALLOC}
             command += ["--long", str(length)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+            out = subprocess.run(command, capture_output=True, text=True, check=True)
             result["scaling_in_length"].append(json.loads(out.stdout))
             progress.advance(bar)
 

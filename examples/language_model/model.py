@@ -99,14 +99,19 @@ def bits_per_byte_with(model: LanguageModel, tokens, attention) -> float:
     Args:
       model: The model, left as it is.
       tokens: [1, length].
-      attention: `attention(q, k, v, *, mask, x) -> out`; None for each layer's own.
+      attention: `attention(q, k, v, *, mask, x, positions) -> out`, a pytree such as
+        `jax.tree_util.Partial` makes: calls whose attentions differ in arrays alone share what is
+        compiled. None for each layer's own.
     """
-    changed = js.nn.with_attention(model, attention)
-    step = nnx.jit(lambda block, x: block(x))
-    x = changed.embedding(tokens) * changed.config.width**0.5
-    for block in changed.blocks:
-        x = step(block, x)
-    return float(_cost(changed.embedding, changed.norm, x, tokens))
+    x = model.embedding(tokens) * model.config.width**0.5
+    for block in model.blocks:
+        x = _block_with(block, attention, x)
+    return float(_cost(model.embedding, model.norm, x, tokens))
+
+
+@nnx.jit
+def _block_with(block: Block, attention, x):
+    return js.nn.with_attention(block, attention)(x)
 
 
 @nnx.jit

@@ -1,6 +1,5 @@
 """Every method against dense attention, on the same captured tensors, in the same run."""
 
-import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array
 
 from jsparse import checks
@@ -127,6 +127,7 @@ class _Programs(NamedTuple):
     plan: Callable[..., Any]
     attend: Callable[..., Any]
     pairs: Callable[..., Any]
+    inside: Callable[..., Array]
 
     @classmethod
     def of(cls, setting: Setting, mask: Mask) -> "_Programs":
@@ -141,9 +142,13 @@ class _Programs(NamedTuple):
             return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
 
         def pairs(operand, q, k, v):
-            return pairs_attended(method(operand), q, k, v, mask=mask)
+            # only log-sum-exps are looked at
+            return pairs_attended(method(operand), q, k, v[..., :1], mask=mask)
 
-        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs))
+        def inside(operand, q, k, v, *, mask, x, positions):
+            return method(operand).attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
+
+        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs), inside)
 
 
 class Comparison(NamedTuple):
@@ -199,7 +204,9 @@ def compare(
       layers: Captured tensors, all of the same shapes.
       which: Settings to run; default all causal training-free ones.
       score: What the whole model costs with an attention inside, such as bits per byte:
-        `score(attention)`, where `attention(q, k, v, *, mask, x) -> out`, None for dense.
+        `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is a pytree
+        that holds the setting's value, so that what is compiled for one serves others; None for
+        dense.
       progress: Called with a label before each piece of work.
       repeats: Timed runs per layer; the median counts.
       partial: A JSON file that keeps each setting's figures as they come, so that a run that was
@@ -226,8 +233,7 @@ def compare(
 
     progress("dense")
     dense = jax.jit(lambda q, k, v: attend(q, k, v, mask=mask, return_lse=True))
-    references = [dense(*layer) for layer in layers]
-    dense_seconds = _median_seconds(dense, layers, repeats)
+    references, dense_seconds = _timed(dense, layers, repeats)
     dense_plan = block_mask(mask, q_len, kv_len, block_q=BLOCK, block_kv=BLOCK)
     dense_cost = attend_cost(dense_plan, **sizes, itemsize=itemsize)
     dense_backward = attend_backward_cost(dense_plan, **sizes, itemsize=itemsize)
@@ -240,8 +246,9 @@ def compare(
         progress(setting.label)
         name = setting.row.name if setting.row.control_traced else setting.label
         program = programs.setdefault(name, _Programs.of(setting, mask))
-        plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
-        planned = [plan_of(layer.q, layer.k) for layer in layers]
+        # as jax.tree_util.Partial the operand is data to what compiles it
+        plan_of, run, pairs, inside = (Partial(f, setting.operand) for f in program)
+        planned, plan_seconds = _timed(plan_of, [layer[:2] for layer in layers], repeats)
         plans = [plan for plan, _, _ in planned]
         # the mask as each plan sees it, whose tiles may be of tokens in another order
         masks = [follow(mask, orders, heads) for _, orders, _ in planned]
@@ -253,11 +260,13 @@ def compare(
             plan_of=plan_of,
             run=run,
             pairs=pairs,
+            inside=inside,
             plans=plans,
+            plan_seconds=plan_seconds,
             masks=masks,
             walked=walked,
         ):
-            outs = [run(*layer) for layer in layers]
+            outs, seconds = _timed(run, layers, repeats)
             errors = [
                 output_error(out, full)
                 for (out, _), (full, _) in zip(outs, references, strict=True)
@@ -288,10 +297,8 @@ def compare(
                 error=[error.relative.tolist() for error in errors],
                 largest_error=[error.largest.tolist() for error in errors],
                 cosine=[error.cosine.tolist() for error in errors],
-                plan_seconds=_median_seconds(lambda q, k, v: plan_of(q, k), layers, repeats)
-                if plans_first
-                else 0.0,
-                seconds=_median_seconds(run, layers, repeats),
+                plan_seconds=plan_seconds if plans_first else 0.0,
+                seconds=seconds,
                 dense_seconds=dense_seconds,
                 plan_flops=planning.flops * len(layers),
                 flops=whole.flops,
@@ -301,20 +308,13 @@ def compare(
                 bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
                 overflowed=any(bool(p.overflowed.any()) for plan in plans for p in parts_of(plan)),
-                score=None if score is None else score(_inside(setting.method())),
+                score=None if score is None else score(inside),
             )
             return result._asdict()
 
         results.append(Result(**store.get(setting.label, figures)))
     store.discard()
     return Comparison(results, tiles, dense_score, q_len, heads, repeats)
-
-
-def _inside(method: Method):
-    def attention(q, k, v, *, mask, x, positions):
-        return method.attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
-
-    return attention
 
 
 def _tiles(
@@ -329,14 +329,19 @@ def _tiles(
     return in_place(shares, orders, grid) * np.asarray(visible)
 
 
-def _median_seconds(run: Callable[..., Any], layers: list[Captured], repeats: int) -> float:
-    """Seconds for all layers: the sum of each layer's median."""
-    total = 0.0
+def _timed(
+    run: Callable[..., Any], layers: Sequence[tuple[Array, ...]], repeats: int
+) -> tuple[list[Any], float]:
+    """Results of all layers, and seconds for all: the sum of each layer's median."""
+    # compiles what was not yet
+    jax.block_until_ready(run(*layers[0]))
+    results, total = [], 0.0
     for layer in layers:
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            jax.block_until_ready(run(*layer))
+            result = jax.block_until_ready(run(*layer))
             times.append(time.perf_counter() - start)
+        results.append(result)
         total += float(np.median(times))
-    return total
+    return results, total
