@@ -68,14 +68,14 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         checks.readable_text(text, error)
     checks.longer_than_a_tile(len(content), BLOCK)
-    tokens = jnp.asarray(np.frombuffer(content, np.uint8), jnp.int32)[None]
+    tokens = jnp.asarray(np.frombuffer(content, np.uint8), jnp.int32)
     name = arguments.text or (
         f"{data.name_of(text)}, a file of the standard library of Python "
         f"{platform.python_version()} that was kept from its training"
     )
 
     print(f"reading {len(content)} bytes of {name}")
-    layers = capture(model, tokens)
+    layers = capture(model, tokens[None])
     if arguments.keep:
         save_captured(layers, arguments.keep)
     partial = arguments.output.with_suffix(".partial.json")
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     def score(attention) -> float:
         return bits_per_byte_with(model, tokens, attention)
 
-    comparison = compare_with_progress(layers, settings(), score=score, partial=partial)
+    comparison = compare_with_progress(layers, settings(), score=score, repeats=2, partial=partial)
     print_table(comparison, "bits/byte")
     (_, heads, dim), kv_heads = layers[0].q.shape, layers[0].k.shape[1]
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -90,36 +90,24 @@ class LanguageModel(nnx.Module):
 
 def bits_per_byte(model: LanguageModel, tokens) -> jax.Array:
     """The mean cost of predicting each byte from those before it; `tokens` is [*batch, length]."""
-    return _mean_cost(model(tokens), tokens)
+    return _cost(model(tokens), tokens)
 
 
 def bits_per_byte_with(model: LanguageModel, tokens, attention) -> float:
-    """`bits_per_byte` of the model with `attention` in every layer, one block compiled for all.
+    """`bits_per_byte` of the model with `attention` in every layer.
+
+    The layers are not compiled: what `attention` may have compiled for itself is used as it is.
 
     Args:
       model: The model, left as it is.
-      tokens: [1, length].
-      attention: `attention(q, k, v, *, mask, x, positions) -> out`, a pytree such as
-        `jax.tree_util.Partial` makes: calls whose attentions differ in arrays alone share what is
-        compiled. None for each layer's own.
+      tokens: [*batch, length].
+      attention: `attention(q, k, v, *, mask, x, positions) -> out`; None for each layer's own.
     """
-    x = model.embedding(tokens) * model.config.width**0.5
-    for block in model.blocks:
-        x = _block_with(block, attention, x)
-    return float(_cost(model.embedding, model.norm, x, tokens))
+    return float(_cost(js.nn.with_attention(model, attention)(tokens), tokens))
 
 
-@nnx.jit
-def _block_with(block: Block, attention, x):
-    return js.nn.with_attention(block, attention)(x)
-
-
-@nnx.jit
-def _cost(embedding, norm, x, tokens):
-    return _mean_cost(embedding.attend(norm(x)), tokens)
-
-
-def _mean_cost(logits, tokens):
+@jax.jit
+def _cost(logits, tokens):
     logp = jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32))
     taken = jnp.take_along_axis(logp, tokens[..., 1:, None].astype(jnp.int32), axis=-1)
     return -taken.mean() / jnp.log(2.0)

@@ -1,5 +1,6 @@
 """Every method against dense attention, on the same captured tensors, in the same run."""
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array
 
 from jsparse import checks
@@ -127,7 +127,6 @@ class _Programs(NamedTuple):
     plan: Callable[..., Any]
     attend: Callable[..., Any]
     pairs: Callable[..., Any]
-    inside: Callable[..., Array]
 
     @classmethod
     def of(cls, setting: Setting, mask: Mask) -> "_Programs":
@@ -145,10 +144,7 @@ class _Programs(NamedTuple):
             # only log-sum-exps are looked at
             return pairs_attended(method(operand), q, k, v[..., :1], mask=mask)
 
-        def inside(operand, q, k, v, *, mask, x, positions):
-            return method(operand).attend((), q, k, v, x=x, positions=positions, mask=mask)[0]
-
-        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs), inside)
+        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs))
 
 
 class Comparison(NamedTuple):
@@ -204,9 +200,9 @@ def compare(
       layers: Captured tensors, all of the same shapes.
       which: Settings to run; default all causal training-free ones.
       score: What the whole model costs with an attention inside, such as bits per byte:
-        `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is a pytree
-        that holds the setting's value, so that what is compiled for one serves others; None for
-        dense.
+        `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is causal and
+        compiled; it need not be compiled again where q, k, v have the shapes of the layers. None
+        for dense.
       progress: Called with a label before each piece of work.
       repeats: Timed runs per layer; the median counts.
       partial: A JSON file that keeps each setting's figures as they come, so that a run that was
@@ -246,8 +242,7 @@ def compare(
         progress(setting.label)
         name = setting.row.name if setting.row.control_traced else setting.label
         program = programs.setdefault(name, _Programs.of(setting, mask))
-        # as jax.tree_util.Partial the operand is data to what compiles it
-        plan_of, run, pairs, inside = (Partial(f, setting.operand) for f in program)
+        plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
         planned, plan_seconds = _timed(plan_of, [layer[:2] for layer in layers], repeats)
         plans = [plan for plan, _, _ in planned]
         # the mask as each plan sees it, whose tiles may be of tokens in another order
@@ -260,7 +255,6 @@ def compare(
             plan_of=plan_of,
             run=run,
             pairs=pairs,
-            inside=inside,
             plans=plans,
             plan_seconds=plan_seconds,
             masks=masks,
@@ -308,13 +302,20 @@ def compare(
                 bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
                 overflowed=any(bool(p.overflowed.any()) for plan in plans for p in parts_of(plan)),
-                score=None if score is None else score(inside),
+                score=None if score is None else score(_inside(run)),
             )
             return result._asdict()
 
         results.append(Result(**store.get(setting.label, figures)))
     store.discard()
     return Comparison(results, tiles, dense_score, q_len, heads, repeats)
+
+
+def _inside(run: Callable[..., Any]):
+    def attention(q, k, v, *, mask, x, positions):
+        return run(q, k, v)[0]
+
+    return attention
 
 
 def _tiles(
