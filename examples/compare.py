@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     def score(attention) -> float:
         return bits_per_byte_with(model, tokens, attention)
 
-    comparison = compare_with_progress(layers, settings(), score=score, repeats=2, partial=partial)
+    comparison = compare_with_progress(layers, settings(), score=score, repeats=1, partial=partial)
     print_table(comparison, "bits/byte")
     (_, heads, dim), kv_heads = layers[0].q.shape, layers[0].k.shape[1]
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

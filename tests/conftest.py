@@ -1,7 +1,9 @@
 """Every test is also a shape test: jsparse is imported through jaxtyping's hook."""
 
+import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # JAX's interpreter of GPU kernels has a thread for each warpgroup, and these wait for each other:
@@ -25,23 +27,33 @@ def compile_quickly():
     given = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {given or ''}"
     jax.jit(lambda: 0)()
-    jax.config.update("jax_disable_most_optimizations", True)
     if given is None:
         del os.environ["XLA_FLAGS"]
     else:
         os.environ["XLA_FLAGS"] = given
 
 
-# later versions do not have it; with them tests see what users see
+# later versions do not have it
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     compile_quickly()
 install_import_hook("jsparse", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+# where in Python each operation came from takes a tenth of the time of a suite that compiles
+jax.config.update("jax_traceback_in_locations_limit", 0)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# these see what users of the newest JAX see; others are compiled with few optimizations
+OPTIMIZED = Path(__file__).parent / "attention"
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow cases too")
+
+
+def pytest_collection_finish():
+    # what is imported stays, and looking for cycles in all that JAX traces takes its time
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,11 +79,13 @@ def without_shape_checks():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Drops what a module had compiled.
+def programs(request):
+    """Says how a module is compiled, and drops what it had compiled.
 
     Each program maps some memory, and a process may have 65,530 mappings on Linux: XLA crashes when
     thousands of programs have used them up.
     """
+    newest = jax.__version_info__ >= (0, 11) and request.path.is_relative_to(OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", not newest)
     yield
     jax.clear_caches()
