@@ -337,7 +337,7 @@ METHODS: tuple[Row, ...] = (
         keeps_all=1,
         by_kv_head=True,
         by_last_queries=True,
-        small=(("normalize_logits", 0),),
+        small=(("normalize_logits", False),),
     ),
     Row(
         name="biformer",

@@ -34,7 +34,7 @@ class Runs(Mask):
     """Query `i` sees keys `first[i] <= j < end[i]`; neither falls from one query to the next."""
 
     first: Int[Array, "*batch run_heads q_len"] = array_field(core_ndim=2)
-    end: Int[Array, "*batch run_heads q_len"] = array_field(core_ndim=2)
+    end: Int[Array, "*end_batch run_heads q_len"] = array_field(core_ndim=2)
 
     @property
     def heads(self) -> int:
@@ -54,8 +54,9 @@ class Runs(Mask):
         )
 
     def _at(self, q_index: Index, frame: Frame) -> tuple[Array, Array]:
-        where = entry(len(self.first), frame.batch), entry(self.heads, frame.head), q_index
-        return self.first[where], self.end[where]
+        head = entry(self.heads, frame.head)
+        first, end = (x[entry(len(x), frame.batch), head, q_index] for x in (self.first, self.end))
+        return first, end
 
 
 def tile_list(groups: TokenGroups, side: int) -> BlockMask:

@@ -44,4 +44,9 @@ def from_length(method: Method, *, min_length: int) -> Method:
         out, _ = dense.attend((), q, k, v, **given)
         return out, DenseInfo(state)
 
-    return Method(method.init, plan, attend, method.init_state)
+    def update(params, info):
+        moves = method.update is not None and not isinstance(info, DenseInfo)
+        return method.update(params, info) if moves else params
+
+    given = method.init, plan, attend, method.init_state
+    return Method(*given, None if method.update is None else update)

@@ -128,7 +128,7 @@ def counted_average(
     """Divides the average of each centroid's sums by that of its counts.
 
     Both begin at 0, so that the first mean is that of the first tokens; `as_sums=True` of
-    `Centroids.of` begins as the authors do. A centroid of which there is neither count nor sum stays.
+    `Centroids.of` begins as the authors do. What has neither count nor sum stays.
 
     Args:
       decay: What stays of sums and counts, in [0, 1).
