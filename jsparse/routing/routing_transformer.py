@@ -232,7 +232,7 @@ def routing_transformer(
     flange: int = 1,
     update: UpdateRule | None = None,
 ) -> Method:
-    """Attends inside clusters of tokens, each of those closest to one centroid.
+    """Attends inside clusters of tokens, each of them the closest to a centroid.
 
     Centroids are parameters that no gradient moves: `method.update(params, info)` moves them after
     a step of training, as `js.nn.SparseAttention` does by itself after `model.train()`. Begin with
@@ -274,7 +274,8 @@ def routing_transformer(
 
     Differs from the paper:
       Query heads of a group follow the centroids of their kv head. There are no relative positions
-      by rank, nor hashes in place of centroids. With `return_lse`, a query's sum of exponentials is
+      by rank, nor hashes in place of centroids. What a mask hides, such as padding, can be chosen
+      and then takes a place for nothing. With `return_lse`, a query's sum of exponentials is
       over all its clusters, a key that it meets twice counted twice. Sinks are in each of them.
 
     Raises:
