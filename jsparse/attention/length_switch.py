@@ -44,9 +44,12 @@ def from_length(method: Method, *, min_length: int) -> Method:
         out, _ = dense.attend((), q, k, v, **given)
         return out, DenseInfo(state)
 
-    def update(params, info):
-        moves = method.update is not None and not isinstance(info, DenseInfo)
-        return method.update(params, info) if moves else params
+    moves = method.update
 
-    given = method.init, plan, attend, method.init_state
-    return Method(*given, None if method.update is None else update)
+    def update(params, info):
+        if moves is None or isinstance(info, DenseInfo):
+            return params
+        return moves(params, info)
+
+    own = None if moves is None else update
+    return Method(method.init, plan, attend, method.init_state, own)

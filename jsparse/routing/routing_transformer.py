@@ -296,7 +296,7 @@ def routing_transformer(
         of_means, of_k, of_v = jax.random.split(key, 3)
         sizes = num_kv_heads - num_local_heads, clusters
         means = normalize(jax.random.normal(of_means, (*sizes, dim)))
-        params = {"centroids": Centroids.of(means)}
+        params: dict[str, Any] = {"centroids": Centroids.of(means)}
         if num_memory:
             shape = (*sizes, num_memory, dim)
             params["memory_k"] = jax.random.normal(of_k, shape)
@@ -309,10 +309,12 @@ def routing_transformer(
         size = -(-kv_len // clusters) if window is None else window
         q_size = -(-q_len // clusters) if window is None and not shared else size
         windows = min(q_size, q_len), min(size, kv_len)
-        lengths = tuple(clusters * n for n in windows) if balanced else (q_len, kv_len)
+        q_places, kv_places = q_len, kv_len
+        if balanced:
+            q_places, kv_places = (clusters * n for n in windows)
         if num_local_heads:
-            lengths = max(lengths[0], q_len), max(lengths[1], kv_len)
-        grid = TileGrid(*lengths, _block_q(windows[0]), _side(windows[1]))
+            q_places, kv_places = max(q_places, q_len), max(kv_places, kv_len)
+        grid = TileGrid(q_places, kv_places, _block_q(windows[0]), _side(windows[1]))
         width = _widest_row(clusters, windows, grid) if balanced else None
         if num_local_heads and width is not None:
             # wherever the first query stands in its block

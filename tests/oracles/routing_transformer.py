@@ -91,7 +91,7 @@ def attention(
     (q_len, heads, dim), (kv_len, kv_heads, v_dim) = q.shape, v.shape
     scale, start = dim**-0.5 if scale is None else scale, kv_len - q_len
     out, counts = np.zeros((q_len, heads, v_dim)), np.zeros((heads, q_len))
-    mass = np.zeros((heads, q_len))
+    lse = np.full((heads, q_len), -np.inf)
     for h in range(heads):
         g = h // (heads // kv_heads)
         queries = q_members[h // (heads // len(q_members))]
@@ -112,10 +112,9 @@ def attention(
                     peak = max(logits)
                     weights = np.exp(np.array(logits) - peak)
                     out[i, h] += weights @ np.array(values) / weights.sum()
-                    mass[h, i] += weights.sum() * math.exp(peak)
+                    lse[h, i] = np.logaddexp(lse[h, i], peak + math.log(weights.sum()))
     below = np.maximum(counts, 1) if count_eps is None else counts + count_eps
-    with np.errstate(divide="ignore"):
-        return out / below.T[..., None], np.log(mass), counts
+    return out / below.T[..., None], lse, counts
 
 
 def local_members(length, block, flange):
