@@ -356,7 +356,7 @@ def test_gradients_are_those_of_masked_dense_attention(shared):
             for ours, its, true in zip(got, plain(*given), exact, strict=True):
                 lost = jnp.abs(its.astype(jnp.float32) - true).max()
                 assert jnp.abs(ours.astype(jnp.float32) - true).max() <= 4 * lost
-        assert not any(leaf.any() for leaf in jax.tree.leaves(of_params)), "centroids have none"
+        assert not any(leaf.any() for leaf in jax.tree.leaves(of_params))
 
 
 def test_tokens_without_a_cluster_learn_by_commitment_alone():
@@ -364,18 +364,19 @@ def test_tokens_without_a_cluster_learn_by_commitment_alone():
     method = js.routing_transformer(clusters=3, window=5)
     params = params_of(method, heads=1, kv_heads=1)
 
-    def loss(q, k, v, weight):
+    def loss(q, k, v, params, weight):
         out, info = method.attend(params, q, k, v, mask=CAUSAL)
         return jnp.sin(out).sum() + weight * info.commitment, info.memberships[0] == 0
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-    alone, outside = gradient(q, k, v, 0.0)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    (*alone, _), outside = gradient(q, k, v, params, 0.0)
     assert 10 < outside.sum() < 45
     for x in alone:
         assert not x[outside].any()
         assert x[~outside].any((1, 2)).sum() > 5
-    committed, _ = gradient(q, k, v, 1.0)
+    committed, _ = gradient(q, k, v, params, 1.0)
     assert committed[1][outside].any((1, 2)).all()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(committed[3])), "it moves tokens alone"
     # it pulls: a step against the gradient brings keys closer
     distance = functools.partial(clustering.commitment, means=params["centroids"].means)
     pull = jax.grad(lambda k: distance(layer_norm(k)))(k)
