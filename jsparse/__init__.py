@@ -42,6 +42,7 @@ from jsparse.masks.s2_attention import s2_attention as s2_attention
 from jsparse.masks.streaming import streaming as streaming
 from jsparse.routing import biformer as biformer
 from jsparse.routing import flashmoba as flashmoba
+from jsparse.routing import routing_transformer as routing_transformer
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid
 from jsparse.types import Method as Method

@@ -15,7 +15,7 @@ from jsparse.masks.moa import ElasticRule, moa
 from jsparse.masks.powerattention import powerattention
 from jsparse.masks.s2_attention import s2_attention
 from jsparse.masks.streaming import streaming
-from jsparse.routing import biformer, flashmoba
+from jsparse.routing import biformer, flashmoba, routing_transformer
 from jsparse.types import Method
 
 
@@ -41,13 +41,14 @@ class Row(NamedTuple):
         None where there is none.
       kinds: What those values are, where they are not numbers.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
-      by_last_queries: Whether the last queries decide for all rows, so that which tiles a row gets
-        depends on tokens after it; what is in them does not.
+      by_last_queries: Whether the last queries, or all tokens, decide for all rows, so that which
+        tiles a row gets depends on tokens after it; what is in them does not.
       by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
         before them, which purely random inputs have none of.
       by_gates: Whether it mixes several attentions by gates of the hidden states, so that no
         setting is dense attention.
-      small: Arguments that make it small, where its defaults are those of a large model.
+      small: Arguments that make it small, where its defaults are those of a large model, and leave
+        logits the products of q and k.
       needs_all_queries: Whether queries and keys have to be the same tokens.
       needs_state: Whether it carries state over steps or layers.
       needs_key: Whether it samples.
@@ -320,6 +321,23 @@ METHODS: tuple[Row, ...] = (
         control="top_k",
         settings=(1, 2, 4),
         keeps_all=2**20,
+    ),
+    Row(
+        name="routing_transformer",
+        family="routing",
+        factory=routing_transformer,
+        summary="inside clusters of tokens, by online k-means",
+        paper="arXiv:2003.05997",
+        year=2020,
+        causal=True,
+        bidirectional=True,
+        training_free=False,
+        control="clusters",
+        settings=(16, 8, 4),
+        keeps_all=1,
+        by_kv_head=True,
+        by_last_queries=True,
+        small=(("normalize_logits", False),),
     ),
     Row(
         name="biformer",

@@ -34,7 +34,7 @@ class Runs(Mask):
     """Query `i` sees keys `first[i] <= j < end[i]`; neither falls from one query to the next."""
 
     first: Int[Array, "*batch run_heads q_len"] = array_field(core_ndim=2)
-    end: Int[Array, "*batch run_heads q_len"] = array_field(core_ndim=2)
+    end: Int[Array, "*end_batch run_heads q_len"] = array_field(core_ndim=2)
 
     @property
     def heads(self) -> int:
@@ -54,8 +54,9 @@ class Runs(Mask):
         )
 
     def _at(self, q_index: Index, frame: Frame) -> tuple[Array, Array]:
-        where = entry(len(self.first), frame.batch), entry(self.heads, frame.head), q_index
-        return self.first[where], self.end[where]
+        head = entry(self.heads, frame.head)
+        first, end = (x[entry(len(x), frame.batch), head, q_index] for x in (self.first, self.end))
+        return first, end
 
 
 def tile_list(groups: TokenGroups, side: int) -> BlockMask:
@@ -65,18 +66,29 @@ def tile_list(groups: TokenGroups, side: int) -> BlockMask:
     the lists have entries, which is one per tile of the map where offsets are traced: any group may
     then have all tokens.
     """
-    grid = TileGrid(groups.q_len, groups.kv_len, side, side)
-    first, end = groups.kv_runs()
-    rows = jnp.arange(grid.q_blocks)
-    q_first, q_last = grid.q_range(rows)
-    begin, stop = first[..., q_first] // side, -(-end[..., q_last] // side)
+    return run_tiles(Runs(*groups.kv_runs()), TileGrid(groups.q_len, groups.kv_len, side, side))
+
+
+def run_tiles(runs: Runs, grid: TileGrid, *, width: int | None = None) -> BlockMask:
+    """The tiles from the first to the last key that a row of tiles sees.
+
+    Args:
+      runs: Which keys each query sees.
+      grid: The tiles.
+      width: The most tiles that a row needs. Default: what runs need where they are concrete, all
+        where they are traced.
+    """
+    first, end = runs.first, runs.end
+    q_first, q_last = grid.q_range(jnp.arange(grid.q_blocks))
+    begin, stop = first[..., q_first] // grid.block_kv, -(-end[..., q_last] // grid.block_kv)
     counts = jnp.where(end[..., q_last] > first[..., q_first], stop - begin, 0)
-    width = grid.kv_blocks
-    if not _compat.is_traced(counts):
-        width = max(1, int(counts.max(initial=0)))
+    if width is None:
+        width = grid.kv_blocks
+        if not _compat.is_traced(counts):
+            width = max(1, int(counts.max(initial=0)))
     entries = jnp.arange(width, dtype=jnp.int32)
     lists = jnp.where(entries < counts[..., None], begin[..., None] + entries, 0)
-    overflowed = jnp.zeros(counts.shape[:-1], bool)
+    overflowed = (counts > width).any(-1)
     return BlockMask(lists, counts, overflowed, *grid)
 
 

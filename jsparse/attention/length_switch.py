@@ -44,4 +44,12 @@ def from_length(method: Method, *, min_length: int) -> Method:
         out, _ = dense.attend((), q, k, v, **given)
         return out, DenseInfo(state)
 
-    return Method(method.init, plan, attend, method.init_state)
+    moves = method.update
+
+    def update(params, info):
+        if moves is None or isinstance(info, DenseInfo):
+            return params
+        return moves(params, info)
+
+    own = None if moves is None else update
+    return Method(method.init, plan, attend, method.init_state, own)

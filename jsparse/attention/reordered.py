@@ -44,6 +44,35 @@ def attend_reordered(
       return_lse: See `js.attend`.
       **options: Its other keywords, `mask` among them.
     """
+    for order, x in ((q_order, q), (kv_order, k)):
+        if order is not None:
+            checks.order_fits(order, x.shape)
+    out, lse = attend_in_places(
+        q, k, v, plan, q_order=q_order, kv_order=kv_order, bias=bias, score_mod=score_mod, **options
+    )
+    if q_order is not None:
+        out = reordering.restore(out, q_order)
+        by_token = jnp.swapaxes(lse, -1, -2)[..., None]
+        lse = jnp.swapaxes(reordering.restore(by_token, q_order)[..., 0], -1, -2)
+    return (out, lse) if return_lse else out
+
+
+def attend_in_places(
+    q: Float[Array, "*batch q_len heads dim"],
+    k: Float[Array, "*batch kv_len kv_heads dim"],
+    v: Float[Array, "*batch kv_len kv_heads v_dim"],
+    plan: Any,
+    *,
+    q_order: Int[Array, "*order_batch q_order_heads q_places"] | None = None,
+    kv_order: Int[Array, "*order_batch kv_order_heads kv_places"] | None = None,
+    bias: Float[Array, "*bias"] | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "*batch q_places heads v_dim"], Float[Array, "*batch heads q_places"]]:
+    """As `attend_reordered`, but what comes out stays where it is, and comes with its lse.
+
+    Orders may name a token several times, or never.
+    """
     batch_shape, (q_len, heads, _), kv_len = q.shape[:-3], q.shape[-3:], k.shape[-3]
     if bias is not None:
         checks.bias_array(bias)
@@ -56,15 +85,10 @@ def attend_reordered(
         places = [_original_place(x, heads, batch_shape) for x in (q_order, kv_order)]
         score_mod = _at(places, score_mod)
     if q_order is not None:
-        q = reordering.reorder(q, q_order)
+        q = reordering.gather(q, q_order)
     if kv_order is not None:
-        k, v = reordering.reorder(k, kv_order), reordering.reorder(v, kv_order)
-    out, lse = attend(q, k, v, plan, bias=bias, score_mod=score_mod, return_lse=True, **options)
-    if q_order is not None:
-        out = reordering.restore(out, q_order)
-        by_token = jnp.swapaxes(lse, -1, -2)[..., None]
-        lse = jnp.swapaxes(reordering.restore(by_token, q_order)[..., 0], -1, -2)
-    return (out, lse) if return_lse else out
+        k, v = reordering.gather(k, kv_order), reordering.gather(v, kv_order)
+    return attend(q, k, v, plan, bias=bias, score_mod=score_mod, return_lse=True, **options)
 
 
 def _at(places: list[Callable[..., Any]], score_mod: Callable[..., Array]) -> Callable[..., Array]:

@@ -69,8 +69,10 @@ from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
 from jsparse.checks.methods import a_state as a_state
+from jsparse.checks.methods import centroids_fit as centroids_fit
 from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states
+from jsparse.checks.methods import keys_for_all_queries as keys_for_all_queries
 from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
@@ -103,6 +105,7 @@ from jsparse.checks.tables import table_value as table_value
 from jsparse.checks.tables import texts_held_out as texts_held_out
 from jsparse.checks.values import at_most as at_most
 from jsparse.checks.values import broadcasts as broadcasts
+from jsparse.checks.values import decays as decays
 from jsparse.checks.values import factors as factors
 from jsparse.checks.values import finite as finite
 from jsparse.checks.values import floating as floating

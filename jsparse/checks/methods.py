@@ -75,3 +75,21 @@ def forced_blocks(top_k: int, **forced: int) -> None:
     if sum(forced.values()) > top_k:
         given = " and ".join(f"{name}={value}" for name, value in forced.items())
         raise ValueError(f"top_k={top_k} blocks must have room for {given} forced ones.")
+
+
+def centroids_fit(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Centroids are for these heads, clusters and features."""
+    if shape != expected:
+        raise ValueError(
+            f"The centroids have shape {shape}; the routed kv heads, clusters and features of this "
+            f"call need {expected}. Make the parameters by `method.init` for its sizes."
+        )
+
+
+def keys_for_all_queries(share_qk: bool, num_heads: int, num_kv_heads: int) -> None:
+    """Where keys are the queries, there are as many heads of them."""
+    if share_qk and num_kv_heads != num_heads:
+        raise ValueError(
+            f"share_qk=True makes each query head its own keys, so num_kv_heads={num_kv_heads} "
+            f"must be num_heads={num_heads}; leave it out."
+        )

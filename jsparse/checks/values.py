@@ -132,6 +132,14 @@ def fractions(**values: Any) -> None:
     _each("lie in (0, 1]", lambda found: (found > 0) & (found <= 1), values)
 
 
+def decays(**values: Any) -> None:
+    """Each value is a number in [0, 1)."""
+    number(**values)
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} must lie in [0, 1); at 1 nothing ever moves.")
+
+
 def odd_or_zero(**values: int) -> None:
     """Each value is an odd count, or 0."""
     non_negative(**values)

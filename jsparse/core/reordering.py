@@ -9,6 +9,7 @@ follows the tokens by `js.masks.reordered`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -98,9 +99,67 @@ def reorder(
     Raises:
       ValueError: if the order is not of integers, or does not fit the length or the heads.
     """
+    checks.order_fits(order, x.shape)
+    return _taken(x, order)
+
+
+def gather(
+    x: Float[Array, "*batch length heads dim"],
+    order: Int[Array, "*order_batch order_heads places"],
+) -> Float[Array, "*batch places out_heads dim"]:
+    """Puts tokens in places, which may be more or fewer; a token may stand in several.
+
+    Heads are shared as in `reorder`.
+    """
+    # so that a token's gradient, a sum over its places, is taken in f32
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _taken(x.astype(wide), order).astype(x.dtype)
+
+
+def add_up(
+    x: Float[Array, "*batch places heads dim"],
+    order: Int[Array, "*order_batch order_heads places"],
+    length: int,
+) -> Float[Array, "*batch length heads dim"]:
+    """Sums what stands in the places of each token, in f32; the transpose of `gather`.
+
+    Args:
+      x: What the places have.
+      order: Which token stands where, per head or for several; a negative one is none.
+      length: How many tokens.
+    """
     x, order = _for_each_head(x, order)
-    index = jnp.swapaxes(order, -1, -2)[..., None]
-    return jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
+    flat = jnp.swapaxes(x, -2, -3).reshape(-1, x.shape[-3], x.shape[-1])
+    at = _places_of(order, length)
+    total = jnp.zeros((len(flat), length, x.shape[-1]))
+    total = total.at[at].add(flat.astype(jnp.float32), mode="drop")
+    total = total.reshape(*x.shape[:-3], x.shape[-2], length, x.shape[-1])
+    return jnp.swapaxes(total, -2, -3)
+
+
+def log_add_up(
+    x: Float[Array, "*batch heads places"],
+    order: Int[Array, "*order_batch order_heads places"],
+    length: int,
+) -> Float[Array, "*batch heads length"]:
+    """The logarithm of what `add_up` makes of exponentials; -inf for a token without a place."""
+    _, order = _for_each_head(jnp.swapaxes(x, -1, -2)[..., None], order)
+    flat, at = x.reshape(-1, x.shape[-1]), _places_of(order, length)
+    peak = jnp.full((len(flat), length), -jnp.inf)
+    peak = peak.at[at].max(jax.lax.stop_gradient(flat), mode="drop")
+    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    total = (
+        jnp.zeros_like(peak).at[at].add(jnp.exp(flat - peak.at[at].get(mode="clip")), mode="drop")
+    )
+    some = total != 0
+    logarithm = jnp.where(some, peak + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    return logarithm.reshape(*x.shape[:-1], length)
+
+
+def _places_of(order: Array, length: int) -> tuple[Array, Array]:
+    """Where the tokens of places stand in rows of `length`; past the end where there is none."""
+    order = jnp.where(order < 0, length, order).reshape(-1, order.shape[-1])
+    return jnp.arange(len(order))[:, None], order
 
 
 def restore(
@@ -130,8 +189,13 @@ def reorder_pairs(
     return jnp.take_along_axis(x, index.reshape((1,) * (x.ndim - index.ndim) + index.shape), axis)
 
 
+def _taken(x: Array, order: Array) -> Array:
+    x, order = _for_each_head(x, order)
+    index = jnp.swapaxes(order, -1, -2)[..., None]
+    return jnp.take_along_axis(x, index, axis=-3, mode="promise_in_bounds")
+
+
 def _for_each_head(x: Array, order: Array) -> tuple[Array, Array]:
-    checks.order_fits(order, x.shape)
     heads = max(x.shape[-2], order.shape[-2])
     x = jnp.repeat(x, heads // x.shape[-2], axis=-2)
     order = jnp.repeat(order, heads // order.shape[-2], axis=-2)

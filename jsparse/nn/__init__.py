@@ -3,6 +3,7 @@
 from jsparse.core.rotary import rotary as rotary
 from jsparse.nn.adapters import attention_fn as attention_fn
 from jsparse.nn.attention import SparseAttention as SparseAttention
+from jsparse.nn.attention import Statistic as Statistic
 from jsparse.nn.biformer import BiFormerBlock as BiFormerBlock
 from jsparse.nn.biformer import RegionAttention as RegionAttention
 from jsparse.nn.cache import KVCache as KVCache

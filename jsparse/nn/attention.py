@@ -12,12 +12,15 @@ from jaxtyping import Array, Float, Int
 from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.rotary import rotary
-from jsparse.functional import sparse_attention
 from jsparse.masks import causal
 from jsparse.nn.cache import KVCache
-from jsparse.types import Mask, Method
+from jsparse.types import Mask, Method, Untrained
 
 AttentionFn = Callable[..., Array]
+
+
+class Statistic(nnx.Variable):
+    """What a method's own rule moves, and no optimizer: leaves of `jsparse.types.Untrained`."""
 
 
 class SparseAttention(nnx.Module):
@@ -29,6 +32,9 @@ class SparseAttention(nnx.Module):
 
     Attributes:
       attention: `attention(q, k, v, *, mask, x, positions) -> out`; default: the module's method.
+      use_running_average: Whether the method's statistics stay as they are, which they always do
+        while decoding. `model.train()` makes it False: each call then moves them, after its output
+        is computed; `model.eval()` makes it True.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class SparseAttention(nnx.Module):
         use_bias: bool = False,
         sinks: bool = False,
         softcap: float | None = None,
+        share_qk: bool = False,
         implementation: str | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -60,6 +67,8 @@ class SparseAttention(nnx.Module):
           use_bias: Whether projections have biases.
           sinks: Whether each head has a learned sink logit.
           softcap: See `js.attend`.
+          share_qk: Whether keys are the queries, so that there is no projection of keys; then there
+            are as many kv heads as heads.
           implementation: See `js.attend`.
           dtype: The computation's dtype, default that of the input and parameters.
           param_dtype: The parameters' dtype.
@@ -71,6 +80,7 @@ class SparseAttention(nnx.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         checks.positive(in_features=in_features, num_heads=num_heads, num_kv_heads=num_kv_heads)
         checks.multiple(of=num_kv_heads, num_heads=num_heads)
+        checks.keys_for_all_queries(share_qk, num_heads, num_kv_heads)
         if head_dim is None:
             checks.multiple(of=num_heads, in_features=in_features)
             head_dim = in_features // num_heads
@@ -87,7 +97,7 @@ class SparseAttention(nnx.Module):
             )
 
         self.q_proj = linear(in_features, num_heads * head_dim)
-        self.k_proj = linear(in_features, num_kv_heads * head_dim)
+        self.k_proj = None if share_qk else linear(in_features, num_kv_heads * head_dim)
         self.v_proj = linear(in_features, num_kv_heads * head_dim)
         self.out_proj = linear(num_heads * head_dim, in_features)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else None
@@ -100,8 +110,9 @@ class SparseAttention(nnx.Module):
                 dim=head_dim,
                 features=in_features,
             )
-        self.method_params = nnx.data(jax.tree.map(nnx.Param, params))
+        self.method_params = nnx.data(_variables(params))
         self.attention: AttentionFn | None = None
+        self.use_running_average = True
 
     def init_cache(
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32
@@ -142,10 +153,12 @@ class SparseAttention(nnx.Module):
         def heads(projected: Array) -> Array:
             return projected.reshape(*batch_shape, length, -1, self.head_dim)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, v = heads(self.q_proj(x)), heads(self.v_proj(x))
+        k = None if self.k_proj is None else heads(self.k_proj(x))
         if self.rope_base is not None:
             q = rotary(q, positions, base=self.rope_base)
-            k = rotary(k, positions, base=self.rope_base)
+            k = k if k is None else rotary(k, positions, base=self.rope_base)
+        k = q if k is None else k
         where = None
         if cache is not None:
             past = causal(offset=cache.length)
@@ -185,17 +198,14 @@ class SparseAttention(nnx.Module):
     ) -> Array:
         if self.method is None:
             return self._dense(q, k, v, mask=mask, x=x, positions=positions)
-        return sparse_attention(
-            q,
-            k,
-            v,
-            self.method,
-            params=self.params(),
-            mask=mask,
-            x=x,
-            positions=positions,
-            **self._options(),
+        params = self.params()
+        out, info = self.method.attend(
+            params, q, k, v, mask=mask, x=x, positions=positions, **self._options()
         )
+        if self.method.update is not None and not self.use_running_average:
+            moved = self.method.update(params, info)
+            jax.tree.map(_write, self.method_params, moved, is_leaf=_is_variable)
+        return out
 
     def params(self) -> Any:
         """The method's parameters, as it takes them."""
@@ -211,3 +221,17 @@ class SparseAttention(nnx.Module):
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _variables(params: Any) -> Any:
+    """Parameters as variables, of a kind that optimizers take or of one that they do not."""
+
+    def variables(x: Any) -> Any:
+        return jax.tree.map(Statistic if isinstance(x, Untrained) else nnx.Param, x)
+
+    return jax.tree.map(variables, params, is_leaf=lambda x: isinstance(x, Untrained))
+
+
+def _write(variable: nnx.Variable, value: Array) -> None:
+    if isinstance(variable, Statistic):
+        variable[...] = value

@@ -2,3 +2,4 @@
 
 from jsparse.routing.biformer import biformer as biformer
 from jsparse.routing.flashmoba import flashmoba as flashmoba
+from jsparse.routing.routing_transformer import routing_transformer as routing_transformer

@@ -9,6 +9,7 @@ from jsparse.types.mask import Mask as Mask
 from jsparse.types.mask import TileBounds as TileBounds
 from jsparse.types.mask import TileGrid as TileGrid
 from jsparse.types.method import Method as Method
+from jsparse.types.method import Untrained as Untrained
 from jsparse.types.paged_kv import PagedKV as PagedKV
 from jsparse.types.pytree import array_field as array_field
 from jsparse.types.pytree import entry as entry

@@ -3,6 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jsparse.types.pytree import pytree_dataclass
+
+
+@pytree_dataclass
+class Untrained:
+    """Parameters that no gradient moves; a method's `update` does. Subclasses have the fields."""
+
 
 class Method(NamedTuple):
     """What a factory such as `js.xattention(threshold=0.9)` returns.
@@ -19,9 +26,12 @@ class Method(NamedTuple):
       init_state: `init_state(k, v) -> state`, the `state` of the first step over a cache of these
         shapes; `info.state` is that of the next. None where there is nothing to carry, and a step
         of decoding may attend to all keys instead.
+      update: `update(params, info) -> params`, what a step of training makes of the parameters
+        that are `Untrained`. None where there are none.
     """
 
     init: Callable[..., Any]
     plan: Callable[..., Any]
     attend: Callable[..., Any]
     init_state: Callable[..., Any] | None = None
+    update: Callable[..., Any] | None = None

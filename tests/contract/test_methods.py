@@ -111,9 +111,12 @@ def test_other_data_is_no_other_program(row):
 
     traced = jax.jit(attend_to)
     for seed in (0, 1):
-        q, k, v = inputs_of(row, LENGTH, seed=seed)
-        out = traced(q, k, v, plan(row)(q, k))
-        expected = js.attend(q, k, v, lists_of(sparsest(row), q, k), mask=CAUSAL)
+        q, k, _ = inputs_of(row, LENGTH, seed=seed)
+        compiled, eager = plan(row)(q, k), lists_of(sparsest(row), q, k)
+        # a plan may have more places than there are tokens
+        q, k, v = inputs_of(row, parts_of(compiled)[0].q_len, seed=seed)
+        out = traced(q, k, v, compiled)
+        expected = js.attend(q, k, v, eager, mask=CAUSAL)
         np.testing.assert_allclose(out, expected, atol=2e-6)
     assert len(traces) == 1
 
@@ -276,7 +279,10 @@ def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     # keys are not broken, so hidden states are not
     out = attend(row)(q.at[140].set(jnp.nan), k, v, hidden(q))
     clean = attend(row)(q, k, v, hidden(q))
-    assert jnp.isnan(out[140]).all()
+    # a query may get nothing, of all its heads
+    gets = clean[140] != 0
+    assert gets.any()
+    assert jnp.isnan(out[140])[gets].all()
     # an estimate may be spoilt for the whole row of tiles, the outputs of other tokens never
     assert jnp.isfinite(out[jnp.arange(LENGTH) != 140]).all()
     np.testing.assert_array_equal(out[:128], clean[:128])
