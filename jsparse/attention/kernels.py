@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
+from jsparse.core.blocks import Cells
 from jsparse.types import Mask
+from pallas_kernels import _compat
 
 # tiles of so many queries are what kernels take
 LEAST_QUERIES = 16
@@ -34,6 +36,35 @@ def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
     if found is None:
         return f"it needs {wanted}; the default backend is {jax.default_backend()}."
     return None if fits(found) else f"it needs {wanted}; this one has {found}."
+
+
+def hopper_refusal() -> str | None:
+    """Why a kernel for Hopper alone does not run on this machine, or None."""
+    if _compat.interpreting():
+        return None
+    wanted = "a Hopper GPU (compute capability 9.0)"
+    return device_refusal(wanted, lambda found: found.startswith("9."))
+
+
+def seen_cells(
+    cells: Cells, kv_count: int, *, batches: int, heads: int, q_cells: int, kv_cells: int
+) -> Separated | str:
+    """What tells a kernel which cells are seen, by 1 and 0, or why nothing can.
+
+    Args:
+      cells: Which key cells a query cell may see.
+      kv_count: Key cells that there are.
+      batches: Sequences.
+      heads: Query heads.
+      q_cells: Query cells, padding included.
+      kv_cells: Key cells, padding included.
+    """
+
+    def seen(logit, q_cell, kv_cell, batch, head):
+        found = cells.visible(batch, head, q_cell, kv_cell) & (kv_cell < kv_count)
+        return jnp.where(found, jnp.float32(1), jnp.float32(0))
+
+    return separate(seen, batches=batches, heads=heads, q_len=q_cells, kv_len=kv_cells)
 
 
 def pad_width(x: Array, width: int) -> Array:

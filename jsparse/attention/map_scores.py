@@ -17,7 +17,6 @@ from jsparse.core.softmax_blocks import SoftmaxBlocks, map_blocks
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, Mask, TileGrid
 from jsparse.types.pytree import flatten_batch
-from pallas_kernels import _compat
 from pallas_kernels.attention_map import mosaic
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
@@ -107,11 +106,9 @@ def _scores(
 
 def _mosaic_refuses(problem: Problem, grid: TileGrid) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
-    if not _compat.interpreting():
-        wanted = "a Hopper GPU (compute capability 9.0)"
-        reason = kernels.device_refusal(wanted, lambda found: found.startswith("9."))
-        if reason:
-            return reason
+    reason = kernels.hopper_refusal()
+    if reason:
+        return reason
     scale = problem.rule.scale
     if scale is None or not scale > 0:
         return f"it takes a scale above 0, not {scale}."
