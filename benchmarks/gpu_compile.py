@@ -186,7 +186,11 @@ def main() -> int:
     from benchmarks import gpu_compile_blackwell as blackwell  # these import this one
     from benchmarks import gpu_compile_maps as maps
 
-    every_case = *CASES, *maps.CASES
+    # what compiles the cases of scorers, each with its own
+    scorers = {case: maps.compiled_passes for case in maps.CASES}
+    scorers |= {case: maps.compiled_antidiagonals for case in maps.ANTIDIAGONALS}
+    scorers |= {case: maps.compiled_best for case in maps.BEST}
+    every_case = *CASES, *scorers
     named = {c.name for c in every_case if not arguments.only or arguments.only in c.name}
     if not named:
         parser.error(f"no case has {arguments.only!r} in its name")
@@ -200,9 +204,9 @@ def main() -> int:
     chosen = [case for case in CASES if case.name in named]
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
-    of_maps = [case for case in maps.CASES if case.name in named]
-    for case in track(of_maps, "attention maps", console=console):
-        rows += maps.compiled_passes(case, sharding)
+    of_scorers = [case for case in scorers if case.name in named]
+    for case in track(of_scorers, "scorers", console=console):
+        rows += scorers[case](case, sharding)
     wanted = blackwell.taken(chosen)
     rows += track(blackwell.compiled(wanted), "for Blackwell", len(wanted), console=console)
     console.print(table(rows))

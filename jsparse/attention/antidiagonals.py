@@ -13,7 +13,8 @@ from jsparse.attention.separation import Separated
 from jsparse.core import scores
 from jsparse.core.blocks import Cells
 from jsparse.core.softmax_blocks import softmax_blocks
-from jsparse.types import BlockMask, TileGrid
+from jsparse.core.tiling import every_tile
+from jsparse.types import TileGrid
 from jsparse.types.pytree import flatten_batch
 from pallas_kernels.attention_map import mosaic_cells
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
@@ -54,7 +55,7 @@ def antidiagonal_sums(
     """
     if implementation is not None:
         checks.one_of(IMPLEMENTATIONS, implementation=implementation)
-    problem = _Problem.of(q, k, stride, cells_per_block)
+    problem = Problem.of(q, k, stride, cells_per_block)
     reason = None if implementation == "xla" else _refusal(problem, q, cells, scale)
     if implementation == "mosaic" and reason:
         raise NotImplementedError(f"implementation='mosaic': {reason}")
@@ -69,7 +70,7 @@ def antidiagonal_sums(
     return by_kernel(problem, q, k, cells, scale)
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """Numbers of cells.
 
     Attributes:
@@ -91,7 +92,7 @@ class _Problem(NamedTuple):
     rows: int
 
     @classmethod
-    def of(cls, q: Array, k: Array, stride: int, per_block: int) -> "_Problem":
+    def of(cls, q: Array, k: Array, stride: int, per_block: int) -> "Problem":
         q_count, kv_count = (-(-x.shape[1] // stride) for x in (q, k))
         rows = ROWS if q_count <= ROWS else 2 * ROWS
         return cls(len(q), q.shape[2], stride, per_block, q_count, kv_count, rows)
@@ -119,7 +120,7 @@ class _Problem(NamedTuple):
         )
 
 
-def _refusal(problem: _Problem, q: Array, cells: Cells, scale: float) -> str | None:
+def _refusal(problem: Problem, q: Array, cells: Cells, scale: float) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
     reason = kernels.hopper_refusal()
     if reason:
@@ -134,7 +135,7 @@ def _refusal(problem: _Problem, q: Array, cells: Cells, scale: float) -> str | N
 
 
 def by_kernel(
-    problem: _Problem, q: Array, k: Array, cells: Cells, scale: float
+    problem: Problem, q: Array, k: Array, cells: Cells, scale: float
 ) -> Float[Array, "batch heads q_blocks kv_blocks"]:
     """The kernel's sums over runs of cells, as probabilities, summed over blocks."""
     grid, group = problem.grid, problem.group
@@ -151,7 +152,7 @@ def by_kernel(
         seen = problem.seen(cells)
         assert not isinstance(seen, str)  # it was refused then
         hides = Rule(seen.rule, seen.row_values, seen.column_values)
-    lists = _every_tile(grid) if tiles is None else tiles
+    lists = every_tile(grid) if tiles is None else tiles
     lists = flatten_batch(lists, (problem.batches,))
     mass, peaks, lse = mosaic_cells.cell_masses(
         padded(q, q_cells),
@@ -174,8 +175,3 @@ def by_kernel(
     found = jnp.where(listed, mass.reshape(*rows, runs) * shares.reshape(*rows, 1), 0.0).sum(3)
     found = found.reshape(*rows[:3], kv_cells // per_block, per_block // group).sum(-1)
     return found[:, :, : -(-problem.q_count // per_block), : -(-problem.kv_count // per_block)]
-
-
-def _every_tile(grid: TileGrid) -> BlockMask:
-    every = jnp.ones((1, grid.q_blocks, grid.kv_blocks), bool)
-    return BlockMask.from_dense(every, **grid._asdict(), width=grid.kv_blocks)

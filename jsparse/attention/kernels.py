@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import Separated, separate
-from jsparse.core.blocks import Cells
+from jsparse.core.blocks import CellRule, Cells
 from jsparse.types import Mask
 from pallas_kernels import _compat
 
@@ -47,9 +47,16 @@ def hopper_refusal() -> str | None:
 
 
 def seen_cells(
-    cells: Cells, kv_count: int, *, batches: int, heads: int, q_cells: int, kv_cells: int
+    cells: Cells,
+    kv_count: int,
+    *,
+    batches: int,
+    heads: int,
+    q_cells: int,
+    kv_cells: int,
+    forced: CellRule | None = None,
 ) -> Separated | str:
-    """What tells a kernel which cells are seen, by 1 and 0, or why nothing can.
+    """What tells a kernel which cells are seen: 1, 2 if they are forced too, else 0; or why not.
 
     Args:
       cells: Which key cells a query cell may see.
@@ -58,11 +65,15 @@ def seen_cells(
       heads: Query heads.
       q_cells: Query cells, padding included.
       kv_cells: Key cells, padding included.
+      forced: Which are forced, where they are seen; default none.
     """
 
     def seen(logit, q_cell, kv_cell, batch, head):
         found = cells.visible(batch, head, q_cell, kv_cell) & (kv_cell < kv_count)
-        return jnp.where(found, jnp.float32(1), jnp.float32(0))
+        value = jnp.float32(1)
+        if forced is not None:
+            value = jnp.where(forced(batch, head, q_cell, kv_cell), jnp.float32(2), value)
+        return jnp.where(found, value, jnp.float32(0))
 
     return separate(seen, batches=batches, heads=heads, q_len=q_cells, kv_len=kv_cells)
 

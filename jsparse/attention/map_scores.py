@@ -14,7 +14,7 @@ from jsparse.attention.attend import Problem, prepare
 from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.attention.separation import Separated, separate
 from jsparse.core.softmax_blocks import SoftmaxBlocks, map_blocks
-from jsparse.core.tiling import block_mask
+from jsparse.core.tiling import block_mask, every_tile
 from jsparse.types import BlockMask, Mask, TileGrid
 from jsparse.types.pytree import flatten_batch
 from pallas_kernels.attention_map import mosaic
@@ -178,7 +178,4 @@ def by_kernels(kernel: Callable[..., Array], problem: Problem, grid: TileGrid) -
 
 def _visible(mask: Mask | None, grid: TileGrid) -> BlockMask:
     """The tiles that a mask touches, or all."""
-    if mask is not None:
-        return block_mask(mask, **grid._asdict())
-    everything = jnp.ones((1, grid.q_blocks, grid.kv_blocks), bool)
-    return BlockMask.from_dense(everything, **grid._asdict(), width=grid.kv_blocks)
+    return every_tile(grid) if mask is None else block_mask(mask, **grid._asdict())

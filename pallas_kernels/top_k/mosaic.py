@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _compat, configurations
+from pallas_kernels import configurations
 from pallas_kernels.block_sparse_attention.logits import Place, Tiles
 from pallas_kernels.block_sparse_attention.walk import (
     RESERVED,
@@ -37,14 +37,16 @@ from pallas_kernels.block_sparse_attention.walk import (
     Side,
     launch,
 )
+from pallas_kernels.sortable import NOTHING, sortable
 from pallas_kernels.warpgroup import warpgroup
 
 KEYS = 64  # of a tile
 MOST = 64  # of the best, whose registers are two for each 4 of a row
-NOTHING = -(2**31)  # what is not seen, or not there
+# what stands for a pair: not seen, seen, or taken before all others; one of a row at most is
+SEEN, FORCED = 1.0, 2.0
+FIRST = 2**31 - 2  # the integer of what is forced, above that of every number
 _TAKEN = 2**31 - 1  # a place of the best that is none
 _NO_COLUMN = 2**30  # from here on columns stand for nothing
-_MAGNITUDE = 2**31 - 1  # all bits of a float but its sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Config:
 
 def shared_memory(rows: int, parts: int, dim: int, width: int, config: Config) -> int:
     """Bytes of shared memory that a program asks for, barriers apart."""
-    return 2 * dim * (rows + config.stages * parts * KEYS) + 8 * rows * width
+    return 2 * dim * (rows + config.stages * parts * KEYS) + 4 * rows * (2 * width + 1)
 
 
 def default_config(rows: int, parts: int, dim: int, width: int) -> Config | None:
@@ -116,21 +118,24 @@ def top_k(
     tiles: Tiles,
     count: int,
     config: Config | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The columns of the largest products of each query, in no order, and these products.
+
+    They are `sortable` integers. A key that is forced is among them, its integer `FIRST`.
 
     Args:
       q: [batch, q_len, heads, dim], bf16; q_len a multiple of a tile's, dim of 64.
       k: Arrays [batch, kv_len, kv_heads, dim], bf16, of which keys are the sum; kv_len a multiple
         of `KEYS`.
       lists: For each tile of queries the tiles of keys, ascending.
-      tiles: Tile sizes, and as `mask` what tells pairs that are seen, by a number that is not 0.
+      tiles: Tile sizes, and as `mask` what tells pairs: 0, `SEEN` or `FORCED`.
       count: How many, at most `MOST`.
       config: How a program is laid out.
 
     Returns:
-      Columns, int32, and products, f32 as `sortable` integers, [batch, heads, q_len, count]. Where
-      fewer are seen, the other integers are `NOTHING` and their columns mean nothing.
+      Columns and integers, int32 [batch, heads, q_len, count]: where fewer are seen, the other
+      integers are `NOTHING` and their columns mean nothing. The integer [batch, heads, q_len] of
+      each row's forced product, or `NOTHING`.
     """
     batches, q_len, heads, dim = q.shape
     width = _width(count)
@@ -145,14 +150,15 @@ def top_k(
     if reason:
         raise ValueError(f"config={chosen} is not legal here: {reason}")
     ops = warpgroup()
+    per_row = (width,), (width,), ()
     shape, best_shape, consumers = (ROWS, KEYS), (ROWS, width), tiles.block_q // ROWS
 
     def consumer(program: Program):
         bound = tiles.bind(program.inputs)
         visit = program.visit(jnp.int32(0), jnp.int32(0))
 
-        def numbers(step):
-            """The products with a tile, as integers."""
+        def products_with(step):
+            """The products with a tile, waited for."""
 
             def products(product):
                 for ring in program.rings:
@@ -166,14 +172,19 @@ def top_k(
             return raw
 
         def tile(entry, known):
-            raw = numbers(visit.step(entry))
+            *known, of_forced = known
+            raw = products_with(visit.step(entry))
             first = program.met(visit, entry) * KEYS
             found = sortable(raw)
             if bound.mask is not None:
                 where = program.batch, program.head, program.start, first
                 at = Place(*where, 0, shape, program.positions, ops)
-                seen = at.apply(bound.mask, raw) != 0.0
-                found = jnp.where(seen, found, jnp.int32(NOTHING))
+                said = at.apply(bound.mask, raw)
+                nothing = jnp.int32(NOTHING)
+                own = jnp.where(said == FORCED, found, nothing).max(axis=1)
+                of_forced = jnp.maximum(of_forced, own)
+                found = jnp.where(said == FORCED, jnp.int32(FIRST), found)
+                found = jnp.where(said == 0.0, nothing, found)
             column = ops.iota(shape, 1)
 
             def larger(state):
@@ -181,57 +192,52 @@ def top_k(
                 return ops.any_row(peak > least)
 
             def take(state):
+                """The largest of each row, if larger, in the place of the least of the best."""
                 found, peak, best, columns, least = state
-                place = jnp.where(found == along(peak, shape), column, jnp.int32(KEYS)).min(axis=1)
-                goes = best == along(least, best_shape)
+                place = jnp.where(found == _along(peak, shape), column, jnp.int32(KEYS)).min(axis=1)
+                goes = best == _along(least, best_shape)
                 last = jnp.where(goes, columns, jnp.int32(-1)).max(axis=1)
-                goes &= columns == along(last, best_shape)
-                goes &= along(peak, best_shape) > best
-                best = jnp.where(goes, along(peak, best_shape), best)
-                columns = jnp.where(goes, along(place + first, best_shape), columns)
-                found = jnp.where(column == along(place, shape), jnp.int32(NOTHING), found)
+                goes &= columns == _along(last, best_shape)
+                goes &= _along(peak, best_shape) > best
+                best = jnp.where(goes, _along(peak, best_shape), best)
+                columns = jnp.where(goes, _along(place + first, best_shape), columns)
+                found = jnp.where(column == _along(place, shape), jnp.int32(NOTHING), found)
                 return found, found.max(axis=1), best, columns, best.min(axis=1)
 
             state = found, found.max(axis=1), *known
-            return lax.while_loop(larger, take, state)[2:]
+            return *lax.while_loop(larger, take, state)[2:], of_forced
 
         slot = ops.iota(best_shape, 1)
         # places that are too many are never the least; the others differ, so that one goes at once
         best = jnp.where(slot < count, jnp.int32(NOTHING), jnp.int32(_TAKEN))
-        start = best, slot + _NO_COLUMN, best.min(axis=1)
-        best, columns, _ = lax.fori_loop(visit.first, visit.last, tile, start)
+        least = best.min(axis=1)
+        # that is nothing in every row, and so is what is forced so far
+        start = best, slot + _NO_COLUMN, least, least
+        best, columns, _, of_forced = lax.fori_loop(visit.first, visit.last, tile, start)
         own = [x.at[program.member] for x in program.scratch]
-        for ref, value in zip(own, (columns, best), strict=True):
+        for ref, value in zip(own, (columns, best, of_forced), strict=True):
             ref[...] = value
-        tokens = pl.ds(program.start, ROWS)
-        targets = (x.at[program.batch, program.head, tokens] for x in program.results)
-        program.write(list(zip(own, targets, strict=True)))
+        program.write([(x, y.at[program.numbers]) for x, y in zip(own, program.results, strict=True)])
 
-    columns, numbers = launch(
+    columns, integers, of_forced = launch(
         consumer,
         Side((q,), tiles.block_q),
         Side(k, KEYS),
         lists,
         inputs=tiles.values,
-        results=[jax.ShapeDtypeStruct((batches, heads, q_len, width), jnp.int32)] * 2,
-        scratch=[plgpu.SMEM((consumers, ROWS, width), jnp.int32)] * 2,
+        results=[
+            jax.ShapeDtypeStruct((batches, heads, q_len, *rest), jnp.int32) for rest in per_row
+        ],
+        scratch=[plgpu.SMEM((consumers, ROWS, *rest), jnp.int32) for rest in per_row],
         config=chosen,
         ops=ops,
     )
-    return columns[..., :count], numbers[..., :count]
+    return columns[..., :count], integers[..., :count], of_forced
 
 
-def along(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _along(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """A number per row in each of its columns."""
     return lax.broadcast_in_dim(rows, shape, (0,))
-
-
-def sortable(numbers: jax.Array) -> jax.Array:
-    """Integers in the order of f32, both zeros one, every NaN above all."""
-    numbers = jnp.where(numbers == 0.0, 0.0, numbers)
-    bits = lax.bitcast_convert_type(numbers, jnp.int32)
-    bits = jnp.where(numbers != numbers, jnp.int32(0x7FC00000), bits)
-    return jnp.where(bits < 0, bits ^ jnp.int32(_MAGNITUDE), bits)
 
 
 def _width(count: int) -> int:
