@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.packing import Filling
 from jsparse.attention.separation import Separated, separate
 from jsparse.core.blocks import CellRule, Cells
 from jsparse.types import Mask
@@ -88,6 +89,7 @@ def tile_rule(
     operands: Operands,
     mask: Mask | None,
     rule: LogitRule,
+    filling: Filling,
     q_len: int,
     kv_len: int,
     ragged: bool,
@@ -99,7 +101,8 @@ def tile_rule(
       operands: Of attention.
       mask: Who may see whom.
       rule: What changes logits.
-      q_len: Queries, padding included.
+      filling: Rows appended to each tile of queries.
+      q_len: Queries, padding included, those rows not.
       kv_len: Keys, padding included.
       ragged: Whether there is padding among the keys.
       **options: What the kernel can do; see `separate`.
@@ -111,12 +114,14 @@ def tile_rule(
         return None
     modify = modifier(operands, rule)
 
-    def on_scalars(logit, q_index, kv_index, batch, head):
+    def on_scalars(logit, filled, kv_index, batch, head):
+        q_index = filling.row(filled)
         logit = modify(logit, q_index, kv_index, batch, head)
         return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
 
     batches, _, heads, _ = operands.q.shape
-    sizes = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+    lengths = {"q_len": filling.length(q_len), "kv_len": kv_len}
+    sizes = {"batches": batches, "heads": heads, **lengths}
     return separate(on_scalars, **sizes, **options)
 
 
