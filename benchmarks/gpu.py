@@ -128,7 +128,7 @@ def main() -> int:
             save()
         for scorer, sizes in itertools.product(gpu_scorers.SCORERS, run.scorers):
             how = run.implementation, run.milliseconds
-            row = attempt(lambda *what: gpu_scorers.timings(*what, *how), scorer, sizes)
+            row = attempt(gpu_scorers.timings, scorer, sizes, *how)
             record["scorers"].append(row)
             print(gpu_scorers.summary(row) if "ms" in row else f"failed: {row}", flush=True)
             save()

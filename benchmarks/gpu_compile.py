@@ -185,7 +185,6 @@ def main() -> int:
     arguments = parser.parse_args()
     from benchmarks import gpu_compile_blackwell as blackwell  # these import this one
     from benchmarks import gpu_compile_maps as maps
-
     from benchmarks import gpu_compile_paged as paged
 
     # what compiles the cases for Hopper alone, each with its own

@@ -40,7 +40,9 @@ CASES = (
 ANTIDIAGONALS = (
     Case("antidiagonals, stride 16"),
     Case("antidiagonals, stride 16, causal", options=lambda: {"mask": js.masks.causal()}),
-    Case("antidiagonals, stride 8, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}),
+    Case(
+        "antidiagonals, stride 8, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}
+    ),
     Case(
         "antidiagonals, stride 16, segments, dim 256, odd length",
         256,
@@ -52,7 +54,9 @@ ANTIDIAGONALS = (
 BEST = (
     Case("best 8 blocks, causal", options=lambda: {"mask": js.masks.causal()}, width=8),
     Case("best 64 blocks", width=64),
-    Case("best 16 blocks, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}, width=16),
+    Case(
+        "best 16 blocks, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}, width=16
+    ),
     Case(
         "best 64 blocks, segments, dim 256",
         256,

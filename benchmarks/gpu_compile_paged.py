@@ -64,8 +64,8 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     chip = common.telling(adapter.CHIPS["9"], layouts)
     # what is asked of this machine is answered by the chip that it is compiled for
     with (
-        mock.patch.object(kernels, "capability", lambda: "9.0"),
-        mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.object(kernels, "capability", return_value="9.0"),
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.dict(adapter.CHIPS, {"9": chip}),
     ):
         # two small programs on a multiprocessor are the overlap of each other

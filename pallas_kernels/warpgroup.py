@@ -66,7 +66,6 @@ class Registers:
         # a row of an accumulator looks the same in registers on Hopper and on Blackwell
         return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), cls.layout)
 
-
     @classmethod
     def any_row(cls, rows: jax.Array) -> jax.Array:
         """Whether one of the rows of a warp is true; each warp is told of its own rows."""

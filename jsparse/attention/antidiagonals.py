@@ -1,4 +1,4 @@
-"""A softmax over antidiagonals of cells, summed per block, by whichever implementation can do it."""
+"""Block sums of a softmax over antidiagonals, by whichever implementation can do it."""
 
 import math
 from typing import NamedTuple
@@ -93,8 +93,9 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, q: Array, k: Array, stride: int, per_block: int) -> "Problem":
+        """That of queries and keys with one batch axis."""
         q_count, kv_count = (-(-x.shape[1] // stride) for x in (q, k))
-        rows = ROWS if q_count <= ROWS else 2 * ROWS
+        rows = ROWS if max(q_count, per_block) <= ROWS else 2 * ROWS
         return cls(len(q), q.shape[2], stride, per_block, q_count, kv_count, rows)
 
     @property

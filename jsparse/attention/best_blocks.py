@@ -1,4 +1,4 @@
-"""The blocks of keys that queries point at by their means, by whichever implementation can do it."""
+"""The blocks whose means queries point at, by whichever implementation can do it."""
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +110,7 @@ def _seen(q: Array, grid: TileGrid, cells: Cells, own: Array | None) -> Separate
     )
 
 
-def _refusal(
-    q: Array, k_means: Array, cells: Cells, own: Array | None, top_k: int
-) -> str | None:
+def _refusal(q: Array, k_means: Array, cells: Cells, own: Array | None, top_k: int) -> str | None:
     """Why the kernel cannot do this here, or None if it can."""
     reason = kernels.hopper_refusal()
     if reason:
@@ -129,9 +127,7 @@ def _parts(k_means: Array) -> int:
     return 1 if k_means.dtype == jnp.bfloat16 else 3
 
 
-def by_kernel(
-    q: Array, k_means: Array, cells: Cells, own: Array | None, top_k: int
-) -> Best:
+def by_kernel(q: Array, k_means: Array, cells: Cells, own: Array | None, top_k: int) -> Best:
     """What the kernel finds, in the order of columns."""
     grid = grid_of(q, k_means)
     hides = None

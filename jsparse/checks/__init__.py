@@ -68,11 +68,11 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.methods import SeveralSoftmaxesError as SeveralSoftmaxesError
 from jsparse.checks.methods import a_state as a_state
 from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states
 from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
-from jsparse.checks.methods import SeveralSoftmaxesError as SeveralSoftmaxesError
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends

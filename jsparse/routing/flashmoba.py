@@ -14,6 +14,7 @@ from jsparse.attention.planned import Queries
 from jsparse.core.pooling import mean_blocks
 from jsparse.types import BlockMask, Method
 
+
 class FlashMobaInfo(NamedTuple):
     """Products of queries with the means of the chosen blocks, in list order; then -inf.
 

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import configurations
@@ -217,7 +216,9 @@ def top_k(
         own = [x.at[program.member] for x in program.scratch]
         for ref, value in zip(own, (columns, best, of_forced), strict=True):
             ref[...] = value
-        program.write([(x, y.at[program.numbers]) for x, y in zip(own, program.results, strict=True)])
+        program.write(
+            [(x, y.at[program.numbers]) for x, y in zip(own, program.results, strict=True)]
+        )
 
     columns, integers, of_forced = launch(
         consumer,

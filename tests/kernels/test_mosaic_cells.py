@@ -45,6 +45,13 @@ def test_two_consumers_a_ring_that_is_short_and_tiles_that_are_not_listed(monkey
     compare(q, k, stride=4, block_size=128, mask=js.masks.causal())
 
 
+@pytest.mark.newest
+def test_blocks_of_more_cells_than_a_sum_and_than_there_are():
+    q, k, _ = qkv(40, 150, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
+    found = compare(q, k, stride=1, block_size=128)
+    np.testing.assert_allclose(found.sum(-1), 40, rtol=1e-5)
+
+
 def test_refusals_name_the_reason():
     q, k, _ = qkv(64, dim=64)
     sizes = {"stride": 4, "block_size": 32, "implementation": "mosaic"}
