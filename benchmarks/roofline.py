@@ -154,6 +154,16 @@ def best_columns(problem: Problem, parts: int, top_k: int) -> Work:
     return Work(parts * _products(problem, 1, 0), moved)
 
 
+def merging(problem: Problem, parts: int) -> Work:
+    """What parts with a softmax each cost beside one pass over all their keys.
+
+    Each after the first reads q again; each writes an output and a number per row of its own, which
+    merging reads, to write what one pass would have written.
+    """
+    size = _sizes(problem)
+    return Work(0.0, (parts - 1) * size.q + 2 * parts * (size.out + size.row_numbers / 2))
+
+
 def kernels(problem: Problem) -> dict[str, Work]:
     """The work of each kernel of a forward pass and its gradient, by name."""
     made = (d_k, d_v) if problem.masked else (d_k_d_v,)

@@ -90,6 +90,18 @@ def test_best_columns_read_every_part_of_the_keys():
     assert work.bound(H200) == "memory"
 
 
+def test_merging_two_parts_costs_five_arrays_as_large_as_q():
+    # q once more, two outputs written and read besides the merged one, 32 MiB each
+    work = roofline.merging(DENSE, 2)
+    assert work.bytes == 2**20 * 5 * 32 + 4 * 4 * 16 * 8192
+    # against a tenth of the tiles: two thirds of their time at 8192 tokens, a sixth at 32768
+    tenth = roofline.forward(DENSE._replace(tiles=DENSE.tiles / 10))
+    assert work.expected_ms(H200) / tenth.expected_ms(H200) == pytest.approx(0.65, abs=0.02)
+    longer = DENSE._replace(q_len=32768, kv_len=32768, tiles=16 * 256 * 256 / 10)
+    share = roofline.merging(longer, 2).expected_ms(H200)
+    assert share / roofline.forward(longer).expected_ms(H200) == pytest.approx(1 / 6, abs=0.01)
+
+
 def test_few_queries_wait_for_the_keys_that_they_list():
     # 8 sequences of 8 kv heads, of 4 query heads and a query each, filled up to 8 rows; each lists
     # 128 pages of 16 keys
