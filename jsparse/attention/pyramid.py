@@ -7,7 +7,7 @@ ones, of which an entry is a run.
 
 One pass over keys and pooled columns, end to end in one array as levels are, gives every exact tile
 a bias and bits to look at, and tiles of columns the width of those of keys. With XLA it took more
-processor time forward, and as much with gradients. Two cores of a Xeon, jax 0.10.2, 2 heads of 64
+processor time forward, and as much with gradients. Two cores of an EPYC, jax 0.10.2, 2 heads of 64
 features, the least of nine runs each: at 8192 tokens and a tenth of the tiles of 128, forward 62 ms
 in one pass and 47 in two, with gradients 176 and 188; at a twentieth of those of 64, 44 and 39, 142
 and 144. It reserved as much forward, and with gradients 28 MiB instead of 37, 30 instead of 32.

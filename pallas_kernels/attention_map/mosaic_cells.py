@@ -146,11 +146,13 @@ def cell_masses(
     q_cells, kv_cells = q.shape[1] // stride, k.shape[1] // stride
     width, sums = _width(dim), CELLS // group
     parts, consumers = dim // width, rows // ROWS
-    own, met = (
-        Side((jax.ShapeDtypeStruct((batches, cells, n, dim), x.dtype),), block)
-        for x, cells, n, block in ((q, q_cells, heads, rows), (k, kv_cells, kv_heads, CELLS))
-    )
-    sides = Sides(own, met)
+
+    def side(x: jax.Array, block: int) -> Side:
+        """Whose tokens are cells: of its arrays their sizes count."""
+        sizes: Any = jax.ShapeDtypeStruct((batches, x.shape[1] // stride, *x.shape[2:]), x.dtype)
+        return Side((sizes,), block)
+
+    sides = Sides(side(q, rows), side(k, CELLS))
     # the tokens of a cell next to its heads: of such an array a token of every cell is a box
     q, k = (x.reshape(batches, -1, stride * x.shape[2], dim) for x in (q, k))
     number = jnp.arange(CELLS, dtype=jnp.int32)
