@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jsparse as js
-from benchmarks import gpu_peers, roofline
+from benchmarks import gpu_peers, gpu_scorers, roofline
 from jsparse.attention.tuning import milliseconds
 from pallas_kernels import configurations
 
@@ -59,6 +59,7 @@ class Run(NamedTuple):
     check_length: int
     sizes: tuple[Sizes, ...]
     milliseconds: float
+    scorers: tuple[gpu_scorers.Sizes, ...]
 
 
 FULL = Run(
@@ -77,12 +78,14 @@ FULL = Run(
     )
     + tuple(Sizes(length, 16, 16, 128, 1.0, causal=True) for length in (8192, 32768)),
     200.0,
+    gpu_scorers.FULL,
 )
 DRY = Run(
     "xla",
     256,
     (Sizes(256, 2, 1, 64, 1.0), Sizes(256, 2, 1, 64, 0.5), Sizes(256, 2, 2, 64, 1.0, causal=True)),
     20.0,
+    gpu_scorers.DRY,
 )
 
 
@@ -105,7 +108,7 @@ def main() -> int:
         "build/gpu_dry_run.json" if arguments.dry_run else f"benchmarks/results/gpu_{device}.json"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"machine": machine(), "numerics": [], "timings": []}
+    record: dict[str, Any] = {"machine": machine(), "numerics": [], "timings": [], "scorers": []}
 
     def save() -> None:
         # after every case, so that a run that is cut off leaves what it had
@@ -123,6 +126,12 @@ def main() -> int:
             record["crossovers"] = crossovers(record["timings"])
             print(summary(row), flush=True)
             save()
+        for scorer, sizes in itertools.product(gpu_scorers.SCORERS, run.scorers):
+            how = run.implementation, run.milliseconds
+            row = attempt(gpu_scorers.timings, scorer, sizes, *how)
+            record["scorers"].append(row)
+            print(gpu_scorers.summary(row) if "ms" in row else f"failed: {row}", flush=True)
+            save()
     for row in record.get("crossovers", []):
         print(
             f"T {row['length']} d {row['dim']} kv {row['kv_heads']}: selecting and computing tiles "
@@ -130,13 +139,14 @@ def main() -> int:
         )
     print(f"{len(record['numerics']) - len(wrong)} of {len(record['numerics'])} cases right")
     print(f"written: {output}")
-    return 1 if wrong or any("error" in row for row in record["timings"]) else 0
+    timed = record["timings"] + record["scorers"]
+    return 1 if wrong or any("error" in row for row in timed) else 0
 
 
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(measure: Callable[..., dict[str, Any]], *what: Any) -> dict[str, Any]:
     """One failing case must not cost the others their time on the machine."""
     try:
-        return measure()
+        return measure(*what)
     except ImportError as error:
         return {"missing": str(error)}
     except Exception as error:

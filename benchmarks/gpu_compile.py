@@ -185,8 +185,14 @@ def main() -> int:
     arguments = parser.parse_args()
     from benchmarks import gpu_compile_blackwell as blackwell  # these import this one
     from benchmarks import gpu_compile_maps as maps
+    from benchmarks import gpu_compile_paged as paged
 
-    every_case = *CASES, *maps.CASES
+    # what compiles the cases for Hopper alone, each with its own
+    others = {case: paged.compiled_passes for case in paged.CASES}
+    others |= {case: maps.compiled_passes for case in maps.CASES}
+    others |= {case: maps.compiled_antidiagonals for case in maps.ANTIDIAGONALS}
+    others |= {case: maps.compiled_best for case in maps.BEST}
+    every_case = *CASES, *others
     named = {c.name for c in every_case if not arguments.only or arguments.only in c.name}
     if not named:
         parser.error(f"no case has {arguments.only!r} in its name")
@@ -200,9 +206,9 @@ def main() -> int:
     chosen = [case for case in CASES if case.name in named]
     for case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, sharding)
-    of_maps = [case for case in maps.CASES if case.name in named]
-    for case in track(of_maps, "attention maps", console=console):
-        rows += maps.compiled_passes(case, sharding)
+    hopper_alone = [case for case in others if case.name in named]
+    for case in track(hopper_alone, "for Hopper alone", console=console):
+        rows += others[case](case, sharding)
     wanted = blackwell.taken(chosen)
     rows += track(blackwell.compiled(wanted), "for Blackwell", len(wanted), console=console)
     console.print(table(rows))
@@ -304,8 +310,19 @@ def compiled_pass(
       gates: What may be wrong with the chip's kernels.
     """
     layouts: list[tuple[int, int]] = []
+    attention, with_gradients, inputs = programs(case, sharding, telling(chip, layouts).passes)
+    function = attention if which == "forward" else with_gradients
+    return measure(case, which, function, inputs, layouts, gates)
 
-    # each pass tells how it is laid out, which may depend on what changes logits
+
+def telling(chip: adapter.Chip, layouts: list[tuple[int, int]]) -> adapter.Chip:
+    """A chip of which each pass tells how it is laid out, which may depend on what changes logits.
+
+    Args:
+      chip: The kernels.
+      layouts: Is given the stages and bytes of shared memory of the pass that is traced last.
+    """
+
     def forward(q, k, v, lists, tiles, config):
         sizes = tiles.block_q, tiles.block_kv, q.shape[3], v.shape[3]
         layouts[:] = [(config.stages, chip.forward.shared_memory(*sizes, config))]
@@ -315,13 +332,10 @@ def compiled_pass(
         layouts[:] = chip.backward.layouts(tiles, problem.q.shape[3], problem.v.shape[3])
         return chip.backward.gradients(problem, lists, inverse, tiles)
 
-    telling = chip._replace(
+    return chip._replace(
         forward=chip.forward._replace(compute=forward),
         backward=chip.backward._replace(gradients=gradients),
     )
-    attention, with_gradients, inputs = programs(case, sharding, telling.passes)
-    function = attention if which == "forward" else with_gradients
-    return measure(case, which, function, inputs, layouts, gates)
 
 
 def measure(

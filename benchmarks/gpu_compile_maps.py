@@ -1,4 +1,8 @@
-"""What `gpu_compile` compiles of attention maps: row lse with sums, and with maxima, for Hopper."""
+"""What `gpu_compile` compiles of scorers for Hopper.
+
+Of attention maps the row lse with sums, and with maxima; sums over antidiagonals of cells; the best
+blocks of each query by their mean keys.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,10 +15,13 @@ import jax
 
 import jsparse as js
 from benchmarks.gpu_compile import IDS, Case
-from jsparse.attention import map_scores
+from jsparse.attention import antidiagonals, best_blocks, map_scores
 from jsparse.attention.attend import prepare
+from jsparse.core.blocks import cells_of
 from jsparse.types import TileGrid
-from pallas_kernels.attention_map import mosaic
+from pallas_kernels.attention_map import mosaic, mosaic_cells
+from pallas_kernels.block_sparse_attention.walk import ROWS
+from pallas_kernels.top_k import mosaic as top_k
 
 CASES = (
     Case("map, dim 64", 64, 64),
@@ -30,17 +37,40 @@ CASES = (
         arrays=(IDS,),
     ),
 )
+ANTIDIAGONALS = (
+    Case("antidiagonals, stride 16"),
+    Case("antidiagonals, stride 16, causal", options=lambda: {"mask": js.masks.causal()}),
+    Case(
+        "antidiagonals, stride 8, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}
+    ),
+    Case(
+        "antidiagonals, stride 16, segments, dim 256, odd length",
+        256,
+        q_len=8000,
+        options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids[:, :8000])},
+        arrays=(IDS,),
+    ),
+)
+BEST = (
+    Case("best 8 blocks, causal", options=lambda: {"mask": js.masks.causal()}, width=8),
+    Case("best 64 blocks", width=64),
+    Case(
+        "best 16 blocks, causal, dim 64", 64, options=lambda: {"mask": js.masks.causal()}, width=16
+    ),
+    Case(
+        "best 64 blocks, segments, dim 256",
+        256,
+        options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids)},
+        arrays=(IDS,),
+        width=64,
+    ),
+)
 KERNELS = {"sums": mosaic.tile_sums, "maxima": mosaic.tile_maxima}
 
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     """Compiles the log-sum-exp of rows with either kernel of tiles."""
-    shapes = (
-        ((1, case.q_len, case.heads, case.dim), case.dtype),
-        ((1, case.q_len, case.kv_heads, case.dim), case.dtype),
-        *case.arrays,
-    )
-    inputs = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    inputs = _inputs(case, sharding)
     grid = TileGrid(case.q_len, case.q_len, case.block_q, case.block_kv)
     sizes = case.block_q, case.block_kv, common.widths(case)[0]
     config = mosaic.default_config(*sizes)
@@ -55,3 +85,58 @@ def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
         halves = name == "sums" and case.block_kv > config.columns
         gates = partial(common.hopper_gates, overlaps=halves)
         yield common.measure(case, name, scores, inputs, layouts, gates)
+
+
+def compiled_antidiagonals(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
+    """Compiles the block sums of a case whose name says its stride."""
+    stride = int(case.name.split("stride ")[1].split(",")[0])
+    problem = antidiagonals.Problem(
+        *(1, case.heads, stride, case.block_q // stride),
+        *(-(-case.q_len // stride),) * 2,
+        rows=2 * ROWS,
+    )
+    sizes = problem.rows, problem.group, common.widths(case)[0]
+    config = mosaic_cells.default_config(*sizes)
+    layouts = [(config.stages, mosaic_cells.shared_memory(*sizes, config))]
+
+    def sums(q, k, *arrays):
+        mask = case.options(*arrays).get("mask")
+        grid = TileGrid(case.q_len, case.q_len, stride, stride)
+        scale = case.dim**-0.5 / stride
+        return antidiagonals.by_kernel(problem, q, k, cells_of(mask, grid), scale)
+
+    # a softmax goes on beside the products of the other consumer
+    gates = partial(common.hopper_gates, overlaps=False)
+    yield common.measure(case, "sums", sums, _inputs(case, sharding), layouts, gates)
+
+
+def compiled_best(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
+    """Compiles the choice of as many blocks as a case's lists are wide."""
+    assert case.width is not None
+    q, k, *arrays = _inputs(case, sharding)
+    blocks = -(-case.q_len // case.block_kv)
+    means = jax.ShapeDtypeStruct((1, blocks, *k.shape[2:]), "float32", sharding=sharding)
+    grid = best_blocks.grid_of(q, means)
+    sizes = grid.block_q, 3, common.widths(case)[0], case.width
+    config = top_k.default_config(*sizes)
+    assert config is not None
+    layouts = [(config.stages, top_k.shared_memory(*sizes, config))]
+
+    def best(q, means, *arrays):
+        mask = case.options(*arrays).get("mask")
+        cells = cells_of(mask, TileGrid(case.q_len, case.q_len, 1, case.block_kv))
+        own = None if mask is None else jax.numpy.arange(case.q_len)[None] // case.block_kv
+        return best_blocks.by_kernel(q, means, cells, own, case.width)
+
+    # what is compared goes on beside the products of other consumers
+    gates = partial(common.hopper_gates, overlaps=False)
+    yield common.measure(case, "best", best, [q, means, *arrays], layouts, gates)
+
+
+def _inputs(case: Case, sharding: Any) -> list[jax.ShapeDtypeStruct]:
+    shapes = (
+        ((1, case.q_len, case.heads, case.dim), case.dtype),
+        ((1, case.q_len, case.kv_heads, case.dim), case.dtype),
+        *case.arrays,
+    )
+    return [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]

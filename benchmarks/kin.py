@@ -5,9 +5,10 @@
 
 Each is timed at 8192 tokens from 2 to 50 percent of all pairs, and from 2048 to 65536 tokens at 256
 keys per query. Time ought to be in proportion to the work, which is what a number per computed pair
-shows; memory, which XLA says without running anything, ought to grow as the tokens do. Each is
-checked against the dense reference before it is timed. What an H200 would take at the very best
-follows from `benchmarks.roofline`.
+shows; memory, which XLA says without running anything, ought to grow as the tokens do. What has
+parts with a softmax each, as pooled columns have, says what merging these takes. Each is checked
+against the dense reference before it is timed. What an H200 would take at the very best follows
+from `benchmarks.roofline`.
 """
 
 import argparse
@@ -162,8 +163,27 @@ def measure(case: Case, length: int, density: float, repeats: int) -> dict[str, 
             f"{name}_processor_ns_per_pair": 1e9 * float(np.median(processor)) / pairs,
             f"{name}_mib": run.memory_analysis().temp_size_in_bytes / 2**20,
         }
+    row["merging_processor_ms"] = merging(q, len(lists), repeats)
     row["h200_forward_bound_ms"] = sum(bound(x, n) for x, n in zip(lists, tiles, strict=True))
+    sizes = HEADS, HEADS, length, length, DIM, DIM, 0
+    work = roofline.merging(roofline.Problem(*sizes), len(lists))
+    row["h200_merging_bound_ms"] = work.expected_ms(GPU) if len(lists) > 1 else 0.0
     return row
+
+
+def merging(q: jax.Array, parts: int, repeats: int) -> float:
+    """Milliseconds of all cores to merge outputs of q's shape by their log-sum-exps; 0 for one."""
+    if parts == 1:
+        return 0.0
+    found = [(q, q[..., 0].swapaxes(1, 2))] * parts
+    run = jax.jit(js.merge)
+    jax.block_until_ready(run(found))
+    times = []
+    for _ in range(repeats):
+        used = time.process_time()
+        jax.block_until_ready(run(found))
+        times.append(time.process_time() - used)
+    return 1e3 * float(np.median(times))
 
 
 def bound(lists: js.BlockMask, tiles: float) -> float:

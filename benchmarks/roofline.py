@@ -132,6 +132,38 @@ def tile_scores(problem: Problem) -> Work:
     return Work(_products(problem, 1, 0), moved)
 
 
+def antidiagonals(problem: Problem, stride: int, group: int) -> Work:
+    """Sums over antidiagonals of cells: a `stride`th of a product; a number per row and run.
+
+    Args:
+      problem: Of tokens, as are its tiles.
+      stride: Tokens per cell.
+      group: Key cells per run, whose number is written once and read once.
+    """
+    size = _sizes(problem)
+    cells = problem.tiles * problem.block_q * problem.block_kv / stride**2
+    # and the lse of each row of cells
+    moved = size.q + size.k + 8.0 * cells / group + size.row_numbers / (2 * stride)
+    return Work(_products(problem, 1, 0) / stride, moved)
+
+
+def best_columns(problem: Problem, parts: int, top_k: int) -> Work:
+    """The best keys of each query: a product with each part of them; two numbers per chosen one."""
+    size = _sizes(problem)
+    moved = size.q + parts * size.k + top_k * size.row_numbers
+    return Work(parts * _products(problem, 1, 0), moved)
+
+
+def merging(problem: Problem, parts: int) -> Work:
+    """What parts with a softmax each cost beside one pass over all their keys.
+
+    Each after the first reads q again; each writes an output and a number per row of its own, which
+    merging reads, to write what one pass would have written.
+    """
+    size = _sizes(problem)
+    return Work(0.0, (parts - 1) * size.q + 2 * parts * (size.out + size.row_numbers / 2))
+
+
 def kernels(problem: Problem) -> dict[str, Work]:
     """The work of each kernel of a forward pass and its gradient, by name."""
     made = (d_k, d_v) if problem.masked else (d_k_d_v,)

@@ -66,6 +66,11 @@ class Registers:
         # a row of an accumulator looks the same in registers on Hopper and on Blackwell
         return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), cls.layout)
 
+    @classmethod
+    def any_row(cls, rows: jax.Array) -> jax.Array:
+        """Whether one of the rows of a warp is true; each warp is told of its own rows."""
+        return jnp.any(rows) if _compat.interpreting() else _compat.any_in_warp(rows, cls.layout)
+
 
 class Hopper(Registers):
     """wgmma, and registers in the layout of its accumulator."""
@@ -111,11 +116,6 @@ class Blackwell(Registers):
     layout = plgpu.Layout.TCGEN05
     height = 128
 
-    @classmethod
-    def any_row(cls, rows: jax.Array) -> jax.Array:
-        """Whether one of the rows of a warp is true; each warp is told of its own rows."""
-        return jnp.any(rows) if _compat.interpreting() else _compat.any_in_warp(rows, cls.layout)
-
     @staticmethod
     def wait_load() -> None:
         """Waits for what a warp loads from tensor memory; others may be elsewhere."""
@@ -132,9 +132,13 @@ class HopperProducts:
         """Starts to add `a @ b`, `a` in shared memory or in registers, `b` in shared memory."""
         plgpu.wgmma(self._ref, a, b)
 
-    def add_nt(self, a: Ref, b: Ref) -> None:
-        """Starts to add `a @ b.T`, both in shared memory."""
+    def add_nt(self, a: Ref | jax.Array, b: Ref) -> None:
+        """Starts to add `a @ b.T`, `a` in shared memory or in registers, `b` in shared memory."""
         plgpu.wgmma(self._ref, a, _compat.transpose(b))
+
+    def wait(self, running: int) -> None:
+        """Waits until only the last `running` products still go on, and reads nothing."""
+        plgpu.wgmma_wait(running)
 
     def read(self, running: int = 0) -> jax.Array:
         """Waits until only the last `running` products, of all accumulators, still go on."""
@@ -183,6 +187,11 @@ class Interpreted:
         return lax.broadcast_in_dim(vector, shape, (axis,))
 
     @staticmethod
+    def any_row(rows: jax.Array) -> jax.Array:
+        """Whether one of the rows is true."""
+        return jnp.any(rows)
+
+    @staticmethod
     def together(
         body: Callable[..., tuple[jax.Array, ...]],
         accumulators: tuple[jax.Array, ...],
@@ -205,7 +214,7 @@ class InterpretedProducts:
         """Adds `a @ b`."""
         self._add(a, b, 0)
 
-    def add_nt(self, a: Ref, b: Ref) -> None:
+    def add_nt(self, a: Ref | jax.Array, b: Ref) -> None:
         """Adds `a @ b.T`."""
         self._add(a, b, 1)
 
@@ -219,12 +228,17 @@ class InterpretedProducts:
         """The sum, once only the last `running` products still go on."""
         ended = len(self._started) - running
         assert all(product is not self for product, _ in self._started[ended:])
+        self.wait(running)
+        return self._value
+
+    def wait(self, running: int) -> None:
+        """Waits until only the last `running` products still go on, and reads nothing."""
+        ended = len(self._started) - running
         for _, ref in self._started[:ended]:
             # until now the tensor cores may have read it, so nobody may have written to it
             ref[...]
         plgpu.commit_smem()
         del self._started[:ended]
-        return self._value
 
 
 def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

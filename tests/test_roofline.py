@@ -72,6 +72,36 @@ def test_scores_of_the_map_are_a_product_each():
     assert scores.bytes == lse.bytes + 4 * 16 * 64 * 64
 
 
+def test_antidiagonals_are_a_part_of_a_product():
+    half = roofline.forward(DENSE).flops / 2
+    work = roofline.antidiagonals(DENSE, stride=16, group=8)
+    assert work.flops == half / 16
+    # 512 x 512 cells of each head, an eighth as many f32 twice, and one per row of cells
+    assert work.bytes == 2**20 * (32 + 8) + 16 * (512 * 64 * 8 + 512 * 4)
+    assert work.bound(H200) == "products"
+
+
+def test_best_columns_read_every_part_of_the_keys():
+    # 8192 queries of 16 heads, 64 blocks of 4: three parts of 16 bits; 8 chosen, 8 bytes each
+    problem = Problem(16, 4, 8192, 64, 128, 0, tiles=16 * 64, block_q=128, block_kv=64)
+    work = roofline.best_columns(problem, parts=3, top_k=8)
+    assert work.flops == 3 * 2 * 16 * 8192 * 64 * 128
+    assert work.bytes == 2**20 * 32 + 3 * 4 * 64 * 256 + 16 * 8192 * 64
+    assert work.bound(H200) == "memory"
+
+
+def test_merging_two_parts_costs_five_arrays_as_large_as_q():
+    # q once more, two outputs written and read besides the merged one, 32 MiB each
+    work = roofline.merging(DENSE, 2)
+    assert work.bytes == 2**20 * 5 * 32 + 4 * 4 * 16 * 8192
+    # against a tenth of the tiles: two thirds of their time at 8192 tokens, a sixth at 32768
+    tenth = roofline.forward(DENSE._replace(tiles=DENSE.tiles / 10))
+    assert work.expected_ms(H200) / tenth.expected_ms(H200) == pytest.approx(0.65, abs=0.02)
+    longer = DENSE._replace(q_len=32768, kv_len=32768, tiles=16 * 256 * 256 / 10)
+    share = roofline.merging(longer, 2).expected_ms(H200)
+    assert share / roofline.forward(longer).expected_ms(H200) == pytest.approx(1 / 6, abs=0.01)
+
+
 def test_few_queries_wait_for_the_keys_that_they_list():
     # 8 sequences of 8 kv heads, of 4 query heads and a query each, filled up to 8 rows; each lists
     # 128 pages of 16 keys

@@ -23,7 +23,7 @@ from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.attention.packing import Rows, pack, unpack
 from jsparse.attention.problem import Lowered, Plan, Problem
 from jsparse.core.merging import merge
-from jsparse.core.tiling import block_mask
+from jsparse.core.tiling import block_mask, every_tile
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
 from jsparse.types.pytree import flatten_axes, flatten_batch
 
@@ -345,9 +345,7 @@ def with_plan(problem: Problem, block_q: int = DEFAULT_BLOCK) -> BlockMask:
     if mask is not None:
         plan = block_mask(mask, rule.q_len, rule.kv_len, **sizes)
         return flatten_batch(plan, problem.operands.q.shape[:1])
-    grid = TileGrid(rule.q_len, rule.kv_len, **sizes)
-    everything = jnp.ones((1, 1, grid.q_blocks, grid.kv_blocks), bool)
-    return BlockMask.from_dense(everything, **grid._asdict(), width=grid.kv_blocks)
+    return flatten_batch(every_tile(TileGrid(rule.q_len, rule.kv_len, **sizes)), (1,))
 
 
 def _attend(q, k, v, plan, *, implementation, **options) -> tuple[Array, Array]:

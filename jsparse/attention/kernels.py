@@ -9,8 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jsparse.attention.logits import LogitRule, Operands
+from jsparse.attention.packing import Filling
 from jsparse.attention.separation import Separated, separate
+from jsparse.core.blocks import CellRule, Cells
 from jsparse.types import Mask
+from pallas_kernels import _compat
 
 # tiles of so many queries are what kernels take
 LEAST_QUERIES = 16
@@ -36,6 +39,46 @@ def device_refusal(wanted: str, fits: Callable[[str], bool]) -> str | None:
     return None if fits(found) else f"it needs {wanted}; this one has {found}."
 
 
+def hopper_refusal() -> str | None:
+    """Why a kernel for Hopper alone does not run on this machine, or None."""
+    if _compat.interpreting():
+        return None
+    wanted = "a Hopper GPU (compute capability 9.0)"
+    return device_refusal(wanted, lambda found: found.startswith("9."))
+
+
+def seen_cells(
+    cells: Cells,
+    kv_count: int,
+    *,
+    batches: int,
+    heads: int,
+    q_cells: int,
+    kv_cells: int,
+    forced: CellRule | None = None,
+) -> Separated | str:
+    """What tells a kernel which cells are seen: 1, 2 if they are forced too, else 0; or why not.
+
+    Args:
+      cells: Which key cells a query cell may see.
+      kv_count: Key cells that there are.
+      batches: Sequences.
+      heads: Query heads.
+      q_cells: Query cells, padding included.
+      kv_cells: Key cells, padding included.
+      forced: Which are forced, where they are seen; default none.
+    """
+
+    def seen(logit, q_cell, kv_cell, batch, head):
+        found = cells.visible(batch, head, q_cell, kv_cell) & (kv_cell < kv_count)
+        value = jnp.float32(1)
+        if forced is not None:
+            value = jnp.where(forced(batch, head, q_cell, kv_cell), jnp.float32(2), value)
+        return jnp.where(found, value, jnp.float32(0))
+
+    return separate(seen, batches=batches, heads=heads, q_len=q_cells, kv_len=kv_cells)
+
+
 def pad_width(x: Array, width: int) -> Array:
     """Fills the last axis with zeros up to `width`."""
     missing = width - x.shape[-1]
@@ -46,6 +89,7 @@ def tile_rule(
     operands: Operands,
     mask: Mask | None,
     rule: LogitRule,
+    filling: Filling,
     q_len: int,
     kv_len: int,
     ragged: bool,
@@ -57,7 +101,8 @@ def tile_rule(
       operands: Of attention.
       mask: Who may see whom.
       rule: What changes logits.
-      q_len: Queries, padding included.
+      filling: Rows appended to each tile of queries.
+      q_len: Queries, padding included, those rows not.
       kv_len: Keys, padding included.
       ragged: Whether there is padding among the keys.
       **options: What the kernel can do; see `separate`.
@@ -69,12 +114,14 @@ def tile_rule(
         return None
     modify = modifier(operands, rule)
 
-    def on_scalars(logit, q_index, kv_index, batch, head):
+    def on_scalars(logit, filled, kv_index, batch, head):
+        q_index = filling.row(filled)
         logit = modify(logit, q_index, kv_index, batch, head)
         return rule.hide(logit, mask, q_index, kv_index, batch, head, ragged=ragged)
 
     batches, _, heads, _ = operands.q.shape
-    sizes = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+    lengths = {"q_len": filling.length(q_len), "kv_len": kv_len}
+    sizes = {"batches": batches, "heads": heads, **lengths}
     return separate(on_scalars, **sizes, **options)
 
 

@@ -14,10 +14,9 @@ from jsparse.attention.attend import Problem, prepare
 from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.attention.separation import Separated, separate
 from jsparse.core.softmax_blocks import SoftmaxBlocks, map_blocks
-from jsparse.core.tiling import block_mask
+from jsparse.core.tiling import block_mask, every_tile
 from jsparse.types import BlockMask, Mask, TileGrid
 from jsparse.types.pytree import flatten_batch
-from pallas_kernels import _compat
 from pallas_kernels.attention_map import mosaic
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.ring import LANES
@@ -107,11 +106,9 @@ def _scores(
 
 def _mosaic_refuses(problem: Problem, grid: TileGrid) -> str | None:
     """Why the kernels cannot do this here, or None if they can."""
-    if not _compat.interpreting():
-        wanted = "a Hopper GPU (compute capability 9.0)"
-        reason = kernels.device_refusal(wanted, lambda found: found.startswith("9."))
-        if reason:
-            return reason
+    reason = kernels.hopper_refusal()
+    if reason:
+        return reason
     scale = problem.rule.scale
     if scale is None or not scale > 0:
         return f"it takes a scale above 0, not {scale}."
@@ -181,7 +178,4 @@ def by_kernels(kernel: Callable[..., Array], problem: Problem, grid: TileGrid) -
 
 def _visible(mask: Mask | None, grid: TileGrid) -> BlockMask:
     """The tiles that a mask touches, or all."""
-    if mask is not None:
-        return block_mask(mask, **grid._asdict())
-    everything = jnp.ones((1, grid.q_blocks, grid.kv_blocks), bool)
-    return BlockMask.from_dense(everything, **grid._asdict(), width=grid.kv_blocks)
+    return every_tile(grid) if mask is None else block_mask(mask, **grid._asdict())

@@ -4,6 +4,17 @@ Pooled columns are keys of their own, as many as there are blocks: a second list
 the rows of a tile need, bits per row say which one stands in for what, and both parts have one
 softmax by their log-sum-exps. Levels are keys of one longer array, the pooled ones after the exact
 ones, of which an entry is a run.
+
+One pass over keys and pooled columns, end to end in one array as levels are, gives every exact tile
+a bias and bits to look at, and tiles of columns the width of those of keys. With XLA it took more
+processor time forward, and as much with gradients. Two cores of an EPYC, jax 0.10.2, 2 heads of 64
+features, the least of nine runs each: at 8192 tokens and a tenth of the tiles of 128, forward 62 ms
+in one pass and 47 in two, with gradients 176 and 188; at a twentieth of those of 64, 44 and 39, 142
+and 144. It reserved as much forward, and with gradients 28 MiB instead of 37, 30 instead of 32.
+
+On GPUs the two parts cost q once more and two outputs written and read (`merging` in
+`benchmarks.roofline`): at the best of an H200, in 16 bits and for widths of 128, a sixth of what a
+tenth of the tiles takes at 32768 tokens, two thirds of it at 8192.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
 from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
 
+_MOST_ROWS = 128  # of a tile
 OPERATIONS = ELEMENTWISE - {"erf", "round"} | frozenset("ceil expm1 floor log1p pow sqrt".split())
 
 
@@ -43,7 +44,7 @@ def least_side() -> int:
 
 def rows() -> packing.Rows:
     """How many rows tiles should have."""
-    return packing.Rows(kernels.LEAST_QUERIES)
+    return packing.Rows(kernels.LEAST_QUERIES, _MOST_ROWS)
 
 
 def waste(plan: BlockMask) -> str | None:
@@ -77,12 +78,13 @@ def problem_refusal(
 ) -> str | None:
     """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    kernel = gathered_queries if _few(block_q) else triton
-    reason = kernel.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    kernel, filling = gathered_queries if _few(block_q) else triton, _filling(block_q)
+    rows = filling.filled if filling.filled <= _MOST_ROWS else block_q
+    reason = kernel.refusal(q.dtype, rows, block_kv, _padded_width(q), _padded_width(v))
     if reason:
         return reason
     ragged = bool(rule.kv_len % block_kv)
-    parts = _tile_rule(operands, mask, rule, rule.rows, rule.kv_len, ragged)
+    parts = _tile_rule(operands, mask, rule, filling, rule.rows, rule.kv_len, ragged)
     return parts if isinstance(parts, str) else None
 
 
@@ -91,15 +93,17 @@ def forward(
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     q, k, v = operands[:3]
-    parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    filling = _filling(sizes.block_q)
+    lengths = q.shape[1], k.shape[1]
+    parts = _tile_rule(operands, lists.mask, rule, filling, *lengths, sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
-    problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+    problem, tiles = _problem(operands, parts, filling), _tiles(rule, sizes, parts, filling)
     if _few(sizes.block_q):
         out, lse = triton_kv_major.forward(problem, lists, tiles, sizes)
     else:
         out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
-    return out[..., : v.shape[-1]], lse
+    return filling.cut(out[..., : v.shape[-1]]), filling.cut(lse, axis=2)
 
 
 def skipping_forward(
@@ -115,10 +119,12 @@ def skipping_forward(
 ]:
     """Computes `(out, lse)` without the tiles that are far below, and which entries were not."""
     q, k, v = operands[:3]
-    parts = _tile_rule(operands, lists.mask, rule, q.shape[1], k.shape[1], sizes.ragged)
+    filling = _filling(sizes.block_q)  # of no rows: other tiles are refused
+    lengths = q.shape[1], k.shape[1]
+    parts = _tile_rule(operands, lists.mask, rule, filling, *lengths, sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
-    problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+    problem, tiles = _problem(operands, parts, filling), _tiles(rule, sizes, parts, filling)
     skipping = triton_skipping.Skipping(log_threshold / np.log(2.0), rule.q_len)
     found = lists.kv_indices, lists.kv_num_blocks
     out, lse, kept = triton_skipping.forward(problem, *found, skipping, tiles)
@@ -140,31 +146,38 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand."""
     q, k = operands[:2]
+    filling = _filling(sizes.block_q)
+    filled_sizes = sizes._replace(block_q=filling.filled)
     looped = False
 
     def split(operands: Operands) -> Separated | str | None:
         lengths = q.shape[1], k.shape[1]
-        return _tile_rule(operands, lists.mask, rule, *lengths, sizes.ragged)
+        return _tile_rule(operands, lists.mask, rule, filling, *lengths, sizes.ragged)
 
     def compute(parts: Separated | None):
         nonlocal looped
-        problem, tiles = _problem(operands, parts), _tiles(rule, sizes, parts)
+        problem, tiles = _problem(operands, parts, filling), _tiles(rule, sizes, parts, filling)
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
-        padded = _pad_width(d_out.astype(q.dtype))
-        cotangents = triton.Cotangents(padded, lse2, delta)
+        cotangents = triton.Cotangents(
+            _pad_width(filling.fill(d_out.astype(q.dtype))),
+            # where nothing is seen there is no probability
+            filling.fill(lse2, axis=2, value=jnp.inf),
+            filling.fill(delta, axis=2),
+        )
         if _few(sizes.block_q):
             d_q, per_query = triton_kv_major.d_queries(problem, cotangents, lists, tiles, sizes)
         else:
             found = lists.kv_indices, lists.kv_num_blocks
             d_q, per_query = triton.d_queries(problem, cotangents, *found, tiles)
         if _few(sizes.block_kv):
-            d_k, d_v = triton_columns.d_keys(problem, cotangents, lists, tiles, sizes)
+            d_k, d_v = triton_columns.d_keys(problem, cotangents, lists, tiles, filled_sizes)
             per_key = (None,) * len(problem.values)
             looped = bool(triton.per_key(problem))
         else:
             inverse = inverse_of(lists, sizes)
             turned = inverse.offsets, inverse.q_indices
             d_k, d_v, per_key = triton.d_keys(problem, cotangents, *turned, tiles)
+        d_q = filling.cut(d_q)
         if parts is None:
             return d_q, d_k, d_v, ()
         looped |= any(jnp.issubdtype(x.dtype, jnp.inexact) for x in parts.pair_values)
@@ -192,15 +205,18 @@ def _tile_rule(
     operands: Operands,
     mask: Mask | None,
     rule: LogitRule,
+    filling: packing.Filling,
     q_len: int,
     kv_len: int,
     ragged: bool,
 ) -> Separated | str | None:
     options: dict[str, Any] = {"operations": OPERATIONS, "pairs": rule.rows * rule.kv_len}
-    return kernels.tile_rule(operands, mask, rule, q_len, kv_len, ragged, **options)
+    return kernels.tile_rule(operands, mask, rule, filling, q_len, kv_len, ragged, **options)
 
 
-def _problem(operands: Operands, parts: Separated | None) -> triton.Problem:
+def _problem(
+    operands: Operands, parts: Separated | None, filling: packing.Filling
+) -> triton.Problem:
     values: tuple[Array, ...] = ()
     if parts is not None:
         values = (
@@ -209,13 +225,15 @@ def _problem(operands: Operands, parts: Separated | None) -> triton.Problem:
             *parts.pair_values,
         )
     q, k, v = operands[:3]
-    return triton.Problem(_pad_width(q), _pad_width(k), _pad_width(v), values)
+    return triton.Problem(_pad_width(filling.fill(q)), _pad_width(k), _pad_width(v), values)
 
 
-def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Tiles:
+def _tiles(
+    rule: LogitRule, sizes: Sizes, parts: Separated | None, filling: packing.Filling
+) -> triton.Tiles:
     """What the kernels do with logits; their values stand in one row, here they are in three."""
     if parts is None:
-        return triton.Tiles(sizes.block_q, sizes.block_kv, rule.scale)
+        return triton.Tiles(filling.filled, sizes.block_kv, rule.scale)
     rows, columns = len(parts.row_values), len(parts.column_values)
 
     def by_kind(values):
@@ -233,12 +251,17 @@ def _tiles(rule: LogitRule, sizes: Sizes, parts: Separated | None) -> triton.Til
         all_values = (x for kind in parts.values for x in kind)
         return d_changed, *(next(floats) if x.dtype == jnp.float32 else None for x in all_values)
 
-    return triton.Tiles(sizes.block_q, sizes.block_kv, None, changed, gradient)
+    return triton.Tiles(filling.filled, sizes.block_kv, None, changed, gradient)
 
 
 def _few(tokens: int) -> bool:
     """Whether tiles have so few tokens on a side that those of several are gathered."""
     return tokens < triton.LEAST_SIDE
+
+
+def _filling(block_q: int) -> packing.Filling:
+    """Tiles that fill products have as many rows as a power of two."""
+    return packing.Filling(block_q, block_q if _few(block_q) else 1 << (block_q - 1).bit_length())
 
 
 def _padded_width(x: Array) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.attention.logits import LogitRule
@@ -19,14 +19,22 @@ from pallas_kernels.block_sparse_attention import walk
 
 def by_query(lists: Lists, rule: LogitRule, sizes: Sizes) -> walk.Lists:
     """For each tile of queries the tiles of keys."""
-    batches, heads, blocks, width = lists.kv_indices.shape
-    first = jnp.arange(blocks, dtype=jnp.int32) * width
-    flat = walk.Lists(
-        lists.kv_indices.reshape(batches, heads, blocks * width),
-        jnp.broadcast_to(first, lists.kv_num_blocks.shape),
-        first + lists.kv_num_blocks,
-    )
+    flat = in_order(lists.kv_indices, lists.kv_num_blocks)
     return _whole_first(flat, lists.mask, rule, sizes, own_is_q=True)
+
+
+def in_order(
+    kv_indices: Int[Array, "batch list_heads q_blocks width"],
+    kv_num_blocks: Int[Array, "batch list_heads q_blocks"],
+) -> walk.Lists:
+    """The same in the order of the lists, nothing said of whole tiles."""
+    batches, heads, blocks, width = kv_indices.shape
+    first = jnp.arange(blocks, dtype=jnp.int32) * width
+    return walk.Lists(
+        kv_indices.reshape(batches, heads, blocks * width),
+        jnp.broadcast_to(first, kv_num_blocks.shape),
+        first + kv_num_blocks,
+    )
 
 
 def by_key(inverse: InverseList, mask: Mask | None, rule: LogitRule, sizes: Sizes) -> walk.Lists:

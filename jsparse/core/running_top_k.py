@@ -15,6 +15,7 @@ from jsparse import checks
 from jsparse.types import BlockMask, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 from jsparse.types.pytree import entry, flatten_batch
+from pallas_kernels.sortable import NOTHING, numbers_of, sortable
 
 
 class TileScores(NamedTuple):
@@ -34,6 +35,16 @@ class Best(NamedTuple):
     indices: Int[Array, "batch heads rows width"]
     counts: Int[Array, "batch heads rows"]
     scores: Float[Array, "batch heads rows width"]
+
+    @classmethod
+    def of(
+        cls,
+        indices: Int[Array, "batch heads rows width"],
+        keys: Int[Array, "batch heads rows width"],
+    ) -> "Best":
+        """Those of `sortable` scores; -1 where there is none, which follow what counts."""
+        counts = (indices >= 0).sum(-1, dtype=jnp.int32)
+        return cls(indices, counts, jnp.where(indices < 0, -jnp.inf, numbers_of(keys)))
 
 
 # (batch, head, q_tile, kv_tile), all scalars, to what is known of that tile
@@ -95,7 +106,7 @@ def running_top_k(
             seen = found.visible & (column < grid.kv_len)
             first = found.forced
             ranks = (seen,) if first is None else (seen & first, seen & ~first)
-            keys = _sortable(found.scores)
+            keys = sortable(found.scores.astype(jnp.float32))
             return tuple(
                 kept.add(_Kept.of(keys, column, rank))
                 for kept, rank in zip(known, ranks, strict=True)
@@ -109,27 +120,10 @@ def running_top_k(
     rows = jnp.arange(batches * heads * grid.q_blocks, dtype=jnp.int32)
     found = jax.lax.map(one_row, rows)
     keys, indices = (x.reshape(batches, heads, -1, k)[:, :, : grid.q_len] for x in found)
-    counts = (indices >= 0).sum(-1, dtype=jnp.int32)
-    return Best(indices, counts, jnp.where(indices < 0, -jnp.inf, _scores(keys)))
+    return Best.of(indices, keys)
 
 
-_NOTHING = -(2**31)  # below the key of every score
-_MAGNITUDE = 2**31 - 1  # all bits of a float but its sign
-
-
-def _sortable(scores: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Integers in the order in which `selection` ranks scores."""
-    scores = scores.astype(jnp.float32)
-    # of the two zeros and the many NaNs one each
-    scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
-    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
-    return jnp.where(bits < 0, bits ^ _MAGNITUDE, bits)
-
-
-def _scores(keys: Int[Array, "..."]) -> Float[Array, "..."]:
-    """What `_sortable` was given."""
-    bits = jnp.where(keys < 0, keys ^ _MAGNITUDE, keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+_LAST = 2**31 - 1  # above every column, and every score
 
 
 class _Kept(NamedTuple):
@@ -142,7 +136,7 @@ class _Kept(NamedTuple):
     def of(cls, keys: Array, columns: Array, chosen: Array) -> "_Kept":
         """Those that are chosen; the others take up room."""
         columns = jnp.broadcast_to(columns, keys.shape)
-        return cls(jnp.where(chosen, keys, _NOTHING), jnp.where(chosen, columns, -1))
+        return cls(jnp.where(chosen, keys, NOTHING), jnp.where(chosen, columns, -1))
 
     def add(self, higher: "_Kept") -> "_Kept":
         """The best of these and of others in higher columns, as many as there is room for here."""
@@ -162,10 +156,10 @@ class _Kept(NamedTuple):
             for name in ("columns", "keys")
         )
         # what takes up room goes to the end
-        columns = jnp.where(columns < 0, _MAGNITUDE, columns)
+        columns = jnp.where(columns < 0, _LAST, columns)
         sorted_by_column = jax.lax.sort((columns, keys), num_keys=1)
         columns, keys = (x[:, : self.keys.shape[1]] for x in sorted_by_column)
-        return _Kept.of(keys, columns, columns < _MAGNITUDE)
+        return _Kept.of(keys, columns, columns < _LAST)
 
 
 def _best(keys: Int[Array, "rows columns"], count: Array | int) -> Bool[Array, "rows columns"]:
@@ -183,9 +177,9 @@ def _best(keys: Int[Array, "rows columns"], count: Array | int) -> Bool[Array, "
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
     shape = len(keys), 1
-    bounds = jnp.full(shape, _NOTHING, jnp.int32), jnp.full(shape, _MAGNITUDE, jnp.int32)
+    bounds = jnp.full(shape, NOTHING, jnp.int32), jnp.full(shape, _LAST, jnp.int32)
     least, _ = jax.lax.fori_loop(0, 32, halve, bounds)
     equal = keys == least
     room = count - (keys > least).sum(1, keepdims=True)
     best = (keys > least) | (equal & (jnp.cumsum(equal, axis=1) <= room))
-    return best & (keys > _NOTHING)
+    return best & (keys > NOTHING)

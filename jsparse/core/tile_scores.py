@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import checks
+from jsparse.core.blocks import cells_of
 from jsparse.core.running_top_k import ScoreOfTile, TileScores
 from jsparse.core.windows import Windows
 from jsparse.types import Frame, Mask, TileGrid
@@ -74,21 +75,20 @@ def mean_key_scores(
     missing = grid.kv_blocks * blocks - kv_blocks
     k_means = jnp.pad(k_means.astype(jnp.float32), ((0, 0), (0, missing), (0, 0), (0, 0)))
     offsets = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batches,))
-    classify = None if mask is None else mask.classifier(TileGrid(q_len, kv_len, 1, block))
+    cells = cells_of(mask, TileGrid(q_len, kv_len, 1, block))
 
     def score(batch, head, q_tile, kv_tile):
         queries = jax.lax.dynamic_slice_in_dim(q[batch, :, head], q_tile * rows, rows)
         of_k = k_means[batch, :, head // (heads // kv_heads)]
         means = jax.lax.dynamic_slice_in_dim(of_k, kv_tile * blocks, blocks)
         scores = queries.astype(jnp.float32) @ means.T
-        if classify is None:
+        if mask is None:
             return TileScores(scores, jnp.ones(scores.shape, bool))
         row = q_tile * rows + jnp.arange(rows)[:, None]
         index = kv_tile * blocks + jnp.arange(blocks)
-        frame = Frame(q_len, kv_len, batch, head)
         known = jnp.minimum(row, q_len - 1), jnp.minimum(index, kv_blocks - 1)
         own = (offsets[batch] + row) // block
-        return TileScores(scores, classify(*known, frame).some, index == own)
+        return TileScores(scores, cells.visible(batch, head, *known), index == own)
 
     return score
 

@@ -62,6 +62,13 @@ def block_mask(
     return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
 
 
+def every_tile(grid: TileGrid) -> BlockMask:
+    """Lists all tiles of a grid, the same for all sequences and heads."""
+    lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, grid.q_blocks, grid.kv_blocks))
+    counts = jnp.full((1, grid.q_blocks), grid.kv_blocks, jnp.int32)
+    return BlockMask(lists.astype(jnp.int32), counts, jnp.zeros(1, bool), *grid)
+
+
 def restrict(plan: BlockMask, mask: Mask) -> BlockMask:
     """Drops the tiles of a plan in which `mask` leaves nothing to see.
 

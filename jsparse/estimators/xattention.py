@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
+from jsparse.attention.antidiagonals import antidiagonal_sums
 from jsparse.attention.planned import planned
-from jsparse.core import blocks, scores, selection
-from jsparse.core.softmax_blocks import softmax_blocks
+from jsparse.core import blocks, selection
 from jsparse.types import BlockMask, Mask, Method, TileGrid
 
 
@@ -20,7 +20,7 @@ class XAttentionInfo(NamedTuple):
     block_scores: Float[Array, "*batch heads q_blocks kv_blocks"]
 
 
-@functools.partial(jax.jit, static_argnames=("stride", "block_size", "norm"))
+@functools.partial(jax.jit, static_argnames=("stride", "block_size", "norm", "implementation"))
 def antidiagonal_scores(
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],
@@ -29,6 +29,7 @@ def antidiagonal_scores(
     block_size: int,
     norm: float = 1.0,
     mask: Mask | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch heads q_blocks kv_blocks"]:
     """Estimates the attention mass of each block from its antidiagonals.
 
@@ -44,20 +45,25 @@ def antidiagonal_scores(
       block_size: Side of a block, B in the paper; a multiple of `stride`.
       norm: Temperature divisor of the logits.
       mask: Who may see whom. A cell counts as visible where any of its pairs is.
+      implementation: "xla" or "mosaic"; default the fastest that can do it.
+
+    Raises:
+      NotImplementedError: if the named implementation cannot do this job here.
     """
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
     flat_q, flat_k = q.reshape(-1, *q.shape[-3:]), k.reshape(-1, *k.shape[-3:])
     # queries are the last ones: cells are counted from the first query, as blocks are
     grid = TileGrid(q_len, k.shape[-3], stride, stride)
     flat_mask = None if mask is None else mask.flatten_batch(batch_shape)
-    per_block = block_size // stride
-    mass = softmax_blocks(
-        scores.antidiagonal_cells(flat_q, stride, reverse=True),
-        scores.antidiagonal_cells(flat_k, stride, reverse=False),
+    mass = antidiagonal_sums(
+        flat_q,
+        flat_k,
+        stride=stride,
+        cells_per_block=block_size // stride,
         scale=dim**-0.5 / (stride * norm),
-        cells_per_block=(per_block, per_block),
         cells=blocks.cells_of(flat_mask, grid),
-    ).sums
+        implementation=implementation,
+    )
     return mass.reshape(*batch_shape, heads, *mass.shape[-2:])
 
 

@@ -169,7 +169,8 @@ def pairs_attended(
 
     With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
     executor that does the work does the counting too, one tile at a time. Exact up to f32
-    rounding. What is skipped for its logits is found with the true ones before.
+    rounding. What is skipped for its logits is found with the true ones before. Of a method that
+    mixes several softmaxes, those are counted that its plan lists and the given mask leaves.
 
     Args:
       method: What plans and attends.
@@ -183,12 +184,20 @@ def pairs_attended(
     def zero(logit, batch, head, q_index, kv_index):
         return jnp.zeros_like(logit)
 
-    (_, lse), info = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
-    if Walked.of(info) is not None:
-        walked = Walked.of(method.attend(params, q, k, v, **given)[1])
-        assert walked is not None
-        options = {"mask": given.get("mask"), "score_mod": zero, "return_lse": True}
-        _, lse = attend(q, k, v, walked.kept, **options)
+    options = {"score_mod": zero, "return_lse": True}
+
+    def listed(plan: BlockMask) -> Array:
+        return attend(q, k, v, plan, mask=given.get("mask"), **options)[1]
+
+    try:
+        (_, lse), info = method.attend(params, q, k, v, **given, **options)
+    except checks.SeveralSoftmaxesError:
+        lse = listed(method.plan(params, q, k, v=v, **given)[0])
+    else:
+        if Walked.of(info) is not None:
+            walked = Walked.of(method.attend(params, q, k, v, **given)[1])
+            assert walked is not None
+            lse = listed(walked.kept)
     return jnp.exp(lse).sum(-1)
 
 

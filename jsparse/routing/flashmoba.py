@@ -9,15 +9,10 @@ from jaxtyping import Array, Float
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.attention.best_blocks import best_blocks
 from jsparse.attention.planned import Queries
 from jsparse.core.pooling import mean_blocks
-from jsparse.core.running_top_k import running_top_k
-from jsparse.core.tile_scores import mean_key_scores
-from jsparse.core.tiling import block_mask
-from jsparse.types import BlockMask, Method, TileGrid
-
-# queries, and blocks of keys, that are scored at once
-_SCORED_ROWS, _SCORED_BLOCKS = 128, 64
+from jsparse.types import BlockMask, Method
 
 
 class FlashMobaInfo(NamedTuple):
@@ -106,25 +101,17 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
         kv_len, batches = k.shape[-3], math.prod(q.shape[:-3])
         means = mean_blocks(k, block_kv)
-        blocks = means.shape[-3]
-        grid = TileGrid(q_len, blocks, min(_SCORED_ROWS, q_len), min(_SCORED_BLOCKS, blocks))
         offset = Queries.of(q, k, positions).offset
         start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
-        score = mean_key_scores(
+        best = best_blocks(
             q.reshape(batches, q_len, heads, dim),
-            means.reshape(batches, blocks, -1, dim),
+            means.reshape(batches, -1, *means.shape[-2:]),
             block=block_kv,
             kv_len=kv_len,
+            top_k=top_k,
             mask=None if mask is None else mask.flatten_batch(batch_shape),
-            grid=grid,
             offset=start.reshape(-1),
         )
-        tiles = None
-        if mask is not None:
-            sizes = {"block_q": grid.block_q, "block_kv": grid.block_kv * block_kv}
-            seen = block_mask(mask, q_len, kv_len, **sizes)
-            tiles = BlockMask(seen.kv_indices, seen.kv_num_blocks, seen.overflowed, *grid)
-        best = running_top_k(score, top_k, grid, batches=batches, heads=heads, tiles=tiles)
         indices, counts, scores = (x.reshape(*batch_shape, *x.shape[1:]) for x in best)
         none = jnp.zeros(indices.shape[:-2], bool)
         return BlockMask(indices, counts, none, q_len, kv_len, 1, block_kv), FlashMobaInfo(scores)

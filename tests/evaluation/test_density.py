@@ -107,6 +107,18 @@ def test_a_layer_whose_method_has_parameters_reports():
     np.testing.assert_allclose(found.pairs, (6 + 17 * 4) / (20 * 21 / 2), rtol=1e-5)
 
 
+def test_of_a_method_of_branches_the_one_that_its_plan_lists_reports():
+    sizes = {"compression_size": 8, "stride": 4, "block_kv": 16, "top_k": 2, "window": 8}
+    method = js.nsa(**sizes, num_init=1, num_local=1)
+    layer = js.nn.SparseAttention(32, num_heads=4, num_kv_heads=2, method=method, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, 60, 32))
+    (found,) = density_of_layers(layer, x, mask=CAUSAL)
+    # the first block and what came of a query's own, which are all that two blocks have room for
+    seen = sum(t % 16 + 1 + 16 * (t >= 16) for t in range(60))
+    np.testing.assert_allclose(found.pairs, np.full((1, 4), seen / (60 * 61 / 2)), rtol=1e-5)
+    np.testing.assert_allclose(found.tiles, np.full((1, 4), (16 + 44 * 2) / (16 * 10 - 4 * 4)))
+
+
 def test_a_report_prints_a_line_per_head():
     tiles = jnp.asarray([[0.25, 0.5], [0.75, 0.5]])
     text = str(DensityReport(tiles, tiles / 2, jnp.asarray(False)))

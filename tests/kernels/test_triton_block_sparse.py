@@ -81,6 +81,32 @@ def test_everything_at_once_in_pieces_of_tiles(pieces, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # two rows to a query make 20, and the last tile is not full
+        {"block_q": 10, "list_heads": 2, "bias": (2, 4, 41, 59)},
+        {"block_q": 24, "block_kv": 3, "bias": (2, 4, 41, 1)},
+    ],
+    ids=["packed", "columns"],
+)
+def test_tiles_of_any_rows_are_filled_up(changes):
+    case = next(case for case in CASES if case.name == "everything")
+    problem = Problem(dataclasses.replace(case, **changes))
+    got = problem.value_and_gradients(attend)(problem.operands)
+    close(got, problem.exact(), problem.tolerance())
+
+
+@interpreted
+def test_a_large_group_is_packed_in_parts():
+    q, k, v = qkv(16, 32, heads=48, kv_heads=1)
+    plan = js.block_mask(js.masks.causal(), 16, 32, block_q=8, block_kv=16)
+    assert js.explain(q, k, v, plan).implementation == "triton"
+    out = jax.jit(lambda *x: attend(*x, plan, mask=js.masks.causal()))(q, k, v)
+    close(out, js.attend(q, k, v, plan, mask=js.masks.causal(), implementation="reference"), 2e-5)
+
+
+@interpreted
 def test_what_is_said_pair_by_pair():
     """Tiles of a dense mask, of a bias and of an array that a score_mod looks into."""
     q, k, v = qkv(48, 70, heads=2, kv_heads=1, batch=(2,))
@@ -163,7 +189,7 @@ def test_the_choice_falls_on_it_where_mosaic_cannot():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"block_q": 24}, "16, 32, 64 or 128 queries, not 24"),
+        ({"block_q": 144}, "16, 32, 64 or 128 queries, not 144"),
         ({"block_kv": 48}, "16, 32, 64 or 128 keys, or of fewer than 16, not 48"),
         ({"dim": 257}, "up to 256, not 512"),
         ({"score_mod": lambda s, b, h, i, j: s + jnp.arange(99.0)[i - j + 49]}, "all pairs"),
