@@ -89,6 +89,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.kin_scorers
 	$(BIN)/python -m benchmarks.kin_rows
 	$(BIN)/python -m benchmarks.kin_paged
+	$(BIN)/python -m benchmarks.trainable
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
