@@ -49,6 +49,8 @@ SPARSE_FROM = 512
 POINT, END = 16_384, 131_072
 SCRATCH = Course((Phase(256, 16, 0.5), Phase(1024, 4, 0.3), Phase(CONTEXT, 1, 0.2)), steps=400)
 GATES = Course((Phase(1024, 4, 0.5), Phase(CONTEXT, 1, 0.5)), steps=100, rate=1e-3, save_every=10)
+# the parameters that layers hold for their methods
+OF_METHOD = nnx.All(nnx.Param, nnx.PathContains("method_params"))
 
 # `learn(method, params, q, k, v, *, mask, x, implementation) -> (out, what is minimised besides)`
 Learn = Callable[..., tuple[jax.Array, jax.Array]]
@@ -202,6 +204,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    checks.drawing_library()
     setting = SETTINGS[arguments.method]
     given = {name: getattr(arguments, name) for name in ("steps", "rate", "save_every")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -216,14 +219,13 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         model = LanguageModel(method=setting.method(), rngs=nnx.Rngs(arguments.seed))
     make_dense(model, arguments.dense_layers)
-    gates = nnx.All(nnx.Param, nnx.PathContains("method_params"))
     training = Training(
         model,
         course,
         states=Path("build") / "train_sparse" / f"{name}-{arguments.seed}",
         fresh=arguments.fresh,
         loss=setting.loss(),
-        trained=gates if setting.distilled else nnx.Param,
+        trained=OF_METHOD if setting.distilled else nnx.Param,
     )
     record = {
         "method": arguments.method,
