@@ -36,11 +36,8 @@ KEYS, VALUES, OTHERS = 16, 16, 16
 MODEL = Config(width=64, layers=2, heads=2, kv_heads=1, hidden=128, rope_base=10_000.0)
 # what to do is learnt on short sequences, where all is chosen; how to choose on the others
 COURSE = Course(
-    (
-        *(Phase(32, 64, 0.5), Phase(64, 32, 0.1), Phase(128, 16, 0.1), Phase(256, 16, 0.1)),
-        Phase(LENGTH, 8, 0.2),
-    ),
-    steps=1000,
+    (Phase(32, 64, 0.35), Phase(128, 16, 0.3), Phase(256, 16, 0.15), Phase(LENGTH, 8, 0.2)),
+    steps=1200,
     rate=3e-3,
 )
 BLOCK = 16

@@ -92,12 +92,13 @@ def gradients(loss, model):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in found}
 
 
-def test_the_indexer_learns_by_its_loss_and_all_else_by_the_models(monkeypatch):
-    monkeypatch.setattr(train_sparse, "SPARSE_FROM", 1)
+@pytest.mark.parametrize("sparse_from", [1, 64], ids=["sparse", "dense"])
+def test_the_indexer_learns_by_its_loss_and_all_else_by_the_models(sparse_from):
     method = js.hisa(top_k=4, block_kv=8, block_top_k=2, **INDEXER)
-    model = model_with(method)
+    model = model_with(js.from_length(method, min_length=sparse_from))
     plain = gradients(plain_loss, model)
-    learning = gradients(train_sparse.loss_with(method, train_sparse.learn_tokens), model)
+    loss = train_sparse.loss_with(method, train_sparse.learn_tokens, sparse_from)
+    learning = gradients(loss, model)
     of_indexer = {name for name in plain if "method_params" in name}
     assert of_indexer
     for name, gradient in learning.items():
@@ -114,7 +115,7 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     )
     model = model_with(method)
     before = parameters(model)
-    loss = train_sparse.loss_with(method, train_sparse.learn_gates)
+    loss = train_sparse.loss_with(method, train_sparse.learn_gates, 1)
     training = Training(model, COURSE, states=tmp_path, loss=loss, trained=train_sparse.OF_METHOD)
     training.run(batches, lambda *_: None)
     moved = {name for name, x in parameters(model).items() if (x != before[name]).any()}
