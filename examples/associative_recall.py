@@ -5,8 +5,9 @@
 
 Pairs of a key and a value are planted in the first part of a sequence, among other tokens; in the
 second half keys are asked for, and the model is to say their values. No window and no block of a
-query's own reaches back that far. Writes the curve of each method: the share of right answers, and
-of answers whose block the last layer had chosen. Goes on where it was stopped.
+query's own reaches back that far. Writes the curve of each method, the share of right answers, and
+what is left of it in the end when queries choose no block besides their own. Goes on where it was
+stopped.
 """
 
 import argparse
@@ -41,13 +42,28 @@ COURSE = Course(
     rate=3e-3,
 )
 BLOCK = 16
+
+
+class Choice(NamedTuple):
+    """A method, and the same without a choice: a query's own block alone."""
+
+    method: js.Method | None
+    without: js.Method | None = None
+
+
+def nsa(top_k: int) -> js.Method:
+    sizes = {"compression_size": BLOCK, "stride": BLOCK, "block_kv": BLOCK, "window": 2 * BLOCK}
+    return js.nsa(**sizes, top_k=top_k, num_init=0, num_local=1)
+
+
+def flashmoba(top_k: int) -> js.Method:
+    return js.flashmoba(block_kv=BLOCK, top_k=top_k)
+
+
 METHODS = {
-    "dense": None,
-    "nsa": js.nsa(
-        **{"compression_size": BLOCK, "stride": BLOCK, "block_kv": BLOCK},
-        **{"top_k": 4, "num_init": 0, "num_local": 1, "window": 32},
-    ),
-    "flashmoba": js.flashmoba(block_kv=BLOCK, top_k=4),
+    "dense": Choice(None),
+    "nsa": Choice(nsa(4), nsa(1)),
+    "flashmoba": Choice(flashmoba(4), flashmoba(1)),
 }
 
 
@@ -106,36 +122,19 @@ def recalled(model: LanguageModel, recall: Recall) -> jax.Array:
     return (answers_of(model, recall).argmax(-1) == recall.answers).mean()
 
 
-@nnx.jit
-def chosen(model: LanguageModel, recall: Recall) -> jax.Array:
-    """The share of questions at which a head of the last layer chose the pair's block."""
-    found = []
-
-    def noting(layer):
-        def attention(q, k, v, *, mask, x, positions):
-            plan, _ = layer.method.plan(layer.params(), q, k, v=v, x=x, mask=mask)
-            rows = recall.asked[:, None, :, None]
-            lists = jnp.take_along_axis(plan.kv_indices, rows, axis=-2)
-            counts = jnp.take_along_axis(plan.kv_num_blocks, rows[..., 0], axis=-1)
-            listed = jnp.arange(plan.width) < counts[..., None]
-            wanted = recall.planted[:, None, :, None] // plan.block_kv
-            found.append(((lists == wanted) & listed).any((1, 3)).mean())
-            return js.sparse_attention(q, k, v, layer.method, params=layer.params(), x=x, mask=mask)
-
-        return attention
-
+def with_method(model: LanguageModel, method: js.Method | None) -> LanguageModel:
+    """The same model, parameters shared, with a method that takes the same parameters."""
     copy = nnx.merge(*nnx.split(model))
     for layer in js.nn.attention_layers(copy):
-        layer.attention = noting(layer)
-    copy(recall.tokens)
-    return found[-1]
+        layer.method = method
+    return copy
 
 
 def train(
     name: str, *, course: Course = COURSE, seed: int = 0, folder: Path, states: Path, fresh: bool
 ) -> dict:
     """Trains with one of the methods; returns the record that it wrote."""
-    method = METHODS[name]
+    method, without = METHODS[name]
     model = LanguageModel(MODEL, method=method, rngs=nnx.Rngs(seed))
     training = Training(model, course, states=states, fresh=fresh, loss=loss)
     length = course.phases[-1].context
@@ -159,8 +158,6 @@ def train(
             "recall": round(float(recalled(model, held_out)), 4),
             "seconds": round(before + time.perf_counter() - started, 1),
         }
-        if method is not None:
-            point["chosen"] = round(float(chosen(model, held_out)), 4)
         record["curve"].append(point)
         curves.write(path, record)
 
@@ -172,6 +169,9 @@ def train(
         shares = jnp.stack([getattr(report, what) for report in reports])
         record.setdefault("density", {})[what] = round(float(shares.mean()), 4)
     record["recall"] = record["curve"][-1]["recall"]
+    if without is not None:
+        blind = recalled(with_method(model, without), held_out)
+        record["recall_without_choice"] = round(float(blind), 4)
     curves.write(path, record)
     return record
 
@@ -199,7 +199,8 @@ def main() -> None:
                 states=Path("build") / "associative_recall" / f"{name}-{arguments.seed}",
                 fresh=arguments.fresh,
             )
-            print(f"{name}: {json.dumps({k: found[k] for k in ('density', 'recall')})}")
+            said = {k: v for k, v in found.items() if k.startswith(("density", "recall"))}
+            print(f"{name}: {json.dumps(said)}")
 
 
 if __name__ == "__main__":
