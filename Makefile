@@ -27,7 +27,7 @@ export JAX_PLATFORMS ?= cpu
 
 help:
 	@echo "make demo         methods compared on a language model: a table, build/compare.html"
-	@echo "make notebook     run the notebook's script, write examples/choose_what_to_compute.ipynb"
+	@echo "make notebook     run the notebooks' scripts, write examples/*.ipynb"
 	@echo "make test         the tests; make test-all adds the slow ones"
 	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
 	@echo "make check        lint, types, import contracts"
@@ -64,6 +64,7 @@ demo: $(VENV)/.demo
 
 notebook: $(VENV)/.test
 	$(BIN)/python -m examples.notebook examples/choose_what_to_compute.py
+	$(BIN)/python -m examples.notebook examples/train_with_native_sparse_attention.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests $(PARALLEL)
@@ -89,6 +90,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.kin_scorers
 	$(BIN)/python -m benchmarks.kin_rows
 	$(BIN)/python -m benchmarks.kin_paged
+	$(BIN)/python -m benchmarks.trainable
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt

@@ -1,47 +1,68 @@
-"""The notebook runs, in time, and is what its script says."""
+"""The notebooks run, in time, and are what their scripts say."""
 
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import pytest
 
 from examples import notebook
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "choose_what_to_compute.py"
-# two minutes of two cores, however many others use them
-PROCESSOR_SECONDS = 240
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class Expected(NamedTuple):
+    """A notebook's script, how many pictures it draws, and how long it may take.
+
+    Attributes:
+      seconds: Of two cores, however many others use them.
+    """
+
+    script: Path
+    pictures: int
+    seconds: int
+
+
+NOTEBOOKS = [
+    Expected(EXAMPLES / "choose_what_to_compute.py", pictures=6, seconds=120),
+    Expected(EXAMPLES / "train_with_native_sparse_attention.py", pictures=4, seconds=90),
+]
+each = pytest.mark.parametrize("expected", NOTEBOOKS, ids=lambda x: x.script.stem)
 
 
 def cells(of: nbformat.NotebookNode) -> list[tuple[str, str, str]]:
     return [(cell.id, cell.cell_type, cell.source) for cell in of.cells]
 
 
-@pytest.fixture(scope="module")
-def kept() -> nbformat.NotebookNode:
-    return nbformat.read(SCRIPT.with_suffix(".ipynb"), as_version=4)
+def kept(expected: Expected) -> nbformat.NotebookNode:
+    return nbformat.read(expected.script.with_suffix(".ipynb"), as_version=4)
 
 
-def test_the_notebook_agrees_with_its_script(kept):
-    nbformat.validate(kept)
-    assert cells(kept) == cells(notebook.read(SCRIPT)), "run `make notebook`"
+@each
+def test_the_notebook_agrees_with_its_script(expected):
+    nbformat.validate(kept(expected))
+    assert cells(kept(expected)) == cells(notebook.read(expected.script)), "run `make notebook`"
 
 
-def test_the_notebook_was_run_in_order_and_is_small(kept):
-    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+@each
+def test_the_notebook_was_run_in_order_and_is_small(expected):
+    code = [cell for cell in kept(expected).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
     outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert pictures == expected.pictures
     # neither errors nor warnings
     assert {output.get("name", "picture") for output in outputs} == {"stdout", "picture"}
-    assert SCRIPT.with_suffix(".ipynb").stat().st_size < 400 * 1024
+    assert expected.script.with_suffix(".ipynb").stat().st_size < 400 * 1024
 
 
 @pytest.mark.newest
-def test_the_notebook_runs_in_two_minutes():
+@each
+def test_the_notebook_runs_in_time(expected):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    notebook.execute(notebook.read(SCRIPT), SCRIPT.parent)
+    notebook.execute(notebook.read(expected.script), expected.script.parent)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # no less than importing JAX takes: the kernel has been counted
-    assert 1 < spent < PROCESSOR_SECONDS
+    assert 1 < spent < 2 * expected.seconds

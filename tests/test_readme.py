@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "language_model"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", MODEL / "README.md"]
+TRAINED = ROOT / "examples" / "trained_sparse"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", MODEL / "README.md", TRAINED / "README.md"]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 

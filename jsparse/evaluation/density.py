@@ -57,9 +57,9 @@ def density_report(
     """Counts what a method computes of the tiles and pairs that the mask leaves visible.
 
     Tiles come from the method's plan, pairs from running it with every logit zero, which sees what
-    it hides inside its tiles too. Of a method that mixes several softmaxes, such as nsa, both are
-    of the branch whose tiles its plan lists, under the mask that is given; its other branches are
-    in neither. Works under `jit`.
+    it hides inside its tiles too. Works under `jit`. Where a method mixes several attentions, tiles
+    are of its plan and pairs of all of them, added up: a pair that two compute counts twice, one
+    with a compressed key as one.
 
     Args:
       method: What plans and attends; None attends to all that the mask allows.

@@ -169,8 +169,8 @@ def pairs_attended(
 
     With every logit zero, a row's log-sum-exp is the logarithm of how many keys it sees, so the
     executor that does the work does the counting too, one tile at a time. Exact up to f32
-    rounding. What is skipped for its logits is found with the true ones before. Of a method that
-    mixes several softmaxes, those are counted that its plan lists and the given mask leaves.
+    rounding. What is skipped for its logits is found with the true ones before. Where a method
+    mixes several attentions their pairs are added up, those with a compressed key as well.
 
     Args:
       method: What plans and attends.
@@ -184,20 +184,21 @@ def pairs_attended(
     def zero(logit, batch, head, q_index, kv_index):
         return jnp.zeros_like(logit)
 
-    options = {"score_mod": zero, "return_lse": True}
+    def counted(k, v, plan, mask):
+        _, lse = attend(q, k, v, plan, mask=mask, score_mod=zero, return_lse=True)
+        return jnp.exp(lse).sum(-1)
 
-    def listed(plan: BlockMask) -> Array:
-        return attend(q, k, v, plan, mask=given.get("mask"), **options)[1]
+    def branches():
+        return getattr(method.plan(params, q, k, v=v, **given)[1], "branches", ())
 
-    try:
-        (_, lse), info = method.attend(params, q, k, v, **given, **options)
-    except checks.SeveralSoftmaxesError:
-        lse = listed(method.plan(params, q, k, v=v, **given)[0])
-    else:
-        if Walked.of(info) is not None:
-            walked = Walked.of(method.attend(params, q, k, v, **given)[1])
-            assert walked is not None
-            lse = listed(walked.kept)
+    # most methods have none, and need not plan for that to be known
+    if jax.eval_shape(branches):
+        return sum(counted(each.k, each.k, each.plan, each.mask) for each in branches())
+    (_, lse), info = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
+    if Walked.of(info) is not None:
+        walked = Walked.of(method.attend(params, q, k, v, **given)[1])
+        assert walked is not None
+        return counted(k, v, walked.kept, given.get("mask"))
     return jnp.exp(lse).sum(-1)
 
 

@@ -14,7 +14,7 @@ from jsparse.core.running_top_k import running_top_k
 from jsparse.core.tile_scores import window_scores
 from jsparse.core.windows import Compression, Windows, mlp
 from jsparse.masks import causal, sliding_window, whole_windows
-from jsparse.types import BlockMask, Mask, Method, TileGrid
+from jsparse.types import BlockMask, Branch, Mask, Method, TileGrid
 
 # queries, and blocks of keys, that are scored at once
 _SCORED_ROWS, _SCORED_BLOCKS = 128, 32
@@ -33,10 +33,13 @@ class NsaInfo(NamedTuple):
     Attributes:
       block_scores: Importance of the chosen blocks, in the order of the lists; -inf past them.
       state: The compressed keys and values so far, for `state` of the next step.
+      branches: The compressed, selected and local attention; the first is missing where keys are
+        fewer than a window has.
     """
 
     block_scores: Float[Array, "*batch kv_heads q_len top_k"]
     state: Pair
+    branches: tuple[Branch, ...]
 
 
 def select_blocks(
@@ -228,7 +231,9 @@ def nsa(
             **logits,
         )
         local = whole & sliding_window(left=window - 1, offset=offset)
-        return out, plan, whole, local, NsaInfo(scores, pair)
+        branches = Branch(k_windows, None, seen), Branch(k, plan, whole), Branch(k, None, local)
+        some = branches if windows.count(kv_len) else branches[1:]
+        return out, plan, whole, local, NsaInfo(scores, pair, some)
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         values = k if v is None else v

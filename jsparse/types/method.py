@@ -3,7 +3,25 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxtyping import Array, Float
+
+from jsparse.types.block_mask import BlockMask
+from jsparse.types.mask import Mask
 from jsparse.types.pytree import pytree_dataclass
+
+
+class Branch(NamedTuple):
+    """One of several attentions that a method mixes, each with a softmax of its own.
+
+    Attributes:
+      k: Its keys, which may stand for several tokens each.
+      plan: The tiles of them that are computed; None: those that the mask touches.
+      mask: Who may see whom.
+    """
+
+    k: Float[Array, "*batch kv_len kv_heads dim"]
+    plan: BlockMask | None
+    mask: Mask | None
 
 
 @pytree_dataclass
@@ -23,6 +41,8 @@ class Method(NamedTuple):
         where the attend keywords are those of `js.attend` (bias, sinks, softcap, scale, ...); with
         `return_lse=True`, `out` is `(out, lse)`. Where attending itself skips tiles, the fields
         `scored` and `kept` of either `info` are the plans of what it looks at and what it keeps.
+        Where it mixes several attentions, the field `branches` of either `info` has a `Branch` of
+        each.
       init_state: `init_state(k, v) -> state`, the `state` of the first step over a cache of these
         shapes; `info.state` is that of the next. None where there is nothing to carry, and a step
         of decoding may attend to all keys instead.

@@ -107,16 +107,25 @@ def test_a_layer_whose_method_has_parameters_reports():
     np.testing.assert_allclose(found.pairs, (6 + 17 * 4) / (20 * 21 / 2), rtol=1e-5)
 
 
-def test_of_a_method_of_branches_the_one_that_its_plan_lists_reports():
-    sizes = {"compression_size": 8, "stride": 4, "block_kv": 16, "top_k": 2, "window": 8}
-    method = js.nsa(**sizes, num_init=1, num_local=1)
-    layer = js.nn.SparseAttention(32, num_heads=4, num_kv_heads=2, method=method, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (1, 60, 32))
-    (found,) = density_of_layers(layer, x, mask=CAUSAL)
-    # the first block and what came of a query's own, which are all that two blocks have room for
-    seen = sum(t % 16 + 1 + 16 * (t >= 16) for t in range(60))
-    np.testing.assert_allclose(found.pairs, np.full((1, 4), seen / (60 * 61 / 2)), rtol=1e-5)
-    np.testing.assert_allclose(found.tiles, np.full((1, 4), (16 + 44 * 2) / (16 * 10 - 4 * 4)))
+def test_attentions_that_are_mixed_are_added_up():
+    method = js.nsa(
+        **{"compression_size": 8, "stride": 4, "block_kv": 8, "top_k": 3},
+        **{"num_init": 1, "num_local": 1, "window": 6},
+    )
+    q, k, v = qkv(45)
+    given = {"x": jnp.ones((45, 8)), "mask": CAUSAL}
+    params = method.init(jax.random.key(0), num_heads=4, num_kv_heads=2, dim=16, features=8)
+    found = jax.jit(lambda *x: js.density_report(method, *x, params=params, **given))(q, k, v)
+    rows = np.arange(45)
+    windows = [sum(4 * i + 7 <= row for i in range(10)) for row in rows]
+    # own block up to the query, the others whole
+    selected = [min(2, row // 8) * 8 + row % 8 + 1 for row in rows]
+    local = np.minimum(rows + 1, 6)
+    share = (np.sum(windows) + np.sum(selected) + local.sum()) / (45 * 46 / 2)
+    np.testing.assert_allclose(found.pairs, np.full(4, share), rtol=1e-5)
+    # fewer keys than a window has
+    short = js.density_report(method, *qkv(5), params=params, x=jnp.ones((5, 8)), mask=CAUSAL)
+    np.testing.assert_allclose(short.pairs, 2 * np.ones(4), rtol=1e-5)
 
 
 def test_a_report_prints_a_line_per_head():

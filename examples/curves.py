@@ -1,0 +1,135 @@
+"""Curves of training runs: kept as JSON, drawn together, and held against dense attention.
+
+python -m examples.curves     # redraws examples/trained_sparse
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from jsparse import checks
+
+FOLDER = Path(__file__).parent / "trained_sparse"
+MARKER = "<!-- runs -->"
+# what a run says of itself once it is over, and what it gathers on the way
+_FOUND = {"curve", "density", "held_out_bits_per_byte", "held_out_bits_per_byte_dense", "seconds"}
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jsparse", "font.size": 9}
+_MARKS = "osD^v<>pX"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record in one go: a run that is killed meanwhile leaves the one before."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(path)
+
+
+def earlier(path: Path, record: dict[str, Any], done: int) -> list[dict[str, Any]]:
+    """The points of the run that `record` goes on with, up to the steps that were saved.
+
+    Raises:
+      ValueError: if the file's run had other settings.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    # as they are read back
+    for name, value in json.loads(json.dumps(record)).items():
+        if name not in _FOUND | {"jax"} and found.get(name) != value:
+            raise ValueError(
+                f"{path} was begun with {name}={found.get(name)}, not {value}; go on with that, or "
+                "begin again with --fresh."
+            )
+    return [point for point in found["curve"] if point["step"] <= done]
+
+
+def runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a folder that are over, dense attention first."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    over = {name: record for name, record in found.items() if "density" in record}
+    return dict(sorted(over.items(), key=lambda item: item[0] != "dense"))
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A line per run: what it computes, what it costs, and how far that is from dense."""
+    lines = [
+        "| run | steps | tiles | pairs | bits per byte | dense | gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, record in found.items():
+        bits, dense = last(record), dense_of(record, found)
+        gap = "" if dense is None else f"{bits / dense - 1:+.1%}"
+        dense = "" if dense is None else f"{dense:.3f}"
+        shares = record["density"]
+        lines.append(
+            f"| {name} | {record['steps']} | {shares['tiles']:.1%} | {shares['pairs']:.1%} | "
+            f"{bits:.3f} | {dense} | {gap} |"
+        )
+    return "\n".join(lines)
+
+
+def last(record: dict[str, Any]) -> float:
+    """Held-out bits per byte in the end, at the longest context."""
+    return record["held_out_bits_per_byte"][max(record["held_out_bits_per_byte"], key=int)]
+
+
+def dense_of(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> float | None:
+    """The same of dense attention: the model that was distilled, or the run of equal steps."""
+    if record["distilled"]:
+        return record["held_out_bits_per_byte_dense"]
+    dense = found.get("dense")
+    if dense is None or any(dense[x] != record[x] for x in ("steps", "phases", "rate", "seed")):
+        return None
+    return last(dense)
+
+
+def draw(folder: Path) -> None:
+    """Draws the runs of a folder that are over, and writes their table into its page."""
+    found = runs(folder)
+    _draw(found, folder / "curves.svg")
+    page = folder / "README.md"
+    if page.exists():
+        before, _, after = page.read_text().split(MARKER)
+        page.write_text(f"{before}{MARKER}\n{table(found)}\n{MARKER}{after}")
+
+
+def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    checks.drawing_library()
+    from matplotlib import figure, style
+
+    kinds = {
+        "trained from the first step": {n: r for n, r in found.items() if not r["distilled"]},
+        "gates of a trained model": {n: r for n, r in found.items() if r["distilled"]},
+    }
+    kinds = {title: those for title, those in kinds.items() if those}
+    with style.context(_STYLE, after_reset=True):
+        page = figure.Figure((5.0 * len(kinds), 3.6), layout="constrained")
+        for axes, (title, those) in zip(
+            page.subplots(1, len(kinds), squeeze=False).flat, kinds.items(), strict=True
+        ):
+            for mark, (name, record) in zip(_MARKS, those.items(), strict=False):
+                points = [(p["step"], p["held_out_bits_per_byte"]) for p in record["curve"]]
+                label = f"{name}, {record['density']['pairs']:.0%} of the pairs"
+                axes.plot(*zip(*points, strict=True), marker=mark, label=label)
+                if record["distilled"]:
+                    dense = record["held_out_bits_per_byte_dense"]
+                    axes.axhline(dense, color="#7a8694", linestyle=":", label="dense")
+            axes.set(title=title, xlabel="steps", ylabel="held-out bits per byte at 4096")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        page.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    # matplotlib leaves blanks at the ends of lines
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="curves", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    draw(folder)
+    print(table(runs(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Trains the example's language model with a sparse method in its layers, beside dense attention.
+
+    python -m examples.train_sparse --method dense
+    python -m examples.train_sparse --method nsa
+    python -m examples.train_sparse --method flashmoba --dense-layers 0 3
+
+Phases of growing context end at 4096 bytes; attention to short ones is dense. All that one run
+shares with another is the same: the model, the first parameters, the text of each step. Gates of
+`seerattention` learn from the shipped checkpoint, which stays as it is. Writes the curve of a run,
+with what the method computes of 4096 bytes, into a file of its own, and then a picture and a table
+of all. The same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jsparse as js
+import jsparse.nn
+from examples import curves
+from examples.compare import CHECKPOINT
+from examples.language_model import data
+from examples.language_model.model import Config, LanguageModel, bits_per_byte, load
+from examples.language_model.training import (
+    Course,
+    Loss,
+    Phase,
+    Training,
+    held_out_bits,
+    plain_loss,
+    windows_of,
+)
+from jsparse import checks
+from jsparse.cli import one_line_errors
+from jsparse.evaluation import density_of_layers
+from jsparse.learned.hisa import index_loss
+from jsparse.learned.seerattention import gate_loss, gate_targets
+
+CONTEXT = 4096
+# held-out bytes that are read for each point of a curve, and for its end
+POINT, END = 16_384, 131_072
+SCRATCH = Course((Phase(256, 16, 0.5), Phase(1024, 4, 0.3), Phase(CONTEXT, 1, 0.2)), steps=400)
+GATES = Course((Phase(1024, 4, 0.5), Phase(CONTEXT, 1, 0.5)), steps=100, rate=1e-3, save_every=10)
+# the parameters that layers hold for their methods
+OF_METHOD = nnx.All(nnx.Param, nnx.PathContains("method_params"))
+
+# `learn(method, params, q, k, v, *, mask, x, implementation, sparse) -> (out, loss)`: attends, and
+# says what is minimised besides; `sparse` is whether the input is long enough for the method
+Learn = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def learn_tokens(method, params, q, k, v, *, mask, x, implementation, sparse):
+    """Attends to the indexer's tokens; it learns from the attention that it leads to.
+
+    Where attention is dense, it learns from all of it. Nothing reaches the hidden states.
+    """
+    tokens, info = method.plan(params, q, k, x=jax.lax.stop_gradient(x), mask=mask)
+    plan = tokens if sparse else None
+    out = js.attend(q, k, v, plan, mask=mask, implementation=implementation)
+    return out, index_loss(info.indexed, q, k, plan, mask=mask)
+
+
+def learn_gates(method, params, q, k, v, *, mask, x, implementation, sparse):
+    """Attends densely at any length; the gates learn the map of that."""
+    tiles, info = method.plan(params, q, k, mask=mask)
+    targets = gate_targets(q, k, block_size=tiles.block_q, mask=mask)
+    out = js.attend(q, k, v, mask=mask, implementation=implementation)
+    return out, gate_loss(info.gate_logits, targets, skipped=0.0)
+
+
+class Setting(NamedTuple):
+    """How a method is trained.
+
+    Attributes:
+      factory: Makes the method; None attends to all.
+      arguments: What it is made with.
+      learn: What attends in its place while it is trained, where it learns by a loss of its own.
+      sparse_from: The shortest input that the method is for; attention to others is dense.
+      distilled: Whether a trained model stays as it is and only the method's parameters learn.
+      course: What it is trained on.
+    """
+
+    factory: Callable[..., js.Method] | None = None
+    arguments: dict[str, Any] = {}
+    learn: Learn | None = None
+    sparse_from: int = 512
+    distilled: bool = False
+    course: Course = SCRATCH
+
+    def method(self) -> js.Method | None:
+        """The method as layers have it, dense for short inputs."""
+        if self.factory is None:
+            return None
+        return js.from_length(self.factory(**self.arguments), min_length=self.sparse_from)
+
+    def loss(self) -> Loss:
+        """What is minimised."""
+        if self.factory is None or self.learn is None:
+            return plain_loss
+        return loss_with(self.factory(**self.arguments), self.learn, self.sparse_from)
+
+
+# of 4096 keys each computes a quarter or less, by the report's count of pairs
+SETTINGS = {
+    "dense": Setting(),
+    "streaming": Setting(js.streaming, {"num_sink": 16, "window": 512}),
+    "nsa": Setting(
+        js.nsa, {"block_kv": 32, "top_k": 8, "num_init": 1, "num_local": 1, "window": 128}
+    ),
+    "flashmoba": Setting(js.flashmoba, {"block_kv": 64, "top_k": 8, "taps": 3}),
+    "hisa": Setting(
+        js.hisa,
+        {
+            **{"top_k": 256, "block_kv": 64, "block_top_k": 12},
+            **{"index_heads": 4, "index_dim": 32, "rotary_dim": 16},
+        },
+        learn=learn_tokens,
+        # as it is published: the indexer learns beside dense attention first
+        sparse_from=2048,
+    ),
+    "seerattention": Setting(
+        js.seerattention,
+        {
+            **{"block_size": 64, "density": 0.22, "dense_rows": 0, "gate_dim": 32},
+            "rope_base": Config().rope_base,
+        },
+        learn=learn_gates,
+        distilled=True,
+        course=GATES,
+    ),
+}
+
+
+def loss_with(method: js.Method, learn: Learn, sparse_from: int) -> Loss:
+    """Bits per byte, plus what `learn` says of each layer that has a method."""
+
+    def loss(model, tokens):
+        found = []
+
+        def learning(layer):
+            def attention(q, k, v, *, mask, x, positions):
+                options = {"mask": mask, "x": x, "implementation": layer.implementation}
+                sparse = k.shape[-3] >= sparse_from
+                out, more = learn(method, layer.params(), q, k, v, **options, sparse=sparse)
+                found.append(more)
+                return out
+
+            return attention
+
+        copy = nnx.merge(*nnx.split(model))
+        for layer in js.nn.attention_layers(copy):
+            if layer.method is not None:
+                layer.attention = learning(layer)
+        bits = bits_per_byte(copy, tokens)
+        return bits + sum(found), bits
+
+    return loss
+
+
+def to_all(q, k, v, *, mask, x, positions):
+    """Attention as the distilled model was trained with."""
+    return js.attend(q, k, v, mask=mask)
+
+
+def make_dense(model: LanguageModel, layers: list[int]) -> None:
+    """Takes the method away from some layers."""
+    for layer in layers:
+        attention = model.blocks[layer].attention
+        attention.method, attention.method_params = None, nnx.data(())
+
+
+def density(model: LanguageModel, tokens: jax.Array) -> dict[str, float]:
+    """What layers compute of the visible tiles and pairs, means over all heads."""
+    reports = nnx.jit(density_of_layers)(model, tokens)
+    found = {"tiles": [r.tiles for r in reports], "pairs": [r.pairs for r in reports]}
+    return {name: round(float(jnp.stack(shares).mean()), 4) for name, shares in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="train_sparse",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--method", choices=SETTINGS, default="nsa", help="default: %(default)s")
+    parser.add_argument(
+        "--dense-layers",
+        **{"type": int, "nargs": "+", "choices": range(Config().layers)},
+        **{"default": [], "metavar": "N", "help": "which stay dense"},
+    )
+    parser.add_argument("--steps", type=int, help="updates of 4096 bytes; default: the setting's")
+    parser.add_argument("--rate", type=float, help="peak learning rate; default: the setting's")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="between saved states")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE")
+    parser.add_argument(
+        "--output", type=Path, default=curves.FOLDER, metavar="FOLDER", help="of curves"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget any saved state")
+    with one_line_errors("train_sparse"):
+        run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    checks.drawing_library()
+    setting = SETTINGS[arguments.method]
+    given = {name: getattr(arguments, name) for name in ("steps", "rate", "save_every")}
+    given = {name: value for name, value in given.items() if value is not None}
+    checks.positive(**{name: value for name, value in given.items() if name != "rate"})
+    course = setting.course._replace(**given)
+    name = "-".join([arguments.method, *(f"dense{n}" for n in arguments.dense_layers)])
+    path = arguments.output / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    if setting.distilled:
+        model = load(arguments.checkpoint, method=setting.method())
+    else:
+        model = LanguageModel(method=setting.method(), rngs=nnx.Rngs(arguments.seed))
+    make_dense(model, arguments.dense_layers)
+    training = Training(
+        model,
+        course,
+        states=Path("build") / "train_sparse" / f"{name}-{arguments.seed}",
+        fresh=arguments.fresh,
+        loss=setting.loss(),
+        trained=OF_METHOD if setting.distilled else nnx.Param,
+    )
+    record = {
+        "method": arguments.method,
+        "arguments": setting.arguments,
+        "dense_layers": arguments.dense_layers,
+        "distilled": setting.distilled,
+        "sparse_from": setting.sparse_from,
+        "phases": [phase._asdict() for phase in course.phases],
+        "steps": course.steps,
+        "rate": course.rate,
+        "seed": arguments.seed,
+        "jax": jax.__version__,
+        "curve": [],
+    }
+    if training.done:
+        record["curve"] = curves.earlier(path, record, training.done)
+    text, held_out = data.split()
+    before = record["curve"][-1]["seconds"] if record["curve"] else 0.0
+    started = time.perf_counter()
+
+    def seconds() -> float:
+        return round(before + time.perf_counter() - started, 1)
+
+    def keep(phase: Phase, bits: float) -> None:
+        point = {
+            "step": training.done,
+            "context": phase.context,
+            "train_bits_per_byte": round(bits, 4),
+            "held_out_bits_per_byte": round(held_out_bits(model, held_out, CONTEXT, POINT), 4),
+            "seconds": seconds(),
+        }
+        record["curve"].append(point)
+        curves.write(path, record)
+
+    training.run(windows_of(text), keep)
+    tokens = jnp.asarray(data.windows(held_out, CONTEXT, 1, seed=2), jnp.int32)
+    record["density"] = density(model, tokens)
+    record["held_out_bits_per_byte"] = {
+        str(context): round(held_out_bits(model, held_out, context, END), 4)
+        for context in (512, CONTEXT)
+    }
+    if setting.distilled:
+        dense = js.nn.with_attention(model, to_all)
+        bits = held_out_bits(dense, held_out, CONTEXT, END)
+        record["held_out_bits_per_byte_dense"] = round(bits, 4)
+    record["seconds"] = seconds()
+    curves.write(path, record)
+    curves.draw(arguments.output)
+    print(f"{path}: {json.dumps({k: record[k] for k in ('density', 'held_out_bits_per_byte')})}")
+
+
+if __name__ == "__main__":
+    main()

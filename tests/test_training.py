@@ -1,0 +1,205 @@
+"""The training of examples: it goes on where it was stopped, and the right parameters learn."""
+
+import json
+from xml.etree import ElementTree
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jsparse as js
+import jsparse.nn
+from examples import associative_recall as recall
+from examples import curves, train_sparse
+from examples.language_model.model import Config, LanguageModel
+from examples.language_model.training import Course, Phase, Training, plain_loss
+
+SMALL = Config(width=16, layers=2, heads=2, kv_heads=1, hidden=16)
+COURSE = Course((Phase(16, 2, 0.5), Phase(32, 1, 0.5)), steps=6, save_every=2)
+INDEXER = {"index_heads": 2, "index_dim": 8, "rotary_dim": 4}
+TEXT = np.random.default_rng(0).integers(0, 256, (2, 32))
+
+
+def model_with(method=None):
+    return LanguageModel(SMALL, method=method, rngs=nnx.Rngs(0))
+
+
+def parameters(model):
+    return {
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
+    }
+
+
+def batches(step, phase):
+    rng = np.random.default_rng(step)
+    return jnp.asarray(rng.integers(0, 256, (phase.batch, phase.context)), jnp.int32)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
+    whole = Training(model_with(), COURSE, states=tmp_path / "whole")
+    kept = []
+    whole.run(batches, lambda phase, bits: kept.append((whole.done, phase.context, bits)))
+    assert [row[:2] for row in kept] == [(2, 16), (4, 32), (6, 32)]
+
+    def stopped(step, phase):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batches(step, phase)
+
+    first = Training(model_with(), COURSE, states=tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stopped, lambda *_: None)
+    second = Training(model_with(), COURSE, states=tmp_path / "parts")
+    # the fifth step is lost, and no other
+    assert second.done == 4
+    seen = []
+    second.run(lambda *given: seen.append(given[0]) or batches(*given), lambda *_: None)
+    assert seen == [4, 5]
+    expected, got = parameters(whole.model), parameters(second.model)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    assert Training(model_with(), COURSE, states=tmp_path / "parts", fresh=True).done == 0
+
+
+def test_the_last_phase_starts_anew_at_a_quarter_of_the_peak():
+    rates = COURSE._replace(steps=100, rate=1.0).rates()
+    assert [COURSE.phase_at(step).context for step in range(6)] == [16, 16, 16, 32, 32, 32]
+    found = [float(rates(step)) for step in (0, 11, 49, 50, 75, 100)]
+    np.testing.assert_allclose(found, [0, 1, 0.0516, 0.25, 0.125, 0], atol=2e-3)
+
+
+def test_what_a_kill_left_behind_is_dropped_and_other_settings_are_refused(tmp_path):
+    path = tmp_path / "nsa.json"
+    record = {"method": "nsa", "steps": 6, "curve": [{"step": 2}, {"step": 4}]}
+    curves.write(path, record)
+    assert curves.earlier(path, {**record, "curve": []}, 2) == [{"step": 2}]
+    assert curves.earlier(tmp_path / "none.json", record, 2) == []
+    with pytest.raises(ValueError, match="steps=6, not 8.*--fresh"):
+        curves.earlier(path, {**record, "steps": 8}, 2)
+
+
+def gradients(loss, model):
+    tokens = jnp.asarray(TEXT, jnp.int32)
+
+    @nnx.jit
+    def run(model):
+        return nnx.grad(lambda model: loss(model, tokens)[0])(model)
+
+    found = jax.tree_util.tree_leaves_with_path(run(model))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in found}
+
+
+@pytest.mark.parametrize("sparse_from", [1, 64], ids=["sparse", "dense"])
+def test_the_indexer_learns_by_its_loss_and_all_else_by_the_models(sparse_from):
+    method = js.hisa(top_k=4, block_kv=8, block_top_k=2, **INDEXER)
+    model = model_with(js.from_length(method, min_length=sparse_from))
+    plain = gradients(plain_loss, model)
+    loss = train_sparse.loss_with(method, train_sparse.learn_tokens, sparse_from)
+    learning = gradients(loss, model)
+    of_indexer = {name for name in plain if "method_params" in name}
+    assert of_indexer
+    for name, gradient in learning.items():
+        if name in of_indexer:
+            assert not plain[name].any(), name
+            assert gradient.any(), name
+        else:
+            np.testing.assert_allclose(gradient, plain[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
+    method = js.seerattention(
+        block_size=8, density=0.4, gate_dim=8, dense_rows=0, rope_base=SMALL.rope_base
+    )
+    model = model_with(method)
+    before = parameters(model)
+    loss = train_sparse.loss_with(method, train_sparse.learn_gates, 1)
+    training = Training(model, COURSE, states=tmp_path, loss=loss, trained=train_sparse.OF_METHOD)
+    training.run(batches, lambda *_: None)
+    moved = {name for name, x in parameters(model).items() if (x != before[name]).any()}
+    assert moved == {name for name in before if "method_params" in name}
+    # a layer without the method has nothing to learn from
+    train_sparse.make_dense(model, [0])
+    assert js.nn.attention_layers(model)[0].method is None
+    total, bits = loss(model, jnp.asarray(TEXT, jnp.int32))
+    train_sparse.make_dense(model, [1])
+    assert float(total) > float(bits)
+    total, bits = loss(model, jnp.asarray(TEXT, jnp.int32))
+    assert float(total) == float(bits)
+
+
+def test_questions_have_their_answers_out_of_reach():
+    for length in (32, recall.LENGTH):
+        found = recall.sequences(8, length, seed=3)
+        tokens, asked, answers, planted = (np.asarray(x) for x in found)
+        rows = np.arange(8)[:, None]
+        np.testing.assert_array_equal(tokens[rows, asked], tokens[rows, planted])
+        np.testing.assert_array_equal(tokens[rows, planted + 1], answers)
+        assert (tokens[rows, asked] < recall.KEYS).all()
+        assert ((answers >= recall.KEYS) & (answers < recall.KEYS + recall.VALUES)).all()
+        # a block of its own: neither token of a pair is in another
+        assert (planted % 2 == 0).all()
+        for row in tokens:
+            assert len(set(row[row < recall.KEYS])) == recall.PAIRS
+    # farther than the window, and than a block that the question is in
+    assert (asked - planted).min() > 32 + recall.BLOCK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nsa", "flashmoba"])
+def test_what_is_far_back_is_found(name, tmp_path):
+    phases = (Phase(32, 64, 0.7), Phase(128, 16, 0.3))
+    record = recall.train(
+        name,
+        course=recall.COURSE._replace(phases=phases, steps=600, save_every=100),
+        folder=tmp_path,
+        states=tmp_path / "states",
+        fresh=True,
+    )
+    # a sixteenth by chance, a quarter for knowing the values that were planted
+    assert record["recall"] > 0.9
+    assert record["recall_without_choice"] < 0.5
+
+
+def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
+    found = curves.runs(curves.FOLDER)
+    assert "dense" in found
+    for name, record in found.items():
+        assert record["curve"][-1]["step"] == record["steps"], name
+        if name != "dense" and not record["dense_layers"]:
+            assert record["density"]["pairs"] <= 0.25, name
+            assert record["density"]["tiles"] <= 0.25, name
+    page = (curves.FOLDER / "README.md").read_text()
+    assert page.split(curves.MARKER)[1].strip() == curves.table(found), "run examples.curves"
+
+
+def test_the_kept_picture_is_of_the_kept_runs(tmp_path):
+    def words(path):
+        elements = ElementTree.fromstring(path.read_text()).iter()
+        return sorted(filter(None, (x.text for x in elements if x.tag.endswith("text"))))
+
+    for path in curves.FOLDER.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    curves.draw(tmp_path)
+    assert words(tmp_path / "curves.svg") == words(curves.FOLDER / "curves.svg")
+
+
+def test_a_gap_is_to_dense_attention_of_equal_steps():
+    dense = {
+        **{"method": "dense", "steps": 4, "phases": [], "rate": 1.0, "seed": 0},
+        **{"distilled": False, "density": {"tiles": 1.0, "pairs": 1.0}},
+        "held_out_bits_per_byte": {"512": 3.0, "4096": 2.0},
+    }
+    sparse = {**dense, "held_out_bits_per_byte": {"512": 9.0, "4096": 2.02}}
+    gates = {**sparse, "distilled": True, "steps": 1, "held_out_bits_per_byte_dense": 1.01}
+    longer = {**sparse, "steps": 8}
+    found = {"dense": dense, "nsa": sparse, "seerattention": gates, "longer": longer}
+    lines = curves.table(json.loads(json.dumps(found))).splitlines()[2:]
+    assert [line.split(" | ")[-2:] for line in lines] == [
+        ["2.000", "+0.0% |"],
+        ["2.000", "+1.0% |"],
+        ["1.010", "+100.0% |"],
+        ["", " |"],
+    ]
