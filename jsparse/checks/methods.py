@@ -5,15 +5,11 @@ from typing import Any
 import jax
 
 
-class SeveralSoftmaxesError(ValueError):
-    """What there is of one softmax is asked for where several are mixed."""
-
-
 def of_single_keys(**values: Any) -> None:
     """What belongs to single keys and one softmax is not given to a method of branches."""
     for name, value in values.items():
         if value is not None:
-            raise SeveralSoftmaxesError(
+            raise ValueError(
                 f"{name} changes the logits of single keys in one softmax; this method has several "
                 f"branches, one of them over compressed keys. Leave {name} at None."
             )
@@ -22,7 +18,7 @@ def of_single_keys(**values: Any) -> None:
 def one_softmax(return_lse: bool) -> None:
     """No log-sum-exp is asked for where several softmaxes are mixed."""
     if return_lse:
-        raise SeveralSoftmaxesError(
+        raise ValueError(
             "return_lse=True: this method mixes the outputs of several softmaxes, which have no "
             "log-sum-exp together; leave it at False."
         )
