@@ -65,7 +65,7 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
     arguments = ["--methods", "mean_pooled", "--output", output, "--repeats", 1, "--block", 64]
     main(["compare", *map(str, [file, *arguments])])
     out = capsys.readouterr().out
-    assert "mean_pooled 0.05" in out
+    assert "mean_pooled 0.1" in out
     assert "streaming" not in out
     assert f"report: {output}" in out
     assert "2 layers, 300 tokens, 4 query heads over 2 kv heads of 16" in output.read_text()
