@@ -1,5 +1,6 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -193,7 +194,9 @@ def pairs_attended(
 
     # most methods have none, and need not plan for that to be known
     if jax.eval_shape(branches):
-        return sum(counted(each.k, each.k, each.plan, each.mask) for each in branches())
+        return functools.reduce(
+            jnp.add, (counted(each.k, each.k, each.plan, each.mask) for each in branches())
+        )
     (_, lse), info = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
     if Walked.of(info) is not None:
         walked = Walked.of(method.attend(params, q, k, v, **given)[1])
