@@ -53,6 +53,12 @@ CASES = (
     Case("dim 192, v_dim 128", 192, 128),
     Case("dim 64, tiles 16 x 16", 64, 64, 16, 16, q_len=T),
     Case("dim 128, tiles 64 x 32", 128, 128, 64, 32),
+    Case(
+        "causal, tiles 24 x 64, filled up",
+        block_q=24,
+        block_kv=64,
+        options=lambda: {"mask": js.masks.causal()},
+    ),
     *(case for case in common.CASES if case.name in SHARED),
     Case(
         "causal, f32",

@@ -170,7 +170,7 @@ def wait_copies(running: int) -> None:
 
 
 def store(ref: Any, value: jax.Array) -> None:
-    """Writes registers of any layout to device memory."""
+    """Writes registers of any layout to device or shared memory."""
     if hasattr(plgpu, "store"):  # since 0.12
         plgpu.store(ref, value, optimized=False)  # pyright: ignore
     else:

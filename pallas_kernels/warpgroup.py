@@ -61,6 +61,11 @@ class Registers:
         return _compat.load(ref, cls.layout.reduce(0))
 
     @classmethod
+    def store(cls, ref: Ref, value: jax.Array) -> None:
+        """Writes registers, whatever that costs: rows as long as banks are many are no matter."""
+        _compat.store(ref, value)
+
+    @classmethod
     def along(cls, vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
         """An accumulator that repeats a vector with an element per place on an axis."""
         # a row of an accumulator looks the same in registers on Hopper and on Blackwell
@@ -180,6 +185,11 @@ class Interpreted:
     def load_columns(ref: Ref) -> jax.Array:
         """A vector with an element per column of an accumulator."""
         return ref[...]
+
+    @staticmethod
+    def store(ref: Ref, value: jax.Array) -> None:
+        """Writes registers."""
+        ref[...] = value
 
     @staticmethod
     def along(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

@@ -215,7 +215,7 @@ def top_k(
         best, columns, _, of_forced = lax.fori_loop(visit.first, visit.last, tile, start)
         own = [x.at[program.member] for x in program.scratch]
         for ref, value in zip(own, (columns, best, of_forced), strict=True):
-            ref[...] = value
+            ops.store(ref, value)
         program.write(
             [(x, y.at[program.numbers]) for x, y in zip(own, program.results, strict=True)]
         )
