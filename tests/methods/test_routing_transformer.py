@@ -414,6 +414,23 @@ def test_decoding_sees_what_is_there(balanced):
     assert (ahead > 1e-3) if balanced else (ahead < 5e-6)
 
 
+def test_a_cache_longer_than_what_it_holds():
+    """Keys after the last query are in no cluster, whatever they are; nor do they move centroids."""
+    q, k, v = qkv(3, 30, batch=(2,))
+    starts = jnp.asarray([17, 9])
+    method = js.routing_transformer(clusters=3, window=6)
+    params = params_of(method)
+    where = {"mask": js.masks.causal(offset=starts), "positions": starts[:, None] + jnp.arange(3)}
+    out, info = jax.jit(lambda *x: method.attend(params, *x, **where))(q, k, v)
+    counts = 0
+    for n, start in enumerate(starts):
+        held = slice(0, int(start) + 3)
+        alone, own = method.attend(params, q[n], k[n, held], v[n, held], mask=CAUSAL)
+        np.testing.assert_allclose(out[n], alone, atol=4e-6)
+        counts += own.tally.counts
+    np.testing.assert_array_equal(info.tally.counts, counts)
+
+
 def test_training_moves_what_no_optimizer_sees():
     rule = clustering.spherical_average(decay=0.5)
     method = js.routing_transformer(clusters=4, window=12, num_memory=1, update=rule)
