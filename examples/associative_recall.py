@@ -30,7 +30,7 @@ from jsparse import checks
 from jsparse.cli import one_line_errors
 from jsparse.evaluation import density_of_layers
 
-FOLDER = Path(__file__).parent / "trained_sparse" / "recall"
+FOLDER = curves.FOLDER / "recall"
 LENGTH, PAIRS, ASKED = 512, 4, 8
 # tokens: keys, then values, then those that mean nothing
 KEYS, VALUES, OTHERS = 16, 16, 16
@@ -201,6 +201,8 @@ def main() -> None:
             )
             said = {k: v for k, v in found.items() if k.startswith(("density", "recall"))}
             print(f"{name}: {json.dumps(said)}")
+        if arguments.output == FOLDER:
+            curves.draw(curves.FOLDER)
 
 
 if __name__ == "__main__":

@@ -171,8 +171,15 @@ def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
         if name != "dense" and not record["dense_layers"]:
             assert record["density"]["pairs"] <= 0.25, name
             assert record["density"]["tiles"] <= 0.25, name
+    recalled = curves.runs(recall.FOLDER)
+    assert {"nsa", "flashmoba"} <= set(recalled)
+    for name in ("nsa", "flashmoba"):
+        assert recalled[name]["recall"] >= 0.95
+        assert recalled[name]["density"]["pairs"] <= 0.25
     page = (curves.FOLDER / "README.md").read_text()
-    assert page.split(curves.MARKER)[1].strip() == curves.table(found), "run examples.curves"
+    remedy = "run `python -m examples.curves`"
+    assert curves.between(page, curves.RUNS) == curves.table(found), remedy
+    assert curves.between(page, curves.RECALL) == curves.recall_table(recalled), remedy
 
 
 def test_the_kept_picture_is_of_the_kept_runs(tmp_path):
