@@ -84,6 +84,12 @@ def dense_of(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> float 
     return last(dense)
 
 
+def section(found: dict[str, dict[str, Any]]) -> str:
+    """The table of the runs and, where there are some, their picture."""
+    picture = "\n\n![Held-out bits per byte over steps](curves.svg)" if found else ""
+    return table(found) + picture
+
+
 def recall_table(found: dict[str, dict[str, Any]]) -> str:
     """A line per run of `examples.associative_recall`."""
     lines = ["| run | tiles | pairs | recall | own blocks alone |", "|---|---|---|---|---|"]
@@ -109,7 +115,7 @@ def draw(folder: Path) -> None:
     page = folder / "README.md"
     if page.exists():
         text = page.read_text()
-        tables = {RUNS: table(found), RECALL: recall_table(runs(folder / "recall"))}
+        tables = {RUNS: section(found), RECALL: recall_table(runs(folder / "recall"))}
         for marker, written in tables.items():
             before, _, after = text.split(marker)
             text = f"{before}{marker}\n{written}\n{marker}{after}"
