@@ -30,7 +30,7 @@ from jsparse import checks
 from jsparse.cli import one_line_errors
 from jsparse.evaluation import density_of_layers
 
-FOLDER = Path(__file__).parent / "trained_sparse" / "recall"
+FOLDER = curves.FOLDER / "recall"
 LENGTH, PAIRS, ASKED = 512, 4, 8
 # tokens: keys, then values, then those that mean nothing
 KEYS, VALUES, OTHERS = 16, 16, 16
@@ -45,10 +45,17 @@ BLOCK = 16
 
 
 class Choice(NamedTuple):
-    """A method, and the same without a choice: a query's own block alone."""
+    """A method and its training.
+
+    Attributes:
+      method: None attends to all.
+      without: The same without a choice: a query's own block alone.
+      steps: How many it takes.
+    """
 
     method: js.Method | None
     without: js.Method | None = None
+    steps: int = COURSE.steps
 
 
 def nsa(top_k: int) -> js.Method:
@@ -62,7 +69,8 @@ def flashmoba(top_k: int) -> js.Method:
 
 METHODS = {
     "dense": Choice(None),
-    "nsa": Choice(nsa(4), nsa(1)),
+    # three attentions that are mixed take longer to agree on who answers
+    "nsa": Choice(nsa(4), nsa(1), steps=2 * COURSE.steps),
     "flashmoba": Choice(flashmoba(4), flashmoba(1)),
 }
 
@@ -134,7 +142,7 @@ def train(
     name: str, *, course: Course = COURSE, seed: int = 0, folder: Path, states: Path, fresh: bool
 ) -> dict:
     """Trains with one of the methods; returns the record that it wrote."""
-    method, without = METHODS[name]
+    method, without, _ = METHODS[name]
     model = LanguageModel(MODEL, method=method, rngs=nnx.Rngs(seed))
     training = Training(model, course, states=states, fresh=fresh, loss=loss)
     length = course.phases[-1].context
@@ -183,17 +191,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument("--steps", type=int, default=COURSE.steps, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: the method's own number")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER", help="of curves")
     parser.add_argument("--fresh", action="store_true", help="forget any saved state")
     arguments = parser.parse_args()
     with one_line_errors("associative_recall"):
-        checks.positive(steps=arguments.steps)
         for name in arguments.methods:
+            steps = METHODS[name].steps if arguments.steps is None else arguments.steps
+            checks.positive(steps=steps)
             found = train(
                 name,
-                course=COURSE._replace(steps=arguments.steps),
+                course=COURSE._replace(steps=steps),
                 seed=arguments.seed,
                 folder=arguments.output,
                 states=Path("build") / "associative_recall" / f"{name}-{arguments.seed}",
@@ -201,6 +210,8 @@ def main() -> None:
             )
             said = {k: v for k, v in found.items() if k.startswith(("density", "recall"))}
             print(f"{name}: {json.dumps(said)}")
+        if arguments.output == FOLDER:
+            curves.draw(curves.FOLDER)
 
 
 if __name__ == "__main__":

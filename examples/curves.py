@@ -11,7 +11,7 @@ from typing import Any
 from jsparse import checks
 
 FOLDER = Path(__file__).parent / "trained_sparse"
-MARKER = "<!-- runs -->"
+RUNS, RECALL = "<!-- runs -->", "<!-- recall -->"
 # what a run says of itself once it is over, and what it gathers on the way
 _FOUND = {"curve", "density", "held_out_bits_per_byte", "held_out_bits_per_byte_dense", "seconds"}
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jsparse", "font.size": 9}
@@ -84,14 +84,42 @@ def dense_of(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> float 
     return last(dense)
 
 
+def section(found: dict[str, dict[str, Any]]) -> str:
+    """The table of the runs and, where there are some, their picture."""
+    picture = "\n\n![Held-out bits per byte over steps](curves.svg)" if found else ""
+    return table(found) + picture
+
+
+def recall_table(found: dict[str, dict[str, Any]]) -> str:
+    """A line per run of `examples.associative_recall`."""
+    lines = ["| run | tiles | pairs | recall | own blocks alone |", "|---|---|---|---|---|"]
+    for name, record in found.items():
+        shares, blind = record["density"], record.get("recall_without_choice")
+        lines.append(
+            f"| {name} | {shares['tiles']:.1%} | {shares['pairs']:.1%} | {record['recall']:.1%} | "
+            f"{'' if blind is None else f'{blind:.1%}'} |"
+        )
+    return "\n".join(lines)
+
+
+def between(text: str, marker: str) -> str:
+    """What a page has between two marks."""
+    return text.split(marker)[1].strip()
+
+
 def draw(folder: Path) -> None:
-    """Draws the runs of a folder that are over, and writes their table into its page."""
+    """Draws the runs of a folder that are over, and writes their tables into its page."""
     found = runs(folder)
-    _draw(found, folder / "curves.svg")
+    if found:
+        _draw(found, folder / "curves.svg")
     page = folder / "README.md"
     if page.exists():
-        before, _, after = page.read_text().split(MARKER)
-        page.write_text(f"{before}{MARKER}\n{table(found)}\n{MARKER}{after}")
+        text = page.read_text()
+        tables = {RUNS: section(found), RECALL: recall_table(runs(folder / "recall"))}
+        for marker, written in tables.items():
+            before, _, after = text.split(marker)
+            text = f"{before}{marker}\n{written}\n{marker}{after}"
+        page.write_text(text)
 
 
 def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -128,7 +156,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, metavar="FOLDER")
     folder = parser.parse_args().folder
     draw(folder)
-    print(table(runs(folder)))
+    print(table(runs(folder)), recall_table(runs(folder / "recall")), sep="\n\n")
 
 
 if __name__ == "__main__":

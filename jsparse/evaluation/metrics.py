@@ -1,6 +1,5 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -194,9 +193,8 @@ def pairs_attended(
 
     # most methods have none, and need not plan for that to be known
     if jax.eval_shape(branches):
-        return functools.reduce(
-            jnp.add, (counted(each.k, each.k, each.plan, each.mask) for each in branches())
-        )
+        found = [counted(each.k, each.k, each.plan, each.mask) for each in branches()]
+        return jnp.stack(found).sum(0)
     (_, lse), info = method.attend(params, q, k, v, **given, score_mod=zero, return_lse=True)
     if Walked.of(info) is not None:
         walked = Walked.of(method.attend(params, q, k, v, **given)[1])
