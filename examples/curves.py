@@ -53,6 +53,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A line per run: what it computes, what it costs, and how far that is from dense."""
+    if not found:
+        return "No run is over yet."
     lines = [
         "| run | steps | tiles | pairs | bits per byte | dense | gap |",
         "|---|---|---|---|---|---|---|",

@@ -65,8 +65,9 @@ class Course(NamedTuple):
         """
         steps, rate = self.steps, self.rate
         last = round(steps * (1.0 - self.phases[-1].share))
+        warmup = min(100, steps // 10 + 1)
         short = optax.warmup_cosine_decay_schedule(
-            0.0, rate, min(100, steps // 10 + 1), last, end_value=rate / 20
+            0.0, rate, warmup, max(last, warmup + 1), end_value=rate / 20
         )
         long = optax.linear_schedule(rate / 4, 0.0, steps - last)
         return optax.join_schedules([short, long], [last])

@@ -77,6 +77,15 @@ def forced_blocks(top_k: int, **forced: int) -> None:
         raise ValueError(f"top_k={top_k} blocks must have room for {given} forced ones.")
 
 
+def ranks_of_clusters(by_rank: bool, balanced: bool, shared: bool) -> None:
+    """Places are ranks where the queries and keys of each cluster begin at the same place."""
+    if by_rank and not balanced and not shared:
+        raise ValueError(
+            "by_rank=True needs clusters of which queries and keys begin at the same place; take "
+            "balanced=True or shared=True."
+        )
+
+
 def centroids_fit(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Centroids are for these heads, clusters and features."""
     if shape != expected:

@@ -76,46 +76,62 @@ def tally(
     """Counts and sums normalised tokens by their closest centroid, those of all sequences together.
 
     Args:
-      x: Normalised tokens. Vectors of zeros are padding and count for nothing.
+      x: Normalised tokens. Vectors of zeros are padding and count for nothing, nor do those with a
+        number that is not finite: it would stay in the centroids for good.
       means: The centroids.
       exists: Which tokens count; default all.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    counted = (x != 0).any(-1)
-    if exists is not None:
-        counted &= exists[..., None]
+    counted = _counted(x, exists)
+    x = jnp.where(counted[..., None], x, 0.0)
     closest = jnp.swapaxes(centroid_scores(x, means).argmax(-1), -1, -2)
     own = jax.nn.one_hot(closest, means.shape[1]) * counted[..., None]
     own, x = own.reshape(-1, *own.shape[-2:]), x.reshape(-1, *x.shape[-2:])
     return Tally(own.sum(0), jnp.einsum("thc,thd->hcd", own, x))
 
 
+def _counted(
+    x: Float[Array, "*batch length heads dim"], exists: Bool[Array, "*batch length"] | None
+) -> Bool[Array, "*batch length heads"]:
+    counted = (x != 0).any(-1) & jnp.isfinite(x).all(-1)
+    return counted if exists is None else counted & exists[..., None]
+
+
 def commitment(
-    x: Float[Array, "*batch length heads dim"], means: Float[Array, "heads clusters dim"]
+    x: Float[Array, "*batch length heads dim"],
+    means: Float[Array, "heads clusters dim"],
+    *,
+    exists: Bool[Array, "*batch length"] | None = None,
 ) -> Float[Array, ""]:
     """How far normalised tokens are from their closest centroids: squares, mean over all numbers.
 
-    Its gradient pulls tokens to their centroids and leaves these where they are.
+    Its gradient pulls tokens to their centroids and leaves these where they are. The tokens are
+    those that `tally` counts.
     """
+    counted = _counted(jax.lax.stop_gradient(x), exists)
     closest = centroid_scores(x, means).argmax(-1)
     target = jax.lax.stop_gradient(means)[jnp.arange(len(means))[:, None], closest]
-    return jnp.square(x.astype(jnp.float32) - jnp.swapaxes(target, -2, -3)).mean()
+    apart = jnp.where(counted[..., None], x.astype(jnp.float32) - jnp.swapaxes(target, -2, -3), 0.0)
+    return jnp.square(apart).sum() / jnp.maximum(counted.sum() * x.shape[-1], 1)
 
 
-def spherical_average(*, decay: float = 0.999, axis_name: str | None = None) -> UpdateRule:
+def spherical_average(
+    *, decay: float = 0.999, normalize: Normalize = l2_norm, axis_name: str | None = None
+) -> UpdateRule:
     """Moves each centroid towards the direction of its tokens; one without tokens stays.
 
-    `decay * mean + (1 - decay) * sum / |sum|`, not normalised again.
+    `decay * mean + (1 - decay) * normalize(sum)`, not normalised again.
 
     Args:
       decay: What stays, in [0, 1).
+      normalize: As tokens are normalised, so that centroids become as long as these.
       axis_name: The axis of replicas, whose tokens count together.
     """
     checks.decays(decay=decay)
 
     def update(centroids: Centroids, seen: Tally) -> Centroids:
         counts, sums = _of_replicas(seen, axis_name)
-        moved = decay * centroids.means + (1 - decay) * l2_norm(sums)
+        moved = decay * centroids.means + (1 - decay) * normalize(sums)
         means = jnp.where(counts[..., None] > 0, moved, centroids.means)
         return dataclasses.replace(centroids, means=means)
 
@@ -156,7 +172,7 @@ def centroids_of_tokens(
     clusters: int,
     *,
     iterations: int = 10,
-    normalize: Normalize = l2_norm,
+    normalize: Normalize,
 ) -> Float[Array, "heads clusters dim"]:
     """Takes tokens at random, then moves them to the means of those closest to them.
 
@@ -165,7 +181,7 @@ def centroids_of_tokens(
       x: Normalised tokens.
       clusters: How many centroids, at most as many as tokens.
       iterations: Steps of Lloyd's algorithm; 10 in the PyTorch port.
-      normalize: What is done to a sum of tokens, or to their mean: only its direction counts.
+      normalize: What was done to tokens, for sums of them: centroids then are as long as they.
     """
     checks.positive(clusters=clusters)
     checks.non_negative(iterations=iterations)

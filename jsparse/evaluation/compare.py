@@ -137,7 +137,7 @@ class _Programs(NamedTuple):
             tiles, info = method(operand).plan((), q, k, mask=mask)
             return tiles, Orders.of(info), Walked.of(info)
 
-        def attend(operand, q, k, v):
+        def attend(operand, mask, q, k, v):
             return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
 
         def pairs(operand, q, k, v):
@@ -200,9 +200,9 @@ def compare(
       layers: Captured tensors, all of the same shapes.
       which: Settings to run; default all causal training-free ones.
       score: What the whole model costs with an attention inside, such as bits per byte:
-        `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is causal and
-        compiled; it need not be compiled again where q, k, v have the shapes of the layers. None
-        for dense.
+        `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is compiled,
+        and need not be again where mask, q, k and v are alike those of the layers. It is for whole
+        sequences, whose positions are 0, 1, ... None for dense.
       progress: Called with a label before each piece of work.
       repeats: Timed runs per layer; the median counts.
       partial: A JSON file that keeps each setting's figures as they come, so that a run that was
@@ -242,8 +242,9 @@ def compare(
         progress(setting.label)
         name = setting.row.name if setting.row.control_traced else setting.label
         program = programs.setdefault(name, _Programs.of(setting, mask))
-        plan_of, run, pairs = (functools.partial(f, setting.operand) for f in program)
-        planned, plan_seconds = _timed(plan_of, [layer[:2] for layer in layers], repeats)
+        plan_of, under, pairs = (functools.partial(f, setting.operand) for f in program)
+        run = functools.partial(under, mask)
+        planned = [plan_of(layer.q, layer.k) for layer in layers]
         plans = [plan for plan, _, _ in planned]
         # the mask as each plan sees it, whose tiles may be of tokens in another order
         masks = [follow(mask, orders, heads) for _, orders, _ in planned]
@@ -253,10 +254,10 @@ def compare(
         def figures(
             setting=setting,
             plan_of=plan_of,
+            under=under,
             run=run,
             pairs=pairs,
             plans=plans,
-            plan_seconds=plan_seconds,
             masks=masks,
             walked=walked,
         ):
@@ -271,7 +272,9 @@ def compare(
             ]
             # what is decided on the way needs no plan
             plans_first = walked[0] is None
-            nothing = Cost(0.0, 0.0)
+            nothing, plan_seconds = Cost(0.0, 0.0), 0.0
+            if plans_first:
+                _, plan_seconds = _timed(plan_of, [layer[:2] for layer in layers], repeats)
             planning = plan_cost(plan_of, *layers[0][:2]) if plans_first else nothing
             whole = backward = nothing
             for plan, found in zip(plans, walked, strict=True):
@@ -291,7 +294,7 @@ def compare(
                 error=[error.relative.tolist() for error in errors],
                 largest_error=[error.largest.tolist() for error in errors],
                 cosine=[error.cosine.tolist() for error in errors],
-                plan_seconds=plan_seconds if plans_first else 0.0,
+                plan_seconds=plan_seconds,
                 seconds=seconds,
                 dense_seconds=dense_seconds,
                 plan_flops=planning.flops * len(layers),
@@ -302,7 +305,7 @@ def compare(
                 bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
                 overflowed=any(bool(p.overflowed.any()) for plan in plans for p in parts_of(plan)),
-                score=None if score is None else score(_inside(run)),
+                score=None if score is None else score(_inside(under)),
             )
             return result._asdict()
 
@@ -311,9 +314,9 @@ def compare(
     return Comparison(results, tiles, dense_score, q_len, heads, repeats)
 
 
-def _inside(run: Callable[..., Any]):
+def _inside(under: Callable[..., Any]):
     def attention(q, k, v, *, mask, x, positions):
-        return run(q, k, v)[0]
+        return under(mask, q, k, v)[0]
 
     return attention
 

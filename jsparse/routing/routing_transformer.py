@@ -256,27 +256,30 @@ def routing_transformer(
         or `l2_norm` there.
       normalize_logits: Whether logits are products of normalised vectors too, as in the paper,
         where their `scale` is 1. The PyTorch port takes queries as they are, and normalised keys.
-      self_logit: In place of a token's logit with itself, so that it is the last resort; -5e4 in
-        the PyTorch port, None for its own, as in the paper.
+      self_logit: In place of a token's logit with itself in clusters, so that it is the last
+        resort; -5e4 in the PyTorch port, where keys are the queries, None for its own, as in the
+        paper.
       by_rank: Whether clusters hide later places too, for queries as many as keys, as the authors'
         code does in place of a causal mask. That is one where `shared`; otherwise it lets queries
-        see later tokens, and misses earlier ones.
+        see later tokens, and misses earlier ones, and clusters have to be `balanced`.
       count_eps: Outputs of several clusters are summed and divided by their number plus this, 1e-2
         in the authors' code, 1e-5 in the PyTorch port; default by their number.
       num_memory: Learned keys and values per head and cluster that each query sees, for causal
-        queries that find no earlier key.
+        queries that find no earlier key. `density_report` counts them by their weights beside a
+        logit of zero, not as one each.
       num_local_heads: Of the first kv heads, how many attend to blocks of neighbours instead; half
         of them in most of the paper's models.
       local_block: Tokens of such a block; 256 in the paper.
       flange: How many blocks on either side are seen too; 1 in the paper.
-      update: How centroids move; default `spherical_average()` of `core.clustering`, or
+      update: How centroids move; default `spherical_average` of `core.clustering`, or
         `counted_average` there, as in the authors' code.
 
     Differs from the paper:
       Query heads of a group follow the centroids of their kv head. There are no relative positions
       by rank, nor hashes in place of centroids. What a mask hides, such as padding, can be chosen
-      and then takes a place for nothing. With `return_lse`, a query's sum of exponentials is
-      over all its clusters, a key that it meets twice counted twice. Sinks are in each of them.
+      and then takes a place for nothing, and moves centroids; zeros do not. With `return_lse`, a
+      query's sum of exponentials is over all its clusters, a key that it meets twice counted twice.
+      Sinks are in each of them.
 
     Raises:
       ValueError: if a number is out of range.
@@ -289,7 +292,8 @@ def routing_transformer(
         checks.finite(self_logit=self_logit)
     if count_eps is not None:
         checks.positive_number(count_eps=count_eps)
-    rule = spherical_average() if update is None else update
+    checks.ranks_of_clusters(by_rank, balanced, shared)
+    rule = spherical_average(normalize=normalize) if update is None else update
 
     def init(key, *, num_heads, num_kv_heads, dim, features):
         checks.at_most(num_kv_heads - 1, num_local_heads=num_local_heads)
@@ -337,7 +341,7 @@ def routing_transformer(
         keys = normalize(k[..., num_local_heads:, :])
         scores, q_scores = centroid_scores(keys, means), None
         seen = clustering.tally(keys, means, exists=exists)
-        distance = clustering.commitment(keys, means)
+        distance = clustering.commitment(keys, means, exists=exists)
         if not shared:
             queries = normalize(q[..., num_local_heads * group :, :])
             of_each = jnp.repeat(means, group, axis=0)
@@ -421,7 +425,7 @@ def routing_transformer(
             offset = Queries.of(q, k, positions).offset
             start = k.shape[-3] - q.shape[-3] if offset is None else offset
             start = jnp.broadcast_to(start, q.shape[:-3]).reshape(-1)
-            score_mod = _last_resort(self_logit, start, score_mod)
+            score_mod = _last_resort(self_logit, start, num_local_heads * group, score_mod)
         q, k = for_logits(q, num_local_heads * group), for_logits(k, num_local_heads)
         out, lse = attend_in_places(
             q,
@@ -491,11 +495,12 @@ def of_memory(
     return out, lse
 
 
-def _last_resort(self_logit: float, start: Array, score_mod: Any) -> ScoreMod:
-    """Changes each token's logit with itself, and then all as `score_mod` says."""
+def _last_resort(self_logit: float, start: Array, local: int, score_mod: Any) -> ScoreMod:
+    """Changes each token's logit with itself after the local heads, then as `score_mod` says."""
 
     def changed(logit, batch, head, q_index, kv_index):
-        logit = jnp.where(q_index + start[batch] == kv_index, self_logit, logit)
+        itself = (q_index + start[batch] == kv_index) & (head >= local)
+        logit = jnp.where(itself, self_logit, logit)
         return logit if score_mod is None else score_mod(logit, batch, head, q_index, kv_index)
 
     return changed

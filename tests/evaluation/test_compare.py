@@ -68,6 +68,22 @@ def test_figures_of_exact_and_sparse_settings(comparison):
     assert comparison.tiles["mean_pooled 0.3"][0].shape == (4, 3, 3)
 
 
+def test_a_model_is_scored_under_its_own_mask():
+    (layer,) = captured(1)
+    narrow = js.masks.causal() & js.masks.sliding_window(left=5)
+    found = []
+
+    def score(attention):
+        if attention is not None:
+            found.append(attention(*layer, mask=narrow, x=None, positions=None))
+        return 0.0
+
+    which = [Setting(ROWS["mean_pooled"], 1.0)]
+    compare([layer], which=which, score=score, repeats=1)
+    expected = js.attend(*layer, mask=narrow, implementation="reference")
+    np.testing.assert_allclose(found[0], expected, atol=3e-6)
+
+
 def test_what_is_decided_on_the_way_is_no_plan_and_saves_half_of_what_it_skips():
     layer = Captured(*leveled(LENGTH, block=128))
     (result,) = compare([layer], which=[Setting(ROWS["blasst"], 0.2)], repeats=1).results

@@ -224,19 +224,50 @@ def test_a_centroid_without_tokens_stays_and_padding_counts_for_nothing():
     assert abs(float(long.means[0, 2, 0])) > 1e3
 
 
+def test_a_broken_token_moves_no_centroid():
+    x, means = jnp.asarray([[[1.0, 0.1]], [[0.2, 1.0]], [[0.9, 0.0]]]), AXES
+    for broken in (jnp.nan, jnp.inf):
+        seen = clustering.tally(x.at[2, 0, 1].set(broken), means)
+        np.testing.assert_array_equal(seen.counts, [[1, 1]])
+        np.testing.assert_allclose(seen.sums, [[[1.0, 0.1], [0.2, 1.0]]])
+        assert jnp.isfinite(clustering.commitment(x.at[2, 0, 1].set(broken), means))
+
+
+def test_what_does_not_exist_is_committed_to_nothing():
+    x = jnp.asarray([[[1.0, 0.1]], [[0.2, 1.0]], [[5.0, 5.0]]])
+    found = clustering.commitment(x, AXES, exists=jnp.array([True, True, False]))
+    np.testing.assert_allclose(found, clustering.commitment(x[:2], AXES), rtol=1e-6)
+    np.testing.assert_allclose(found, (0.1**2 + 0.2**2) / 4, rtol=1e-5)
+
+
+def test_centroids_become_as_long_as_tokens():
+    x = layer_norm(jax.random.normal(jax.random.key(5), (50, 1, 16)))
+    means = layer_norm(jax.random.normal(jax.random.key(6), (1, 3, 16)))
+    method = js.routing_transformer(clusters=3)
+    params = {"centroids": Centroids.of(means)}
+    _, info = method.plan(params, x, x)
+    assert method.update is not None
+    for _ in range(20):
+        params = method.update(params, info)
+    lengths = jnp.linalg.norm(params["centroids"].means, axis=-1)
+    np.testing.assert_allclose(lengths, 4.0, atol=0.2)
+
+
 def test_centroids_of_tokens_find_what_is_there():
     rng = np.random.default_rng(0)
     true = oracle.l2_norm(rng.normal(size=(2, 4, 16)))
     x = true[:, rng.integers(0, 4, 400)] + 0.05 * rng.normal(size=(2, 400, 16))
     x = l2_norm(jnp.asarray(x.swapaxes(0, 1).reshape(4, 100, 2, 16), jnp.float32))
     # more than there are directions, so that each has one from the start
-    found = clustering.centroids_of_tokens(jax.random.key(3), x, 12)
+    found = clustering.centroids_of_tokens(jax.random.key(3), x, 12, normalize=l2_norm)
     nearest = np.einsum("hcd,hed->hce", found, true)
     assert nearest.max(1).min() > 0.98
-    first = clustering.centroids_of_tokens(jax.random.key(3), x, 12, iterations=0)
+    first = clustering.centroids_of_tokens(
+        jax.random.key(3), x, 12, iterations=0, normalize=l2_norm
+    )
     assert clustering.commitment(x, found) < clustering.commitment(x, first)
     with pytest.raises(ValueError, match="clusters=401 must be at most 400"):
-        clustering.centroids_of_tokens(jax.random.key(3), x, 401)
+        clustering.centroids_of_tokens(jax.random.key(3), x, 401, normalize=l2_norm)
 
 
 @pytest.mark.parametrize("rule", [clustering.spherical_average, clustering.counted_average])
@@ -535,6 +566,7 @@ def test_memory_is_not_that_of_all_pairs():
         ({"flange": -1}, "flange=-1"),
         ({"count_eps": 0.0}, "count_eps=0.0"),
         ({"self_logit": float("nan")}, "self_logit=nan"),
+        ({"by_rank": True, "balanced": False, "shared": False}, "balanced=True or shared=True"),
     ],
 )
 def test_bad_settings(options, says):
