@@ -77,8 +77,11 @@ def _cpu_charts(record: dict[str, Any]) -> list[Chart]:
             f"{case['length']} tokens, {case['heads']} heads of {case['dim']}, {those[0]['dtype']}"
         )
         found.append(Chart(title, "density", "ms, forward", lines, log_y=True))
-    tiles = [(row["tiles"], row["us_per_tile"]) for row in record["scaling_in_density"]]
-    found.append(Chart("cost of a tile", "computed tiles", "µs per tile", {"jsparse": tiles}))
+    lines = {
+        label: [(row["tiles"], row[f"{name}ms"]) for row in record["scaling_in_density"]]
+        for name, label in (("", "jsparse"), ("line_", "a line through it"))
+    }
+    found.append(Chart("time over tiles", "computed tiles", "ms, forward", lines))
     if record["scaling_in_length"]:
         lines = {
             label: [(row["length"], row[f"{name}_ms"]) for row in record["scaling_in_length"]]
