@@ -27,6 +27,7 @@ class Chart(NamedTuple):
     y: str
     lines: dict[str, list[tuple[float, float]]]
     log_y: bool = False
+    log_x: bool = True
 
 
 def charts(record: dict[str, Any]) -> list[Chart]:
@@ -81,7 +82,7 @@ def _cpu_charts(record: dict[str, Any]) -> list[Chart]:
         label: [(row["tiles"], row[f"{name}ms"]) for row in record["scaling_in_density"]]
         for name, label in (("", "jsparse"), ("line_", "a line through it"))
     }
-    found.append(Chart("time over tiles", "computed tiles", "ms, forward", lines))
+    found.append(Chart("time over tiles", "computed tiles", "ms, forward", lines, log_x=False))
     if record["scaling_in_length"]:
         lines = {
             label: [(row["length"], row[f"{name}_ms"]) for row in record["scaling_in_length"]]
@@ -114,9 +115,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for axes, chart in zip(grid.flat, shown, strict=False):
             for mark, (name, points) in zip(MARKS, chart.lines.items(), strict=False):
                 axes.plot(*zip(*points, strict=True), marker=mark, label=name)
-            axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y, xscale="log")
-            values = sorted({x for points in chart.lines.values() for x, _ in points})
-            axes.set_xticks(values, [f"{x:.3g}" if x < 1 else f"{x:.0f}" for x in values])
+            axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+            if chart.log_x:
+                axes.set_xscale("log")
+                values = sorted({x for points in chart.lines.values() for x, _ in points})
+                axes.set_xticks(values, [f"{x:.3g}" if x < 1 else f"{x:.0f}" for x in values])
             if chart.log_y:
                 axes.set_yscale("log")
                 axes.locator_params("y", subs=(1, 2, 5))
