@@ -85,7 +85,7 @@ def programs(request):
     Each program maps some memory, and a process may have 65,530 mappings on Linux: XLA crashes when
     thousands of programs have used them up.
     """
-    newest = jax.__version_info__ >= (0, 11) and request.path.is_relative_to(OPTIMIZED)
-    jax.config.update("jax_disable_most_optimizations", not newest)
+    optimized = jax.__version_info__ >= (0, 11) and request.path.is_relative_to(OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
     jax.clear_caches()

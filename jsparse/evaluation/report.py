@@ -16,7 +16,7 @@ import numpy as np
 from jsparse import checks
 from jsparse.evaluation import figures
 from jsparse.evaluation.compare import Comparison, Result
-from jsparse.evaluation.table import columns, mean, percent, rows
+from jsparse.evaluation.table import columns, counted, mean, percent, rows
 
 # the density at which methods are shown side by side, each by its nearest setting
 SHOWN_DENSITY = 0.2
@@ -374,9 +374,10 @@ def _conditions(comparison: Comparison) -> str:
     device = jax.devices()[0]
     said = {
         "Times": f"Wall-clock time of compiled programs, without compilation: the median of "
-        f"{comparison.repeats} runs per layer, summed over layers. Dense attention runs through "
-        "the same js.attend on the same causal mask, before the others in the same run. Other work "
-        "on the machine shows in these times; nothing else on this page depends on them.",
+        f"{counted(comparison.repeats, 'run')} per layer, summed over layers. Dense attention runs "
+        "through the same js.attend on the same causal mask, before the others in the same run. "
+        "Other work on the machine shows in these times; nothing else on this page depends on "
+        "them.",
         "Errors and recall": "Against dense attention on the same tensors, with each layer's "
         "input as dense attention makes it: errors do not build up over layers, except in the "
         "model's own cost, where the method stands in every layer.",

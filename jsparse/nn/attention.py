@@ -154,11 +154,10 @@ class SparseAttention(nnx.Module):
             return projected.reshape(*batch_shape, length, -1, self.head_dim)
 
         q, v = heads(self.q_proj(x)), heads(self.v_proj(x))
-        k = None if self.k_proj is None else heads(self.k_proj(x))
+        k = q if self.k_proj is None else heads(self.k_proj(x))
         if self.rope_base is not None:
             q = rotary(q, positions, base=self.rope_base)
-            k = k if k is None else rotary(k, positions, base=self.rope_base)
-        k = q if k is None else k
+            k = rotary(k, positions, base=self.rope_base)
         where = None
         if cache is not None:
             past = causal(offset=cache.length)
