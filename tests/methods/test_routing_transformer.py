@@ -97,7 +97,7 @@ LSE = {"return_lse": True}
 def test_local_heads_stand_beside_routed_ones():
     q, k, v = qkv(45, heads=6, kv_heads=3)
     method = js.routing_transformer(
-        clusters=4, window=6, num_local_heads=1, local_block=8, count_eps=0.5
+        clusters=4, window=6, num_local_heads=1, local_block=8, count_eps=0.5, self_logit=-2.0
     )
     params = params_of(method, heads=6, kv_heads=3)
     for q_len, causal in ((45, True), (45, False), (17, True)):
@@ -116,6 +116,7 @@ def test_local_heads_stand_beside_routed_ones():
             members,
             causal=causal,
             count_eps=0.5,
+            self_logit=-2.0,
         )
         queries, keys = oracle.local_members(45, 8, 1)
         queries = oracle.queries_of([queries], 45 - q_len, q_len)
