@@ -4,8 +4,8 @@
     python -m examples.train_sparse --method nsa
     python -m examples.train_sparse --method flashmoba --dense-layers 0 3
 
-Phases of growing context end at 4096 bytes; attention to short ones is dense. All that one run
-shares with another is the same: the model, the first parameters, the text of each step. Gates of
+Phases of growing context end at 4096 bytes; attention to short ones is dense. So the first phase is
+trained once, densely, and every run goes on from there, on the same text at each step. Gates of
 `seerattention` learn from the shipped checkpoint, which stays as it is. Writes the curve of a run,
 with what the method computes of 4096 bytes, into a file of its own, and then a picture and a table
 of all. The same command goes on where it was stopped.
@@ -48,6 +48,7 @@ CONTEXT = 4096
 POINT, END = 16_384, 131_072
 SCRATCH = Course((Phase(256, 16, 0.5), Phase(1024, 4, 0.3), Phase(CONTEXT, 1, 0.2)), steps=400)
 GATES = Course((Phase(1024, 4, 0.5), Phase(CONTEXT, 1, 0.5)), steps=100, rate=1e-3, save_every=10)
+STATES = Path("build") / "train_sparse"
 # the parameters that layers hold for their methods
 OF_METHOD = nnx.All(nnx.Param, nnx.PathContains("method_params"))
 
@@ -183,6 +184,61 @@ def density(model: LanguageModel, tokens: jax.Array) -> dict[str, float]:
     return {name: round(float(jnp.stack(shares).mean()), 4) for name, shares in found.items()}
 
 
+def said_of(course: Course, seed: int) -> dict[str, Any]:
+    """What the record of a run says of its training."""
+    return {
+        "phases": [phase._asdict() for phase in course.phases],
+        "steps": course.steps,
+        "rate": course.rate,
+        "seed": seed,
+        "jax": jax.__version__,
+    }
+
+
+class Recorder:
+    """Adds points to the curve of a run, and writes its record after each."""
+
+    def __init__(self, training: Training, record: dict[str, Any], path: Path, held_out: Any):
+        self._training, self._record, self._path = training, record, path
+        self._held_out = held_out
+        curve = record["curve"]
+        self._before = curve[-1]["seconds"] if curve else 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What the run took so far, earlier starts included."""
+        return round(self._before + time.perf_counter() - self._started, 1)
+
+    def keep(self, phase: Phase, bits: float) -> None:
+        """Adds a point."""
+        held_out = held_out_bits(self._training.model, self._held_out, CONTEXT, POINT)
+        point = {
+            "step": self._training.done,
+            "context": phase.context,
+            "train_bits_per_byte": round(bits, 4),
+            "held_out_bits_per_byte": round(held_out, 4),
+            "seconds": self.seconds,
+        }
+        self._record["curve"].append(point)
+        curves.write(self._path, self._record)
+
+
+def trunk_of(course: Course, seed: int) -> tuple[Training, list[dict[str, Any]]]:
+    """The dense model after the first phase, and its curve: where every run goes on from."""
+    name = f"trunk-{course.steps}-{course.rate:g}-{seed}"
+    model = LanguageModel(rngs=nnx.Rngs(seed))
+    training = Training(model, course, states=STATES / name)
+    record = {**said_of(course, seed), "curve": []}
+    path = STATES / f"{name}.json"
+    if training.done:
+        record["curve"] = curves.earlier(path, record, training.done)
+    text, held_out = data.split()
+    recorder = Recorder(training, record, path, held_out)
+    training.run(windows_of(text), recorder.keep, until=course.first_long)
+    return training, record["curve"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="train_sparse",
@@ -227,7 +283,7 @@ def run(arguments: argparse.Namespace) -> None:
     training = Training(
         model,
         course,
-        states=Path("build") / "train_sparse" / f"{name}-{arguments.seed}",
+        states=STATES / f"{name}-{arguments.seed}",
         fresh=arguments.fresh,
         loss=setting.loss(),
         trained=OF_METHOD if setting.distilled else nnx.Param,
@@ -238,34 +294,17 @@ def run(arguments: argparse.Namespace) -> None:
         "dense_layers": arguments.dense_layers,
         "distilled": setting.distilled,
         "sparse_from": setting.sparse_from,
-        "phases": [phase._asdict() for phase in course.phases],
-        "steps": course.steps,
-        "rate": course.rate,
-        "seed": arguments.seed,
-        "jax": jax.__version__,
+        **said_of(course, arguments.seed),
         "curve": [],
     }
+    text, held_out = data.split()
     if training.done:
         record["curve"] = curves.earlier(path, record, training.done)
-    text, held_out = data.split()
-    before = record["curve"][-1]["seconds"] if record["curve"] else 0.0
-    started = time.perf_counter()
-
-    def seconds() -> float:
-        return round(before + time.perf_counter() - started, 1)
-
-    def keep(phase: Phase, bits: float) -> None:
-        point = {
-            "step": training.done,
-            "context": phase.context,
-            "train_bits_per_byte": round(bits, 4),
-            "held_out_bits_per_byte": round(held_out_bits(model, held_out, CONTEXT, POINT), 4),
-            "seconds": seconds(),
-        }
-        record["curve"].append(point)
-        curves.write(path, record)
-
-    training.run(windows_of(text), keep)
+    elif not setting.distilled:
+        trunk, record["curve"] = trunk_of(course, arguments.seed)
+        training.branch(trunk)
+    recorder = Recorder(training, record, path, held_out)
+    training.run(windows_of(text), recorder.keep)
     tokens = jnp.asarray(data.windows(held_out, CONTEXT, 1, seed=2), jnp.int32)
     record["density"] = density(model, tokens)
     record["held_out_bits_per_byte"] = {
@@ -276,7 +315,7 @@ def run(arguments: argparse.Namespace) -> None:
         dense = js.nn.with_attention(model, to_all)
         bits = held_out_bits(dense, held_out, CONTEXT, END)
         record["held_out_bits_per_byte_dense"] = round(bits, 4)
-    record["seconds"] = seconds()
+    record["seconds"] = recorder.seconds
     curves.write(path, record)
     curves.draw(arguments.output)
     print(f"{path}: {json.dumps({k: record[k] for k in ('density', 'held_out_bits_per_byte')})}")

@@ -64,6 +64,36 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
     assert Training(model_with(), COURSE, states=tmp_path / "parts", fresh=True).done == 0
 
 
+def test_a_branch_goes_on_as_the_trunk_would_have(tmp_path):
+    assert COURSE.first_long == 3
+    assert [COURSE.phase_at(step).context for step in (2, 3)] == [16, 32]
+    whole = Training(model_with(), COURSE, states=tmp_path / "whole")
+    whole.run(batches, lambda *_: None)
+    trunk = Training(model_with(), COURSE, states=tmp_path / "trunk")
+    kept = []
+    trunk.run(batches, lambda *_: kept.append(trunk.done), until=COURSE.first_long)
+    assert kept == [2, 3]
+    branch = Training(model_with(), COURSE, states=tmp_path / "branch")
+    branch.branch(Training(model_with(), COURSE, states=tmp_path / "trunk"))
+    assert branch.done == 3
+    branch.run(batches, lambda *_: None)
+    got = parameters(branch.model)
+    for name, x in parameters(whole.model).items():
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    # what a method adds stays as it was made, and the trunk is left alone
+    method = js.from_length(js.flashmoba(block_kv=8, top_k=2, taps=3), min_length=32)
+    other = Training(model_with(method), COURSE, states=tmp_path / "other")
+    before = parameters(other.model)
+    other.branch(trunk)
+    common, got = parameters(trunk.model), parameters(other.model)
+    assert got.keys() - common.keys()
+    for name, x in got.items():
+        np.testing.assert_array_equal(x, common.get(name, before[name]), err_msg=name)
+    other.run(batches, lambda *_: None)
+    for name, x in parameters(trunk.model).items():
+        np.testing.assert_array_equal(x, common[name], err_msg=name)
+
+
 def test_the_last_phase_starts_anew_at_a_quarter_of_the_peak():
     rates = COURSE._replace(steps=100, rate=1.0).rates()
     assert [COURSE.phase_at(step).context for step in range(6)] == [16, 16, 16, 32, 32, 32]

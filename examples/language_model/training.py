@@ -1,6 +1,7 @@
 """Training in phases of growing context, resumed where it was stopped: what the trainers share."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,11 @@ class Course(NamedTuple):
             if step < end:
                 return phase
         return self.phases[-1]
+
+    @property
+    def first_long(self) -> int:
+        """The step at which the second phase begins."""
+        return math.ceil(self.phases[0].share * self.steps)
 
     def rates(self) -> optax.Schedule:
         """Cosine over the short contexts; the last gets a quarter of the peak, falling to zero.
@@ -162,8 +168,24 @@ class Training:
             restored = self._states.restore(self.done, args=ocp.args.StandardRestore(target))
             nnx.update(whole, restored)
 
+    def branch(self, trunk: "Training") -> None:
+        """Goes on from where another run is, with all that both have: what both would have learnt.
+
+        That is parameters and what the optimizer remembers of them; others stay as they are.
+        """
+        found = dict(nnx.to_flat_state(nnx.state((trunk.model, trunk._optimizer))))
+        whole = self.model, self._optimizer
+        own = nnx.to_flat_state(nnx.state(whole))
+        # copies, since a step takes the memory of what it is given
+        taken = [(path, jax.tree.map(jnp.copy, found.get(path, x))) for path, x in own]
+        nnx.update(whole, nnx.from_flat_state(taken))
+        self.done = trunk.done
+
     def run(
-        self, batches: Callable[[int, Phase], Any], keep: Callable[[Phase, float], None]
+        self,
+        batches: Callable[[int, Phase], Any],
+        keep: Callable[[Phase, float], None],
+        until: int | None = None,
     ) -> None:
         """Makes the steps that are left, under a bar.
 
@@ -171,8 +193,10 @@ class Training:
           batches: `batches(step, phase)` is what the loss is taken of.
           keep: `keep(phase, bits)` is called before each save with the bits per byte of the steps
             since the last one; what it writes of steps after `done` is to be dropped on going on.
+          until: The step to stop at; default the course's last.
         """
         course, recent = self.course, []
+        end = course.steps if until is None else until
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -180,14 +204,14 @@ class Training:
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
-            bar = progress.add_task("training", total=course.steps, completed=self.done)
-            for step in range(self.done, course.steps):
+            bar = progress.add_task("training", total=end, completed=self.done)
+            for step in range(self.done, end):
                 phase = course.phase_at(step)
                 self._implement(phase.context)
                 bits = self._step(self.model, self._optimizer, batches(step, phase))
                 recent.append(float(bits))
                 progress.update(bar, advance=1, description=f"{recent[-1]:.3f} bits/byte")
-                if (step + 1) % course.save_every == 0 or step + 1 == course.steps:
+                if (step + 1) % course.save_every == 0 or step + 1 == end:
                     self.done = step + 1
                     self._implement(None)
                     keep(phase, float(np.mean(recent)))
