@@ -293,11 +293,9 @@ def backward(
             here, there, listed = chunks.step(number, start, s)
             index = here.batch[:, None], here.head[:, None], here.blocks
             lse = jnp.where(listed[..., None], at(terms.lse, *index), jnp.inf)
-            own = OwnRows(
+            own = OwnRows.of(
                 here.rows(q, s.block_q),
                 here.rows(d_out, s.block_q),
-                jnp.swapaxes(here.tiles(q, s.block_q), 1, 2),
-                jnp.swapaxes(here.tiles(d_out, s.block_q), 1, 2),
                 lse.reshape(len(lse), -1),
                 at(terms.delta, *index).reshape(len(lse), -1),
             )

@@ -255,11 +255,12 @@ class ColumnSums(NamedTuple):
     ) -> "ColumnSums":
         """Adds a step's tiles; lanes may meet."""
         if self._one_at_a_time:
-            tiles = tiles[:, None]
+            # an axis more for the one tile would cost a copy
+            index = there.batch, there.blocks[:, 0], there.head
         else:
             tiles = jnp.moveaxis(tiles, 2, 3)
             tiles = tiles.reshape(*there.blocks.shape, *self.sums.shape[-2:])
-        index = there.batch[:, None], there.blocks, there.head[:, None]
+            index = there.batch[:, None], there.blocks, there.head[:, None]
         return ColumnSums(
             self.sums.at[index].add(tiles, mode="promise_in_bounds", wrap_negative_indices=False)
         )
@@ -334,11 +335,20 @@ def weighted_columns(
     return jax.lax.dot_general(weights, columns, dims, preferred_element_type=jnp.float32).sum(2)
 
 
+def across(
+    rows: Float[Array, "lanes dim_parts rows dim_part"],
+) -> Float[Array, "lanes row_parts dim row_part"]:
+    """What `scores` takes, for sums over the rows themselves."""
+    x = jnp.swapaxes(cut(rows, 2), 3, 4)
+    return x.reshape(*x.shape[:2], -1, x.shape[4])
+
+
 def weighted_rows(
-    rows: Float[Array, "lanes dim rows"], weights: Float[Array, "lanes parts rows column_part"]
+    rows: Float[Array, "lanes row_parts dim row_part"],
+    weights: Float[Array, "lanes parts rows column_part"],
 ) -> Float[Array, "lanes parts dim column_part"]:
-    """Sums of rows, one sum per column of the weights."""
-    rows = cut(rows, 2)[:, None]
+    """Sums of rows, one sum per column of the weights; `across` says how rows come."""
+    rows = rows[:, None]
     rows = jnp.broadcast_to(rows, (rows.shape[0], weights.shape[1], *rows.shape[2:]))
     shape = *weights.shape[:2], rows.shape[2], -1, weights.shape[3]
     dims = (((4,), (3,)), ((0, 1, 2), (0, 1, 2)))

@@ -12,6 +12,7 @@ from jsparse.attention.lanes import (
     Bias,
     Blocks,
     ColumnSums,
+    across,
     on_rows,
     scores,
     weighted_columns,
@@ -63,10 +64,15 @@ class OwnRows(NamedTuple):
 
     queries: Float[Array, "lanes dim_parts rows dim_part"]
     d_outs: Float[Array, "lanes dim_parts rows dim_part"]
-    queries_across: Float[Array, "lanes dim rows"]
-    d_outs_across: Float[Array, "lanes v_dim rows"]
+    queries_across: Float[Array, "lanes row_parts dim row_part"]
+    d_outs_across: Float[Array, "lanes row_parts v_dim row_part"]
     lse: Float[Array, "lanes rows"]
     delta: Float[Array, "lanes rows"]
+
+    @classmethod
+    def of(cls, queries: Array, d_outs: Array, lse: Array, delta: Array) -> "OwnRows":
+        """From the rows as `scores` takes them."""
+        return cls(queries, d_outs, across(queries), across(d_outs), lse, delta)
 
 
 class StepGradient(NamedTuple):

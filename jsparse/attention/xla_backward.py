@@ -48,12 +48,9 @@ def backward(
         lanes = Lanes(groups.index[number], groups.counts[number])
         here = Rows.of(lanes.index, s)
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
-        # the second pair has tokens last: what is summed over them needs no other order of logits
-        own = OwnRows(
+        own = OwnRows.of(
             here.rows(q, s.block_q),
             here.rows(d_out, s.block_q),
-            jnp.swapaxes(here.tiles(q, s.block_q), 1, 2),
-            jnp.swapaxes(here.tiles(d_out, s.block_q), 1, 2),
             at(terms.lse, *here),
             at(terms.delta, *here),
         )
