@@ -21,7 +21,8 @@ def qkv(
     rng = np.random.default_rng(seed)
     kv_len = q_len if kv_len is None else kv_len
     shapes = (q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, v_dim or dim)
-    return tuple(jnp.asarray(rng.normal(size=(*batch, *shape)), dtype) for shape in shapes)
+    # rounded by NumPy: an array in another dtype would be a program for every shape
+    return tuple(jnp.asarray(rng.normal(size=(*batch, *shape)).astype(dtype)) for shape in shapes)
 
 
 def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
@@ -31,5 +32,6 @@ def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
     level = np.random.default_rng(1).normal(size=(blocks, *k.shape[-2:-1])) * spread
     level = np.repeat(level, block, axis=0)[: k.shape[-3]]
     # one of the features is the level's own
-    k = k.at[..., 0].set(jnp.asarray(level, k.dtype))
-    return q.at[..., 0].set(q.shape[-1] ** 0.5), k, v
+    q, k = np.array(q), np.array(k)
+    k[..., 0], q[..., 0] = level, q.shape[-1] ** 0.5
+    return jnp.asarray(q), jnp.asarray(k), v

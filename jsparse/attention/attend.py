@@ -85,7 +85,8 @@ def attend(
     if sinks is not None:
         checks.sinks_shape(sinks, q.shape[-2])
         out, lse = add_sinks(out, lse, sinks)
-    out = out.astype(v.dtype)
+    if out.dtype != v.dtype:
+        out = out.astype(v.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -140,9 +141,13 @@ def prepare(
         checks.positive_number(softcap=softcap)
         softcap = float(softcap)
     rule = LogitRule(q_len, kv_len, static_scale, softcap, score_mod)
-    flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    operands = Operands(*flat, bias=bias, scale=traced_scale, captured=captured)
+    operands = Operands(*_one_batch((q, k, v)), bias=bias, scale=traced_scale, captured=captured)
     return Problem(operands, plan, mask, rule, batch_shape)
+
+
+@jax.jit
+def _one_batch(tensors: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(x.reshape(-1, *x.shape[-3:]) for x in tensors)
 
 
 def _no_wider_than_logits(bias: Array) -> Array:
@@ -247,10 +252,6 @@ def _waste(adapter: Any, part: Problem) -> str | None:
     return adapter.waste(pack(part.operands, plan, part.rule, adapter.rows())[1])
 
 
-def _reference(problem: Problem) -> tuple[Array, Array]:
-    return reference.forward(problem.operands, problem.plan, problem.mask, problem.rule)
-
-
 def _executed(
     operands: Operands,
     plan: BlockMask,
@@ -267,7 +268,14 @@ def _executed(
 
 # compiled once per shape also where the caller is not: the loops would be compiled at every call
 _compiled = jax.jit(_executed, static_argnames=("rule", "passes", "rows"))
+_compiled_reference = jax.jit(reference.forward, static_argnames="rule")
 _compiled_skipping = jax.jit(skipping_attention, static_argnames=("rule", "passes"))
+
+
+def _reference(problem: Problem) -> tuple[Array, Array]:
+    operands, plan, mask, rule, *_ = problem
+    call = _compiled_reference if rule.score_mod is None else reference.forward
+    return call(operands, plan, mask, rule)
 
 
 def _along(problem: Problem) -> tuple[Operands, BlockMask, Mask | None, Array, LogitRule]:
@@ -351,11 +359,15 @@ def with_plan(problem: Problem, block_q: int = DEFAULT_BLOCK) -> BlockMask:
 def _attend(q, k, v, plan, *, implementation, **options) -> tuple[Array, Array]:
     """What `attend` computes for one plan without sinks, in f32."""
     problem = prepare(q, k, v, plan, **options)
-    out, lse = run(problem, implementation)
-    out = out.reshape(*q.shape[:-1], v.shape[-1])
-    return out, lse.reshape(*problem.batch_shape, *lse.shape[1:])
+    return _in_batches(*run(problem, implementation), problem.batch_shape)
 
 
+@partial(jax.jit, static_argnums=2)
+def _in_batches(out: Array, lse: Array, batch_shape: tuple[int, ...]) -> tuple[Array, Array]:
+    return (out.reshape(*batch_shape, *out.shape[1:]), lse.reshape(*batch_shape, *lse.shape[1:]))
+
+
+@jax.jit
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """Merges the sinks, which give no value, with what was computed over keys."""
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], lse.shape)

@@ -1,9 +1,11 @@
 """What a mask leaves visible, block by block, for methods that plan within it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -48,6 +50,7 @@ def cells_of(mask: Mask | None, grid: TileGrid) -> Cells:
     return Cells(visible, tiles)
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "batch_shape", "heads"))
 def candidates(
     mask: Mask | None, grid: TileGrid, batch_shape: tuple[int, ...], heads: int
 ) -> tuple[

@@ -1,6 +1,7 @@
 """Online spherical k-means: the vectors that tokens are grouped by, as data no gradient moves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Tally(NamedTuple):
 UpdateRule = Callable[[Centroids, Tally], Centroids]
 
 
+@jax.jit
 def layer_norm(x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
     """Each vector less its mean, over its deviation: as long as `sqrt(dim)`. Zeros stay zeros."""
     x = x.astype(jnp.float32)
@@ -53,6 +55,7 @@ def layer_norm(x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
 
 
+@jax.jit
 def l2_norm(x: Float[Array, "*tokens dim"]) -> Float[Array, "*tokens dim"]:
     """Each vector over its length. Zeros stay zeros."""
     x = x.astype(jnp.float32)
@@ -67,6 +70,7 @@ def centroid_scores(
     return jnp.einsum("...thd,hcd->...htc", x, means)
 
 
+@jax.jit
 def tally(
     x: Float[Array, "*batch length heads dim"],
     means: Float[Array, "heads clusters dim"],
@@ -97,6 +101,7 @@ def _counted(
     return counted if exists is None else counted & exists[..., None]
 
 
+@jax.jit
 def commitment(
     x: Float[Array, "*batch length heads dim"],
     means: Float[Array, "heads clusters dim"],
@@ -129,6 +134,7 @@ def spherical_average(
     """
     checks.decays(decay=decay)
 
+    @jax.jit
     def update(centroids: Centroids, seen: Tally) -> Centroids:
         counts, sums = _of_replicas(seen, axis_name)
         moved = decay * centroids.means + (1 - decay) * normalize(sums)
@@ -153,6 +159,7 @@ def counted_average(
     """
     checks.decays(decay=decay)
 
+    @jax.jit
     def update(centroids: Centroids, seen: Tally) -> Centroids:
         new = _of_replicas(seen, axis_name)
         counts = decay * centroids.counts + (1 - decay) * new.counts
@@ -166,6 +173,7 @@ def counted_average(
     return update
 
 
+@functools.partial(jax.jit, static_argnames=("clusters", "iterations", "normalize"))
 def centroids_of_tokens(
     key: PRNGKeyArray,
     x: Float[Array, "*batch length heads dim"],
@@ -196,6 +204,7 @@ def centroids_of_tokens(
     return jax.lax.fori_loop(0, iterations, step, jnp.swapaxes(tokens[first], 0, 1))
 
 
+@functools.partial(jax.jit, static_argnames="window")
 def closest_tokens(
     scores: Float[Array, "*batch heads length clusters"],
     window: int,

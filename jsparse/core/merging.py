@@ -22,6 +22,11 @@ def merge(parts: Sequence[Part]) -> Part:
       ValueError: if there are no parts, or they are not of the same queries.
     """
     checks.merge_parts(parts)
+    return _merged(parts)
+
+
+@jax.jit
+def _merged(parts: Sequence[Part]) -> Part:
     shares, lse = _shares(jnp.stack([lse for _, lse in parts]))
     share = jnp.swapaxes(shares, -1, -2)[..., None]
     # added one by one: of a stack, XLA's loops compute the shares anew for each number
@@ -30,6 +35,7 @@ def merge(parts: Sequence[Part]) -> Part:
     return out.astype(parts[0][0].dtype), lse
 
 
+@jax.jit
 def merge_splits(
     out: Float[Array, "splits *batch q_len heads v_dim"],
     lse: Float[Array, "splits *batch heads q_len"],

@@ -1,5 +1,8 @@
 """Statistics per block of tokens, with the true count of the last block."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -10,6 +13,7 @@ def block_counts(length: int, block: int) -> Int[Array, " blocks"]:
     return jnp.minimum(block, length - first)
 
 
+@functools.partial(jax.jit, static_argnames="block")
 def sum_blocks(
     x: Float[Array, "*batch length heads dim"], block: int
 ) -> Float[Array, "*batch blocks heads dim"]:
@@ -20,6 +24,7 @@ def sum_blocks(
     return x.reshape(*x.shape[:-3], -1, block, *x.shape[-2:]).sum(-3)
 
 
+@functools.partial(jax.jit, static_argnames="block")
 def mean_blocks(
     x: Float[Array, "*batch length heads dim"], block: int
 ) -> Float[Array, "*batch blocks heads dim"]:
@@ -27,6 +32,7 @@ def mean_blocks(
     return sum_blocks(x, block) / block_counts(x.shape[-3], block)[:, None, None]
 
 
+@functools.partial(jax.jit, static_argnames="block")
 def max_blocks(
     x: Float[Array, "*batch length heads dim"], block: int
 ) -> Float[Array, "*batch blocks heads dim"]:
@@ -37,6 +43,7 @@ def max_blocks(
     return x.reshape(*x.shape[:-3], -1, block, *x.shape[-2:]).max(-3)
 
 
+@functools.partial(jax.jit, static_argnames="block")
 def min_blocks(
     x: Float[Array, "*batch length heads dim"], block: int
 ) -> Float[Array, "*batch blocks heads dim"]:

@@ -6,6 +6,7 @@ output, so a method is free to bring together what belongs together before it cu
 follows the tokens by `js.masks.reordered`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Int[Array, "1 lengt
     return jnp.asarray(order[None], jnp.int32)
 
 
+@jax.jit
 def inverse(
     order: Int[Array, "*batch order_heads length"],
 ) -> Int[Array, "*batch order_heads length"]:
@@ -116,6 +118,7 @@ def gather(
     return _taken(x.astype(wide), order).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="length")
 def add_up(
     x: Float[Array, "*batch places heads dim"],
     order: Int[Array, "*order_batch order_heads places"],
@@ -137,6 +140,7 @@ def add_up(
     return jnp.swapaxes(total, -2, -3)
 
 
+@functools.partial(jax.jit, static_argnames="length")
 def log_add_up(
     x: Float[Array, "*batch heads places"],
     order: Int[Array, "*order_batch order_heads places"],
@@ -170,6 +174,7 @@ def restore(
     return reorder(x, inverse(order))
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "heads"))
 def reorder_pairs(
     x: Float[Array, "..."], order: Order | None, axis: int, heads: int
 ) -> Float[Array, "..."]:
@@ -189,6 +194,7 @@ def reorder_pairs(
     return jnp.take_along_axis(x, index.reshape((1,) * (x.ndim - index.ndim) + index.shape), axis)
 
 
+@jax.jit
 def _taken(x: Array, order: Array) -> Array:
     x, order = _for_each_head(x, order)
     index = jnp.swapaxes(order, -1, -2)[..., None]

@@ -1,9 +1,13 @@
 """Rotary position embedding."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@functools.partial(jax.jit, static_argnames="base")
 def rotary(
     x: Float[Array, "*batch length heads dim"],
     positions: Int[Array, "*batch length"],
@@ -32,6 +36,7 @@ def rotary(
     return rotated.astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="base")
 def unrotated(
     x: Float[Array, "*batch length heads dim"],
     positions: Int[Array, "*batch length"],

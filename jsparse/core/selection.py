@@ -5,10 +5,12 @@ row that sees anything gets at least one block; a score that is NaN ranks above 
 that a broken row computes more, not nothing, and stays broken in sight.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+@jax.jit
 def top_k(
     scores: Float[Array, "*rows blocks"],
     k: Int[Array, "..."] | int,
@@ -29,6 +31,7 @@ def top_k(
     return visible & (rank < jnp.maximum(k, 1))
 
 
+@jax.jit
 def top_p(
     scores: Float[Array, "*rows blocks"],
     p: Float[Array, "..."] | float,
@@ -62,6 +65,7 @@ def top_p(
     return visible & (chosen | forced)
 
 
+@jax.jit
 def above(
     scores: Float[Array, "*rows blocks"],
     threshold: Float[Array, "..."] | float,

@@ -54,14 +54,10 @@ def block_mask(
                 width = max(1, int(_fullest_row(flat, grid)))
     checks.positive(width=width)
     width = min(width, grid.kv_blocks)
-    kv_indices, counts = _lists(flat, grid, width)
-    overflowed = (counts > width).any(-1)
-    plan = BlockMask(
-        kv_indices, jnp.minimum(counts, width), overflowed, q_len, kv_len, block_q, block_kv
-    )
-    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
+    return _plan(flat, grid, width, batch_shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def every_tile(grid: TileGrid) -> BlockMask:
     """Lists all tiles of a grid, the same for all sequences and heads."""
     lists = jnp.broadcast_to(jnp.arange(grid.kv_blocks), (1, grid.q_blocks, grid.kv_blocks))
@@ -126,12 +122,15 @@ def _fullest_row(mask: Mask, grid: TileGrid) -> Int[Array, ""]:
     return _map_rows(mask, grid, lambda some: some.sum(-1, dtype=jnp.int32)).max()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _lists(mask: Mask, grid: TileGrid, width: int) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _plan(mask: Mask, grid: TileGrid, width: int, batch_shape: tuple[int, ...]) -> BlockMask:
     def compact(some):
         return dense_to_lists(some, width), some.sum(-1, dtype=jnp.int32)
 
-    return _map_rows(mask, grid, compact)
+    lists, counts = _map_rows(mask, grid, compact)
+    overflowed = (counts > width).any(-1)
+    plan = BlockMask(lists, jnp.minimum(counts, width), overflowed, *grid)
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
 
 
 def _map_rows(mask: Mask, grid: TileGrid, summarise):

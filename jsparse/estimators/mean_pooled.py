@@ -3,8 +3,10 @@
 The block scorer of Jiang et al. 2024, arXiv:2407.02490, section 3.2 (block-sparse heads).
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,6 +22,7 @@ class MeanPooledInfo(NamedTuple):
     block_scores: Float[Array, "*batch heads q_blocks kv_blocks"]
 
 
+@functools.partial(jax.jit, static_argnames="block_size")
 def mean_pooled_scores(
     q: Float[Array, "*batch q_len heads dim"],
     k: Float[Array, "*batch kv_len kv_heads dim"],

@@ -1,5 +1,6 @@
 """NSA: compressed, selected and local keys, mixed by gates. Yuan et al. 2025, arXiv:2502.11089."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ class NsaInfo(NamedTuple):
     branches: tuple[Branch, ...]
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("windows", "block_kv", "top_k", "kv_len", "num_init", "num_local", "softcap"),
+)
 def select_blocks(
     q: Float[Array, "*batch q_len heads dim"],
     k_windows: Float[Array, "*batch windows kv_heads dim"],

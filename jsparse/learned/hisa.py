@@ -1,5 +1,6 @@
 """HISA: an indexer picks tokens, inside the blocks that it picks first. 2026, arXiv:2603.28458."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ def _in_one_stage(flat: Indexed, top_k: int, mask: Mask | None) -> tuple[Array, 
     return best.indices, best.counts
 
 
+@functools.partial(jax.jit, static_argnames=("top_k", "block_kv", "block_top_k"))
 def _in_two_stages(
     flat: Indexed, top_k: int, block_kv: int, block_top_k: int, mask: Mask | None
 ) -> tuple[Array, Array]:
@@ -168,6 +170,7 @@ def _visible(
     return mask.visible(*known, Frame(q_len, kv_len, batch))
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def index_loss(
     indexed: Indexed,
     q: Float[Array, "*batch q_len heads dim"],

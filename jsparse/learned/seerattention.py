@@ -151,6 +151,7 @@ def seerattention(
             return found
         return rotary(found, places[..., ::block_size], base=rope_base)
 
+    @jax.jit
     def gate(params, q, k, positions):
         offset = Queries.of(q, k, positions).offset
         start = k.shape[-3] - q.shape[-3] if offset is None else offset

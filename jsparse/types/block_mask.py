@@ -1,6 +1,7 @@
 """The tile list: which tiles of the attention map are computed exactly."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -105,16 +106,12 @@ class BlockMask:
         grid = TileGrid(q_len, kv_len, block_q, block_kv)
         checks.tile_grid(grid)
         checks.dense_tiles(tiles, grid)
-        counts = tiles.sum(-1, dtype=jnp.int32)
         if width is None:
-            concrete = not _compat.is_traced(tiles)
-            width = max(1, int(np.max(counts, initial=0))) if concrete else grid.kv_blocks
+            traced = _compat.is_traced(tiles)
+            width = grid.kv_blocks if traced else max(1, int(_fullest_row(tiles)))
         checks.positive(width=width)
-        width = min(width, grid.kv_blocks)
-        kv_indices = dense_to_lists(tiles, width)
-        overflowed = (counts > width).any(-1)
-        counts = jnp.minimum(counts, width)
-        return cls(kv_indices, counts, overflowed, q_len, kv_len, block_q, block_kv)
+        lists = _lists_of(tiles, min(width, grid.kv_blocks))
+        return cls(*lists, q_len, kv_len, block_q, block_kv)
 
     @property
     def grid(self) -> TileGrid:
@@ -136,6 +133,7 @@ class BlockMask:
         """The batch axes of the lists."""
         return self.kv_indices.shape[:-3]
 
+    @jax.jit
     def entries(self) -> Bool[Array, "*batch list_heads q_blocks width"]:
         """True where an entry of `kv_indices` counts, False where it is padding.
 
@@ -164,6 +162,7 @@ class BlockMask:
         lists, counts = cleaned(self.kv_indices, self.kv_num_blocks)
         return dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
 
+    @jax.jit
     def to_dense(self) -> Bool[Array, "*batch list_heads q_blocks kv_blocks"]:
         """One bool per tile, True where it is computed."""
         grid = self.grid
@@ -176,11 +175,13 @@ class BlockMask:
         tiles = tiles.at[jnp.arange(rows)[:, None], columns].set(True)
         return tiles[:, :-1].reshape(shape)
 
+    @jax.jit
     def density(self) -> Float[Array, "*batch list_heads"]:
         """The share of all tiles that is computed, per list."""
         # a mean, not a sum: the number of tiles may exceed an int32
         return self.kv_num_blocks.mean(-1, dtype=jnp.float32) / self.grid.kv_blocks
 
+    @jax.jit
     def inverse(self) -> InverseList:
         """The lists turned round: per kv block the query blocks that use it."""
         lists = jnp.where(self.entries(), self.kv_indices, -1)
@@ -247,6 +248,7 @@ def _aligned(left: BlockMask, right: BlockMask) -> tuple[BlockMask, BlockMask]:
     return repeated(left), repeated(right)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _ascending_and_unique(lists: Array, counted: Array, kv_blocks: int) -> tuple[Array, Array]:
     """Sorts each row, drops what does not count, and says how many entries are left."""
     # what is dropped sorts last
@@ -257,6 +259,19 @@ def _ascending_and_unique(lists: Array, counted: Array, kv_blocks: int) -> tuple
     lists = jnp.sort(jnp.where(repeats, kv_blocks, lists), axis=-1)
     counts = (lists < kv_blocks).sum(-1, dtype=jnp.int32)
     return jnp.where(lists < kv_blocks, lists, 0), counts
+
+
+@jax.jit
+def _fullest_row(tiles: Array) -> Array:
+    return tiles.sum(-1, dtype=jnp.int32).max(initial=0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _lists_of(tiles: Array, width: int) -> tuple[Array, Array, Array]:
+    """Lists, their counts, and whether they lack tiles."""
+    counts = tiles.sum(-1, dtype=jnp.int32)
+    overflowed = (counts > width).any(-1)
+    return dense_to_lists(tiles, width), jnp.minimum(counts, width), overflowed
 
 
 def parts_of(plan: BlockMask | Sequence[BlockMask]) -> tuple[BlockMask, ...]:

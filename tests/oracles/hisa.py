@@ -75,11 +75,12 @@ def select(q, weights, k, *, top_k, block, block_top_k):
 def loss(q, weights, k, queries, keys, chosen):
     """KL of true attention, over the chosen tokens, to the indexer's softmax: mean over queries."""
     index_scores = scores(q, weights, k)
+    queries, keys = np.float64(queries), np.float64(keys)
     group, total = queries.shape[1] // keys.shape[1], 0.0
     for row, tokens in enumerate(chosen):
         target = np.zeros(len(tokens))
         for h in range(queries.shape[1]):
-            logits = np.float64(keys[tokens, h // group]) @ np.float64(queries[row, h])
+            logits = keys[tokens, h // group] @ queries[row, h]
             weights_ = np.exp(logits * queries.shape[-1] ** -0.5)
             target += weights_ / weights_.sum()
         target /= target.sum()
