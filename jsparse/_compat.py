@@ -25,6 +25,15 @@ def is_traced(tree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def at_once():
+    """A context in which what is not traced is computed, also while something else is traced.
+
+    `jax.ensure_compile_time_eval` does so by single operations, each a program of its own: it takes
+    jitted functions apart.
+    """
+    return jax.core.eval_context()
+
+
 def is_variable(operand: Any) -> bool:
     """Whether an operand of a traced step is a variable, not a number written into it."""
     return not isinstance(operand, Literal)

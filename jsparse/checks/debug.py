@@ -47,7 +47,7 @@ def listed_entries(plan: Any) -> None:
     if _compat.is_traced((lists, counts)):
         first = _first_bad(lists, counts, blocks)
     else:
-        with jax.ensure_compile_time_eval():
+        with _compat.at_once():
             first = _first_bad(lists, counts, blocks)
     when_known(report, *first)
 
@@ -65,7 +65,7 @@ def listed_pages(cache: Any, plan: Any) -> None:
     if _compat.is_traced((table, lengths, plan)):
         first = _first_bad_page(cache, plan)
     else:
-        with jax.ensure_compile_time_eval():
+        with _compat.at_once():
             first = _first_bad_page(cache, plan)
     when_known(report, *first)
 

@@ -50,7 +50,7 @@ def block_mask(
     if width is None:
         width = flat.max_tiles(grid)
         if not _compat.is_traced(flat):
-            with jax.ensure_compile_time_eval():
+            with _compat.at_once():
                 width = max(1, int(_fullest_row(flat, grid)))
     checks.positive(width=width)
     width = min(width, grid.kv_blocks)

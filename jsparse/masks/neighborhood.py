@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.core.token_tiles import Span, TokenTiles
 from jsparse.types import Frame, Mask, TileBounds, array_field, pytree_dataclass, static_field
 from jsparse.types.mask import Index, Range
@@ -105,7 +105,7 @@ class Neighborhood(Mask):
         bounds = [[_packed([f[side] for f in word], word) for side in (0, 1)] for word in words]
         columns = [_packed([f.column for f in word], word) for word in words]
         # known where the mask is made under jit as well, so that the width of lists is
-        with jax.ensure_compile_time_eval():
+        with _compat.at_once():
             arrays = jnp.asarray(bounds, jnp.int32), jnp.asarray(columns, jnp.int32)
         return cls(axes, q_order, kv_order, guards, *arrays)
 
