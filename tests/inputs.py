@@ -1,7 +1,16 @@
 """Seeded q, k, v."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def on_device(x, dtype=None):
+    """An array that NumPy made and rounded.
+
+    `jnp.asarray` compiles a program for every shape, and another for a change of dtype.
+    """
+    return jax.device_put(np.asarray(x, dtype))
 
 
 def qkv(
@@ -21,8 +30,7 @@ def qkv(
     rng = np.random.default_rng(seed)
     kv_len = q_len if kv_len is None else kv_len
     shapes = (q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, v_dim or dim)
-    # rounded by NumPy: an array in another dtype would be a program for every shape
-    return tuple(jnp.asarray(rng.normal(size=(*batch, *shape)).astype(dtype)) for shape in shapes)
+    return tuple(on_device(rng.normal(size=(*batch, *shape)), dtype) for shape in shapes)
 
 
 def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
@@ -34,4 +42,4 @@ def leveled(q_len, kv_len=None, *, block=16, spread=5.0, **sizes):
     # one of the features is the level's own
     q, k = np.array(q), np.array(k)
     k[..., 0], q[..., 0] = level, q.shape[-1] ** 0.5
-    return jnp.asarray(q), jnp.asarray(k), v
+    return on_device(q), on_device(k), v

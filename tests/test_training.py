@@ -15,6 +15,7 @@ from examples import associative_recall as recall
 from examples import curves, train_sparse
 from examples.language_model.model import Config, LanguageModel
 from examples.language_model.training import Course, Phase, Training, plain_loss
+from tests.inputs import on_device
 
 SMALL = Config(width=16, layers=2, heads=2, kv_heads=1, hidden=16)
 COURSE = Course((Phase(16, 2, 0.5), Phase(32, 1, 0.5)), steps=6, save_every=2)
@@ -35,7 +36,7 @@ def parameters(model):
 
 def batches(step, phase):
     rng = np.random.default_rng(step)
-    return jnp.asarray(rng.integers(0, 256, (phase.batch, phase.context)), jnp.int32)
+    return on_device(rng.integers(0, 256, (phase.batch, phase.context)), jnp.int32)
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
@@ -112,7 +113,7 @@ def test_what_a_kill_left_behind_is_dropped_and_other_settings_are_refused(tmp_p
 
 
 def gradients(loss, model):
-    tokens = jnp.asarray(TEXT, jnp.int32)
+    tokens = on_device(TEXT, jnp.int32)
 
     @nnx.jit
     def run(model):
@@ -153,10 +154,10 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     # a layer without the method has nothing to learn from
     train_sparse.make_dense(model, [0])
     assert js.nn.attention_layers(model)[0].method is None
-    total, bits = loss(model, jnp.asarray(TEXT, jnp.int32))
+    total, bits = loss(model, on_device(TEXT, jnp.int32))
     train_sparse.make_dense(model, [1])
     assert float(total) > float(bits)
-    total, bits = loss(model, jnp.asarray(TEXT, jnp.int32))
+    total, bits = loss(model, on_device(TEXT, jnp.int32))
     assert float(total) == float(bits)
 
 

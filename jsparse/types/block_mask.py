@@ -133,14 +133,12 @@ class BlockMask:
         """The batch axes of the lists."""
         return self.kv_indices.shape[:-3]
 
-    @jax.jit
     def entries(self) -> Bool[Array, "*batch list_heads q_blocks width"]:
         """True where an entry of `kv_indices` counts, False where it is padding.
 
         An entry outside [0, kv_blocks) is padding wherever it stands.
         """
-        exists = (self.kv_indices >= 0) & (self.kv_indices < self.grid.kv_blocks)
-        return exists & (jnp.arange(self.width) < self.kv_num_blocks[..., None])
+        return _entries(self.kv_indices, self.kv_num_blocks, self.grid.kv_blocks)
 
     def without_missing_blocks(self) -> "BlockMask":
         """The plan as it counts: entries that name no block are padding, as if they were past it.
@@ -150,13 +148,14 @@ class BlockMask:
 
         @jax.custom_batching.sequential_vmap
         def cleaned(lists: Array, counts: Array) -> tuple[Array, Array]:
-            plan = dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+            # nothing else of the plan: what is closed over may not be mapped
+            entries = _entries(lists, counts, self.grid.kv_blocks)
             counted = jnp.arange(self.width) < counts[..., None]
-            clean = (counts <= self.width).all() & (plan.entries() == counted).all()
+            clean = (counts <= self.width).all() & (entries == counted).all()
             return jax.lax.cond(
                 clean,
                 lambda: (lists, counts),
-                lambda: _ascending_and_unique(lists, plan.entries(), self.grid.kv_blocks),
+                lambda: _ascending_and_unique(lists, entries, self.grid.kv_blocks),
             )
 
         lists, counts = cleaned(self.kv_indices, self.kv_num_blocks)
@@ -246,6 +245,12 @@ def _aligned(left: BlockMask, right: BlockMask) -> tuple[BlockMask, BlockMask]:
         )
 
     return repeated(left), repeated(right)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _entries(lists: Array, counts: Array, kv_blocks: int) -> Bool[Array, "... width"]:
+    exists = (lists >= 0) & (lists < kv_blocks)
+    return exists & (jnp.arange(lists.shape[-1]) < counts[..., None])
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 PAIRS = np.random.default_rng(0).random((2, 1, 24, 40)) < 0.4
 PAIRS[0, 0, 5] = False  # a row that sees nothing
-BIAS = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 24, 40)), jnp.float32)
+BIAS = on_device(np.random.default_rng(1).normal(size=(1, 4, 24, 40)), jnp.float32)
 CASES = {
     "plain": {},
     "causal": {"is_causal": True},
     "scale": {"scale": 0.3},
     "bias": {"bias": BIAS},
-    "mask": {"mask": jnp.asarray(PAIRS)},
-    "mask_broadcast": {"mask": jnp.asarray(PAIRS[:1, :, :1])},
+    "mask": {"mask": on_device(PAIRS)},
+    "mask_broadcast": {"mask": on_device(PAIRS[:1, :, :1])},
     "lengths": {
-        "query_seq_lengths": jnp.asarray([24, 7]),
-        "key_value_seq_lengths": jnp.asarray([40, 9]),
+        "query_seq_lengths": on_device([24, 7]),
+        "key_value_seq_lengths": on_device([40, 9]),
     },
     "window": {"local_window_size": 3},
     "window_pair": {"local_window_size": (5, 1)},
     "all": {
         "bias": BIAS,
-        "mask": jnp.asarray(PAIRS),
+        "mask": on_device(PAIRS),
         "is_causal": True,
-        "query_seq_lengths": jnp.asarray([24, 7]),
-        "key_value_seq_lengths": jnp.asarray([40, 9]),
+        "query_seq_lengths": on_device([24, 7]),
+        "key_value_seq_lengths": on_device([40, 9]),
         "local_window_size": (9, 4),
         "scale": 0.2,
     },
@@ -101,7 +101,7 @@ def test_the_signature_is_that_of_jax_nn_and_two_more():
 def test_a_plan_and_a_method_decide():
     q, k, v = qkv(64, batch=(1,))
     plan = js.BlockMask.from_dense(
-        jnp.asarray(np.eye(4, dtype=bool))[None], q_len=64, kv_len=64, block_q=16, block_kv=16
+        on_device(np.eye(4, dtype=bool))[None], q_len=64, kv_len=64, block_q=16, block_kv=16
     )
     out = js.dot_product_attention(q, k, v, plan=plan, is_causal=True)
     expected = js.attend(q, k, v, plan, mask=js.masks.causal(), implementation="reference")
@@ -118,9 +118,9 @@ def test_a_plan_and_a_method_decide():
         ({"mask": jnp.zeros((1, 1, 24, 40))}, "must hold bools"),
         ({"mask": jnp.zeros((1, 1, 24, 39), bool)}, "does not broadcast"),
         ({"bias": jnp.zeros((3, 24, 40))}, "bias has shape"),
-        ({"query_seq_lengths": jnp.asarray([3.0, 4.0])}, "query_seq_lengths holds float32"),
+        ({"query_seq_lengths": on_device([3.0, 4.0])}, "query_seq_lengths holds float32"),
         (
-            {"key_value_seq_lengths": jnp.asarray([3, 4, 5])},
+            {"key_value_seq_lengths": on_device([3, 4, 5])},
             r"key_value_seq_lengths has shape \(3,\)",
         ),
         (

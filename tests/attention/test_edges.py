@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 SIZES = {"q_len": 40, "kv_len": 40, "block_q": 8, "block_kv": 8}
@@ -109,7 +109,7 @@ def test_a_bias_of_minus_infinity_hides(softcap):
 def test_sinks_beside_rows_without_keys(sink, implementation):
     q, k, v = qkv(40)
     ids = jnp.where(jnp.arange(40) < 5, -1, 0)
-    sinks = jnp.asarray([sink, 1.0, sink, 0.5])
+    sinks = on_device([sink, 1.0, sink, 0.5])
     options = {"mask": js.masks.segments(ids), "implementation": implementation}
     out, lse, *gradients = value_and_gradients(q, k, v, sinks=sinks, **options)
     assert not out[:5].any()
@@ -127,7 +127,7 @@ def test_broken_keys_and_values_reach_only_the_rows_that_visit_them(broken, impl
     q, k, v = qkv(40)
     tiles = np.ones((1, 5, 5), bool)
     tiles[:, 1:, 2] = False  # the tile of token 18 is visited by the queries 0 to 7 alone
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), **SIZES)
+    plan = js.BlockMask.from_dense(on_device(tiles), **SIZES)
 
     def run(q, k, v):
         return js.attend(q, k, v, plan, implementation=implementation)
@@ -154,18 +154,18 @@ def test_a_row_of_tiles_with_an_empty_list_is_empty():
 @pytest.mark.parametrize("padding", [-1, 10**9, -(2**31)])
 def test_what_stands_past_the_count_does_not_matter(padding):
     q, k, v = qkv(40)
-    lists = jnp.asarray([[[4, 0, 4, padding]] * 5])  # and block 4 twice
+    lists = on_device([[[4, 0, 4, padding]] * 5])  # and block 4 twice
     counts = jnp.full((1, 5), 3)
     plan = js.BlockMask.from_lists(lists, counts, **SIZES)
     tiles = np.zeros((1, 5, 5), bool)
     tiles[..., [0, 4]] = True
 
     def clean(width):
-        return js.BlockMask.from_dense(jnp.asarray(tiles), **SIZES, width=width)
+        return js.BlockMask.from_dense(on_device(tiles), **SIZES, width=width)
 
     # the constructor itself takes lists as they are: padding must not matter to executors either
     raw = js.BlockMask(
-        jnp.asarray([[[0, 4, padding]] * 5]), jnp.full((1, 5), 2), jnp.zeros((1,), bool),
+        on_device([[[0, 4, padding]] * 5]), jnp.full((1, 5), 2), jnp.zeros((1,), bool),
         *SIZES.values(),
     )  # fmt: skip
     for other in (plan, raw):
@@ -187,7 +187,7 @@ def test_what_stands_past_the_count_does_not_matter(padding):
 
 def test_a_pyramid_under_a_mask_shows_nothing_hidden():
     q, k, v = qkv(16, dim=8, batch=(2,))
-    tiles = jnp.asarray(np.eye(4, dtype=bool))[None]
+    tiles = on_device(np.eye(4, dtype=bool))[None]
     lists = js.BlockMask.from_dense(tiles, q_len=16, kv_len=16, block_q=4, block_kv=4)
 
     def run(k, v, **options):

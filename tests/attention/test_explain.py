@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 def test_counts_of_a_causal_window():
@@ -49,7 +49,7 @@ def test_counts_follow_lists_per_head():
     tiles = np.zeros((2, 4, 4), bool)
     tiles[0] = np.eye(4)
     tiles[1] = True
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=64, kv_len=64, block_q=16, block_kv=16)
+    plan = js.BlockMask.from_dense(on_device(tiles), q_len=64, kv_len=64, block_q=16, block_kv=16)
     assert js.explain(q, k, v, plan).computed == 2 * 4 + 2 * 16
 
 

@@ -12,7 +12,7 @@ from jsparse.attention import grouped
 from jsparse.types import Frame
 from pallas_kernels import _compat
 from tests.attention import exact
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 Q_LEN, KV_LEN, HEADS, KV_HEADS, GROUPS = 70, 90, 4, 2, 6
 # a few hundred roundings of f32
@@ -28,7 +28,7 @@ def random_ids(list_heads, batch=(2,), seed=0):
 
 
 def groups_of(q_ids, kv_ids):
-    return js.TokenGroups.from_ids(jnp.asarray(q_ids), jnp.asarray(kv_ids), groups=GROUPS)
+    return js.TokenGroups.from_ids(on_device(q_ids), on_device(kv_ids), groups=GROUPS)
 
 
 def same_group(q_ids, kv_ids):
@@ -73,7 +73,7 @@ def test_everything_at_once_against_float64_and_the_reference(list_heads):
     q, k, v = qkv(Q_LEN, KV_LEN, heads=HEADS, kv_heads=KV_HEADS, v_dim=24, batch=(2,))
     rng = np.random.default_rng(1)
     shapes = {"bias": (2, 1, Q_LEN, KV_LEN), "table": KV_LEN, "slopes": HEADS, "sinks": HEADS}
-    operands = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    operands = {name: on_device(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
     operands |= {"q": q, "k": k, "v": v, "scale": jnp.float32(0.4)}
     operands["slopes"] *= 0.05
     ids = random_ids(list_heads)
@@ -123,7 +123,7 @@ def test_tokens_of_no_group_and_concrete_groups():
 def test_lists_hold_the_tiles_of_pairs_and_bounds_are_bounds(side):
     ids = np.sort(np.random.default_rng(0).integers(-1, 9, (3, 2, 200)))
     ids[0, 0] = 7  # one group has all
-    groups = js.TokenGroups.from_ids(jnp.asarray(ids), jnp.asarray(ids), groups=9)
+    groups = js.TokenGroups.from_ids(on_device(ids), on_device(ids), groups=9)
     lists, runs = grouped.tile_list(groups, side), grouped.Runs(*groups.kv_runs())
     order = np.asarray(groups.q_order)
     sorted_ids = np.take_along_axis(ids, order, -1)
@@ -172,7 +172,7 @@ def test_no_array_of_all_pairs(groups):
 
 def test_second_derivatives_and_vmap():
     q, k, v = qkv(40, 40, heads=2, kv_heads=1, dim=8, batch=(2,))
-    ids = jnp.asarray(np.random.default_rng(3).integers(-1, 3, (2, 1, 40)))
+    ids = on_device(np.random.default_rng(3).integers(-1, 3, (2, 1, 40)))
 
     def curvature(implementation):
         def one(q, k, v, ids):
@@ -195,7 +195,7 @@ def test_second_derivatives_and_vmap():
 
 def test_explain_counts_tiles_of_grouped_tokens():
     q, k, v = qkv(256, heads=4, kv_heads=2, dim=16)
-    ids = jnp.asarray(np.arange(256)[None] // 64)
+    ids = on_device(np.arange(256)[None] // 64)
     found = js.explain(q, k, v, js.TokenGroups.from_ids(ids, ids, groups=4))
     assert found.implementation == "xla"
     assert (found.block_q, found.block_kv) == (64, 64)
@@ -210,7 +210,7 @@ def test_kernels_compute_groups(implementation):
     q, k, v = qkv(192, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     sizes = [128, 7, 20, 17, 20]
     ids = np.repeat([2, 0, 1, 3, -1], sizes)
-    ids = jnp.asarray(np.random.default_rng(0).permutation(ids)[None])
+    ids = on_device(np.random.default_rng(0).permutation(ids)[None])
     groups = js.TokenGroups.from_ids(ids, ids, groups=4)
 
     def run(implementation):

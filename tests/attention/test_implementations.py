@@ -9,7 +9,7 @@ import pytest
 
 import jsparse as js
 from jsparse.testing import AttentionSuite
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 class TestReference(AttentionSuite):
@@ -47,13 +47,13 @@ def test_disjoint_parts_merge_to_the_whole():
     tiles[..., 0] = True
     half = np.arange(4) < 2
     sizes = {"q_len": 64, "kv_len": 64, "block_q": 16, "block_kv": 16}
-    whole = js.BlockMask.from_dense(jnp.asarray(tiles), **sizes)
+    whole = js.BlockMask.from_dense(on_device(tiles), **sizes)
     parts = tuple(
-        js.BlockMask.from_dense(jnp.asarray(tiles & side), **sizes) for side in (half, ~half)
+        js.BlockMask.from_dense(on_device(tiles & side), **sizes) for side in (half, ~half)
     )
     options = {
         "mask": js.masks.causal(),
-        "sinks": jnp.asarray([0.3, -1.0, 0.0, 2.0]),
+        "sinks": on_device([0.3, -1.0, 0.0, 2.0]),
         "bias": jnp.linspace(-1, 1, 64)[None],
         "softcap": 4.0,
         "return_lse": True,
@@ -74,10 +74,10 @@ def test_disjoint_parts_merge_to_the_whole():
 def test_token_groups_in_the_reference():
     q, k, v = qkv(24, dim=8)
     ids = np.random.default_rng(0).integers(-1, 3, (1, 24))
-    groups = js.TokenGroups.from_ids(jnp.asarray(ids), jnp.asarray(ids), groups=3)
+    groups = js.TokenGroups.from_ids(on_device(ids), on_device(ids), groups=3)
     out = jax.jit(lambda *a: js.attend(*a, implementation="reference"))(q, k, v, groups)
     pairs = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
-    dense = js.masks.dense(jnp.asarray(pairs))
+    dense = js.masks.dense(on_device(pairs))
     np.testing.assert_allclose(
         out, js.attend(q, k, v, mask=dense, implementation="reference"), atol=1e-6
     )
@@ -87,14 +87,14 @@ def test_pooled_columns_in_the_reference():
     """Keys that are equal inside each block: what stands for a block is exact."""
     q, _, _ = qkv(16, dim=8)
     _, k, v = qkv(4, dim=8)
-    k = jnp.asarray(np.repeat(k, 4, axis=0))
-    v = jnp.asarray(np.concatenate([v, -v, 2 * v, v + 1]))
-    tiles = jnp.asarray(np.eye(4, dtype=bool))[None]
+    k = on_device(np.repeat(k, 4, axis=0))
+    v = on_device(np.concatenate([v, -v, 2 * v, v + 1]))
+    tiles = on_device(np.eye(4, dtype=bool))[None]
     lists = js.BlockMask.from_dense(tiles, q_len=16, kv_len=16, block_q=4, block_kv=4)
     pyramid = js.BlockPyramid.from_pooled(
         lists,
-        jnp.asarray(np.reshape(k, (4, 4, 2, 8)).mean(1)),
-        jnp.asarray(np.reshape(v, (4, 4, 2, 8)).mean(1)),
+        on_device(np.reshape(k, (4, 4, 2, 8)).mean(1)),
+        on_device(np.reshape(v, (4, 4, 2, 8)).mean(1)),
         jnp.full((4, 2), jnp.log(4.0)),
     )
 

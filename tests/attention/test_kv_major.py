@@ -12,7 +12,7 @@ from jsparse.attention import attend as attending
 from jsparse.attention import kv_major, triton, xla
 from jsparse.testing import CASES, Problem
 from tests.attention.test_query_major import close
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 EVERYTHING = next(case for case in CASES if case.name == "everything")
@@ -31,7 +31,7 @@ def small_chunks(monkeypatch):
 def plan_of(tiles, kv_len, block_kv=16, block_q=1):
     q_len = tiles.shape[-2] * block_q
     sizes = {"q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
-    return js.BlockMask.from_dense(jnp.asarray(tiles), **sizes)
+    return js.BlockMask.from_dense(on_device(tiles), **sizes)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_lists_that_could_hold_every_block_go_by_what_they_hold(share, monkeypat
 
     def run(implementation):
         gradient = jax.value_and_grad(attend, (0, 1, 2), has_aux=True)
-        return jax.jit(gradient, static_argnums=4)(q, k, v, jnp.asarray(tiles), implementation)
+        return jax.jit(gradient, static_argnums=4)(q, k, v, on_device(tiles), implementation)
 
     close(jax.tree.leaves(run("xla")), jax.tree.leaves(run("reference")), 4e-6)
     jax.effects_barrier()
@@ -252,7 +252,7 @@ def test_entries_that_name_no_block_are_padding(block_q):
     q, k, v = qkv(64)
     sizes = 64, 64, block_q, 16
     rows = 64 // block_q
-    lists = jnp.broadcast_to(jnp.asarray([-5, 1, 2**31 - 1, 3, 4]), (4, rows, 5))
+    lists = jnp.broadcast_to(on_device([-5, 1, 2**31 - 1, 3, 4]), (4, rows, 5))
     raw = js.BlockMask(lists, jnp.full((4, rows), 5), jnp.zeros(4, bool), *sizes)
     clean = plan_of(np.isin(np.arange(4), [1, 3]) & np.ones((4, rows, 1), bool), 64, 16, block_q)
     assert kv_major.pays(raw) == (block_q == 1)
@@ -307,7 +307,7 @@ def test_debug_checks_name_the_first_bad_entry(name):
     sizes = jnp.zeros(1, bool), 2, 16, 1, 4
 
     def plan(lists, counts):
-        return js.BlockMask(jnp.asarray([lists]), jnp.asarray([counts]), *sizes)
+        return js.BlockMask(on_device([lists]), on_device([counts]), *sizes)
 
     run = jax.jit(lambda q, plan: js.attend(q, k, v, plan, implementation="reference"))
     bad, good = plan(lists, counts), plan([[0, 1], [2, 3]], [2, 2])
@@ -326,7 +326,7 @@ def test_debug_checks_name_the_first_bad_entry(name):
 def test_debug_checks_see_traced_lists_in_any_order():
     sizes = {"q_len": 2, "kv_len": 16, "block_q": 1, "block_kv": 4}
     build = jax.jit(lambda a, b: js.BlockMask.from_lists(a, b, **sizes).kv_num_blocks)
-    lists, counts = jnp.asarray([[[3, 1], [-1, 7]]]), jnp.full((1, 2), 2)
+    lists, counts = on_device([[[3, 1], [-1, 7]]]), jnp.full((1, 2), 2)
     assert build(lists, counts).tolist() == [[2, 0]]
     with js.debug_checks(), pytest.raises(jax.errors.JaxRuntimeError, match=r"\[0, 1, 1\] holds"):
         finished(build, lists, counts)

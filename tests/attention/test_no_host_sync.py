@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 READS = ("__array__", "__bool__", "__int__", "__float__", "__index__", "item", "tolist")
 
@@ -33,7 +33,7 @@ def calls():
         "score_mod": lambda s, b, h, i, j: s - 0.1 * h,
         "sinks": jnp.zeros(4),
         "softcap": 5.0,
-        "scale": jnp.asarray(0.3),
+        "scale": on_device(0.3),
         "return_lse": True,
     }
 

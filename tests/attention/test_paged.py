@@ -12,6 +12,7 @@ from jsparse.attention import paged
 from jsparse.types import Frame
 from pallas_kernels import _compat
 from tests.attention.exact import close
+from tests.inputs import on_device
 from tests.oracles import paged as oracle
 
 BATCH, Q_LEN, HEADS, KV_HEADS, DIM, V_DIM = 5, 2, 4, 2, 16, 12
@@ -28,7 +29,7 @@ def made(dtype=jnp.float32, heads=HEADS, kv_heads=KV_HEADS, page=PAGE):
     """Pages anywhere, the first of sequence 3 being that of sequence 0; entries that are none."""
     rng = np.random.default_rng(0)
     sizes = (BATCH, Q_LEN, heads, DIM), (PAGES, page, kv_heads, DIM), (PAGES, page, kv_heads, V_DIM)
-    q, k, v = (jnp.asarray(rng.normal(size=size), dtype) for size in sizes)
+    q, k, v = (on_device(rng.normal(size=size), dtype) for size in sizes)
     table = np.append(rng.permutation(PAGES)[: BATCH * WIDTH - 2], [-7, PAGES + 3])
     table = table.reshape(BATCH, WIDTH)
     # -1 would be the pool's last page, were it not none
@@ -38,7 +39,7 @@ def made(dtype=jnp.float32, heads=HEADS, kv_heads=KV_HEADS, page=PAGE):
     # past the length, where it counts for nothing, a page of another at another place
     table[1, 1:] = table[3, 1]
     lengths = LENGTHS * page // PAGE
-    return q, js.PagedKV.from_table(k, v, jnp.asarray(table), jnp.asarray(lengths))
+    return q, js.PagedKV.from_table(k, v, on_device(table), on_device(lengths))
 
 
 def with_holes(cache):
@@ -62,7 +63,7 @@ def drawn(list_heads, rows=1, seed=1):
     """A plan of pages at random, none for one list, and the same for the oracle."""
     tiles = np.random.default_rng(seed).random((BATCH, list_heads, rows, WIDTH)) < 0.6
     tiles[3, 0] = False
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), **SIZES, block_q=Q_LEN // rows, width=WIDTH)
+    plan = js.BlockMask.from_dense(on_device(tiles), **SIZES, block_q=Q_LEN // rows, width=WIDTH)
     return plan, np.repeat(tiles, Q_LEN // rows, axis=2)
 
 
@@ -74,8 +75,8 @@ def in_window(b, h, i, j):
 
 
 RNG = np.random.default_rng(2)
-BIASES = jnp.asarray(RNG.normal(size=(BATCH, WIDTH * PAGE)), jnp.float32)
-SLOPES, SINKS = (jnp.asarray(RNG.normal(size=HEADS), jnp.float32) for _ in range(2))
+BIASES = on_device(RNG.normal(size=(BATCH, WIDTH * PAGE)), jnp.float32)
+SLOPES, SINKS = (on_device(RNG.normal(size=HEADS), jnp.float32) for _ in range(2))
 RICH = {"softcap": 4.0, "sinks": SINKS, "scale": 0.3}
 
 
@@ -115,7 +116,7 @@ def test_without_a_plan_every_page_is_read_in_which_there_is_something_to_see():
         assert jnp.isneginf(lse[sequence, :, query]).all()
     # what no list names may hold anything
     named = np.asarray(CACHE.page_table)[np.asarray(CACHE.listed())]
-    unread = jnp.asarray(~np.isin(np.arange(PAGES), named))[:, None, None, None]
+    unread = on_device(~np.isin(np.arange(PAGES), named))[:, None, None, None]
     k, v = (jnp.where(unread, jnp.nan, x) for x in (CACHE.k, CACHE.v))
     np.testing.assert_array_equal(run(Q, dataclasses.replace(CACHE, k=k, v=v))[0], out)
 
@@ -131,7 +132,7 @@ def test_without_a_plan_every_page_is_read_in_which_there_is_something_to_see():
 
 
 def test_masks_per_head_and_per_sequence():
-    ids = jnp.asarray(np.random.default_rng(5).integers(0, 2, (BATCH, WIDTH * PAGE)))
+    ids = on_device(np.random.default_rng(5).integers(0, 2, (BATCH, WIDTH * PAGE)))
     window = [4, None, 10, 10]
     per_head = js.masks.head_windows(num_sink=[0] * HEADS, window=window)
     mask = per_head & js.masks.segments(jnp.zeros((BATCH, Q_LEN), int), ids)

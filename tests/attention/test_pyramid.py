@@ -12,7 +12,7 @@ from jsparse.attention import pyramid
 from jsparse.testing import CASES, FEATURES, AttentionSuite
 from pallas_kernels import _compat
 from tests.attention import exact
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 BATCH, Q_LEN, KV_LEN, HEADS, KV_HEADS, DIM, V_DIM = 2, 45, 70, 4, 2, 8, 12
 BLOCK_Q, BLOCK_KV, Q_BLOCKS, KV_BLOCKS = 16, 8, 3, 9
@@ -24,7 +24,7 @@ MASKS = {
     "causal": js.masks.causal(),
     # the bounds of neither side tell that a block is seen, a part of it by each
     "dense": js.masks.dense(
-        jnp.asarray(np.random.default_rng(5).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.95)
+        on_device(np.random.default_rng(5).random((BATCH, HEADS, Q_LEN, KV_LEN)) < 0.95)
     ),
 }
 
@@ -44,7 +44,7 @@ def random_tiles(list_heads, batch=(BATCH,), density=0.4):
 
 def lists_of(tiles):
     sizes = {"q_len": Q_LEN, "kv_len": KV_LEN, "block_q": BLOCK_Q, "block_kv": BLOCK_KV}
-    return js.BlockMask.from_dense(jnp.asarray(tiles), **sizes)
+    return js.BlockMask.from_dense(on_device(tiles), **sizes)
 
 
 def random_operands(**shapes):
@@ -53,7 +53,7 @@ def random_operands(**shapes):
         Q_LEN, KV_LEN, heads=HEADS, kv_heads=KV_HEADS, dim=DIM, v_dim=V_DIM, batch=(BATCH,)
     )
     shapes = {"sinks": HEADS, **shapes}
-    others = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    others = {name: on_device(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
     return {"q": q, "k": k, "v": v, "scale": jnp.float32(SCALE), **others}
 
 
@@ -184,18 +184,18 @@ def test_levels(list_heads, mask):
             shown.append((level_of[..., first // BLOCK_KV] == level) & seen[..., run_of].all(-1))
             added.append(np.log(run_of.stop - run_of.start))
     columns = np.stack(keys, 1), np.stack(values, 1), np.stack(shown, -1), np.asarray(added)
-    check(run, operands, (lists, jnp.asarray(levels)), columns)
+    check(run, operands, (lists, on_device(levels)), columns)
 
 
 def test_worked_numbers_of_levels():
     """PSA's example: a block of two and the mean of two, the query orthogonal to what is lost."""
-    q = jnp.asarray([[[1.0, 0.0]]])
-    k = jnp.asarray([[1, 0], [1, 0], [0, 1], [0, 3]], jnp.float32)[:, None]
-    v = jnp.asarray([[1, 0], [3, 0], [0, 1], [0, 5]], jnp.float32)[:, None]
+    q = on_device([[[1.0, 0.0]]])
+    k = on_device([[1, 0], [1, 0], [0, 1], [0, 3]], jnp.float32)[:, None]
+    v = on_device([[1, 0], [3, 0], [0, 1], [0, 5]], jnp.float32)[:, None]
     lists = js.BlockMask.from_dense(
         jnp.ones((1, 1, 2), bool), q_len=1, kv_len=4, block_q=1, block_kv=2
     )
-    plan = js.BlockPyramid.from_levels(lists, jnp.asarray([[[0, 1]]]))
+    plan = js.BlockPyramid.from_levels(lists, on_device([[[0, 1]]]))
     assert plan.top_level == 1
     for implementation in ("xla", "reference"):
         out = js.attend(q, k, v, plan, scale=1.0, implementation=implementation)
@@ -243,7 +243,7 @@ class TestColumns(_Pyramid):
 def test_second_derivatives():
     """By what stands for the blocks as well."""
     q, k, v = qkv(24, 32, heads=2, kv_heads=1, dim=8)
-    tiles = jnp.asarray(np.random.default_rng(0).random((1, 3, 4)) < 0.4)
+    tiles = on_device(np.random.default_rng(0).random((1, 3, 4)) < 0.4)
     lists = js.BlockMask.from_dense(tiles, q_len=24, kv_len=32, block_q=8, block_kv=8)
     pooled = qkv(4, heads=1, kv_heads=1, dim=8, seed=1)[1:]
     operands = q, k, v, *pooled, jnp.linspace(-1, 1, 4)[:, None]
@@ -266,7 +266,7 @@ def test_second_derivatives():
 def test_16_bits_lose_what_16_bits_lose(form):
     """Output and lse of rounded inputs, within the rounding of outputs and probabilities."""
     lists = lists_of(random_tiles(HEADS))
-    levels = jnp.asarray(np.random.default_rng(2).integers(0, 4, lists.kv_indices.shape))
+    levels = on_device(np.random.default_rng(2).integers(0, 4, lists.kv_indices.shape))
     q, k, v = (random_operands()[name].astype(jnp.bfloat16) for name in "qkv")
     plan = js.BlockPyramid.from_levels(lists, levels, top_level=3)
     if form == "columns":
@@ -288,7 +288,7 @@ def test_bits_of_many_blocks():
     length = 8 * pyramid._BITS * (pyramid._COMPARED + 1)
     q, k, v = qkv(16, length, heads=2, kv_heads=1, dim=8)
     blocks = length // 8
-    tiles = jnp.asarray(np.random.default_rng(0).random((2, 2, blocks)) < 0.02)
+    tiles = on_device(np.random.default_rng(0).random((2, 2, blocks)) < 0.02)
     lists = js.BlockMask.from_dense(tiles, q_len=16, kv_len=length, block_q=8, block_kv=8)
     means = (x.reshape(blocks, 8, 1, 8).mean(1) for x in (k, v))
     plan = js.BlockPyramid.from_pooled(lists, *means, jnp.full((blocks, 1), np.log(8)))
@@ -300,7 +300,7 @@ def test_columns_that_nobody_needs_are_no_tiles():
     """Under a causal mask the first rows of tiles have no column to see."""
     rows = np.tril(np.ones((64, 64), bool)) & ~np.tril(np.ones((64, 64), bool), -2)
     lists = js.BlockMask.from_dense(
-        jnp.asarray(rows)[None], q_len=1024, kv_len=1024, block_q=16, block_kv=16
+        on_device(rows)[None], q_len=1024, kv_len=1024, block_q=16, block_kv=16
     )
     q, k, v = qkv(1024, heads=2, kv_heads=1, dim=8)
     zeros = jnp.zeros((64, 1, 8))
@@ -318,7 +318,7 @@ def test_explain_counts_levels_by_their_keys():
     """A level halves what a tile takes: density is the mean of 1 / 2**level."""
     q, k, v = qkv(Q_LEN, KV_LEN)
     lists = lists_of(np.ones((1, Q_BLOCKS, KV_BLOCKS), bool))
-    levels = jnp.broadcast_to(jnp.asarray([0, 1, 1, 2, 3, 3, 3, 3, 3]), (1, Q_BLOCKS, KV_BLOCKS))
+    levels = jnp.broadcast_to(on_device([0, 1, 1, 2, 3, 3, 3, 3, 3]), (1, Q_BLOCKS, KV_BLOCKS))
     found = js.explain(q, k, v, js.BlockPyramid.from_levels(lists, levels))
     keys = 8 + 2 * 4 + 2 + 5
     assert (found.block_q, found.block_kv) == (16, 1)
@@ -353,7 +353,7 @@ def test_no_array_of_all_pairs(form):
 def test_traced_levels_out_of_range_are_padding():
     q, k, v = qkv(Q_LEN, KV_LEN)
     lists = lists_of(np.ones((1, Q_BLOCKS, KV_BLOCKS), bool))
-    levels = jnp.broadcast_to(jnp.asarray([0, 1, 1, 7, -1, 3, 0, 3, 3]), (1, Q_BLOCKS, KV_BLOCKS))
+    levels = jnp.broadcast_to(on_device([0, 1, 1, 7, -1, 3, 0, 3, 3]), (1, Q_BLOCKS, KV_BLOCKS))
 
     def run(implementation):
         def traced(levels):
@@ -365,7 +365,7 @@ def test_traced_levels_out_of_range_are_padding():
     tiles = np.ones((1, Q_BLOCKS, KV_BLOCKS), bool)
     tiles[..., 3:5] = False
     without = lists_of(tiles)
-    plan = js.BlockPyramid.from_levels(without, jnp.delete(levels, jnp.asarray([3, 4]), axis=-1))
+    plan = js.BlockPyramid.from_levels(without, jnp.delete(levels, on_device([3, 4]), axis=-1))
     expected = js.attend(q, k, v, plan, implementation="reference")
     exact.close((run("xla"), run("reference")), (expected, expected), TOLERANCE)
 
@@ -413,10 +413,10 @@ def test_kernels_compute_pyramids(implementation, form):
     """In the interpreter, under a mask; levels of tiles that the kernels take."""
     length, block = 384, 128
     q, k, v = qkv(256, length, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    tiles = jnp.asarray([[[True, False, True], [False, True, True]]])
+    tiles = on_device([[[True, False, True], [False, True, True]]])
     lists = js.BlockMask.from_dense(tiles, q_len=256, kv_len=length, block_q=128, block_kv=block)
 
-    leveled = js.BlockPyramid.from_levels(lists, jnp.asarray([[[1, 0], [1, 0]]]))
+    leveled = js.BlockPyramid.from_levels(lists, on_device([[[1, 0], [1, 0]]]))
 
     def run(implementation):
         def loss(q, k, v):

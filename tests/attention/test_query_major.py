@@ -14,7 +14,7 @@ from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.packing import Rows
 from jsparse.testing import CASES, Problem
 from pallas_kernels import _compat
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 EVERYTHING = next(case for case in CASES if case.name == "everything")
@@ -80,7 +80,7 @@ def test_lists_per_query_head_and_full_tiles_stay_apart(executed):
 def test_a_group_of_too_many_rows_is_packed_in_equal_parts(executed, monkeypatch):
     q, k, v = qkv(7, 20, heads=6, kv_heads=1)
     tiles = np.random.default_rng(0).random((1, 4, 3)) < 0.7
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=7, kv_len=20, block_q=2, block_kv=8)
+    plan = js.BlockMask.from_dense(on_device(tiles), q_len=7, kv_len=20, block_q=2, block_kv=8)
     options = {"mask": CAUSAL, "score_mod": lambda s, b, h, i, j: s + 0.1 * h * j}
     # tiles have 5 rows at most: 2 of 6 heads with 2 queries each
     monkeypatch.setattr(attending, "Rows", lambda enough: Rows(enough, 5))
@@ -115,7 +115,7 @@ def test_a_nan_stays_in_its_row_and_head_and_empty_rows_are_zero():
     q, k, v = qkv(24)
     tiles = np.random.default_rng(0).random((2, 24, 3)) < 0.7
     tiles[:, 5] = False
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=24, kv_len=24, block_q=1, block_kv=8)
+    plan = js.BlockMask.from_dense(on_device(tiles), q_len=24, kv_len=24, block_q=1, block_kv=8)
     run = jax.jit(lambda q: js.attend(q, k, v, plan, return_lse=True, implementation="xla"))
     clean, clean_lse = run(q)
     assert not clean[5].any()
@@ -131,7 +131,7 @@ def test_a_nan_stays_in_its_row_and_head_and_empty_rows_are_zero():
 def test_kernels_take_a_group_that_fills_their_tiles():
     q, k, v = qkv(12, 32, heads=16, kv_heads=1, dim=16)
     tiles = np.random.default_rng(0).random((1, 12, 2)) < 0.7
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), q_len=12, kv_len=32, block_q=1, block_kv=16)
+    plan = js.BlockMask.from_dense(on_device(tiles), q_len=12, kv_len=32, block_q=1, block_kv=16)
     options = {"mask": CAUSAL, "score_mod": lambda s, b, h, i, j: s + 0.1 * h}
 
     def loss(q, k, v, implementation):
@@ -150,7 +150,7 @@ def test_kernels_take_a_group_that_fills_their_tiles():
 @pytest.mark.newest
 def test_mosaic_on_packed_rows():
     q, k, v = qkv(16, 128, heads=8, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    tiles = jnp.asarray([[[True, False], [True, True]]])
+    tiles = on_device([[[True, False], [True, True]]])
     plan = js.BlockMask.from_dense(tiles, q_len=16, kv_len=128, block_q=8, block_kv=64)
     # what query 0 may see ends inside the first tile of keys
     options = {"mask": js.masks.causal(offset=50)}

@@ -10,21 +10,22 @@ import pytest
 import jsparse as js
 from jsparse.attention.separation import separate
 from jsparse.types import Frame
+from tests.inputs import on_device
 
 BATCHES, HEADS, Q_LEN, KV_LEN = 2, 3, 12, 16
 RNG = np.random.default_rng(0)
-IDS = jnp.asarray(np.sort(RNG.integers(0, 3, (BATCHES, KV_LEN)), axis=1), jnp.int32)
-ENDS = jnp.asarray(RNG.integers(0, Q_LEN + 1, (BATCHES, HEADS, KV_LEN, 4)), jnp.int32)
-SLOPES = jnp.asarray(RNG.normal(size=HEADS), jnp.float32)
-TABLE = jnp.asarray(RNG.normal(size=KV_LEN), jnp.float32)
+IDS = on_device(np.sort(RNG.integers(0, 3, (BATCHES, KV_LEN)), axis=1), jnp.int32)
+ENDS = on_device(RNG.integers(0, Q_LEN + 1, (BATCHES, HEADS, KV_LEN, 4)), jnp.int32)
+SLOPES = on_device(RNG.normal(size=HEADS), jnp.float32)
+TABLE = on_device(RNG.normal(size=KV_LEN), jnp.float32)
 m = js.masks
 
 MASKS = {
     "causal": m.causal(),
     "window": m.causal() & m.sliding_window(left=3),
-    "prefix_lm": m.prefix_lm(jnp.asarray([3, 5])),
+    "prefix_lm": m.prefix_lm(on_device([3, 5])),
     "segments": m.segments(IDS[:, -Q_LEN:], IDS),
-    "lengths": m.lengths(jnp.asarray([9, 12]), jnp.asarray([16, 7])),
+    "lengths": m.lengths(on_device([9, 12]), on_device([16, 7])),
     "sinks": m.sinks(2) | m.sliding_window(left=2),
     "global_tokens": m.global_tokens(2) | m.sliding_window(left=2),
     "dilated": m.dilated(stride=3, window=2),
@@ -76,7 +77,7 @@ def in_parts(function, logits):
 
 @pytest.fixture(scope="module")
 def logits():
-    return jnp.asarray(RNG.normal(size=(BATCHES, HEADS, Q_LEN, KV_LEN)), jnp.float32)
+    return on_device(RNG.normal(size=(BATCHES, HEADS, Q_LEN, KV_LEN)), jnp.float32)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -116,7 +117,7 @@ def test_score_mod_with_lookups_per_head_and_per_key(logits):
     ],
 )
 def test_gradients(function, logits):
-    d_logits = jnp.asarray(RNG.normal(size=logits.shape), jnp.float32)
+    d_logits = on_device(RNG.normal(size=logits.shape), jnp.float32)
     _, parts = in_parts(function, logits)
     got = parts.gradient(logits, *indices(logits.shape), *readers(parts, logits.shape), d_logits)
 
@@ -178,7 +179,7 @@ def test_a_lookup_by_query_and_key_is_refused(function):
 
 def test_values_per_pair_are_as_many_as_the_array_they_come_from():
     sizes = {"batches": BATCHES, "heads": HEADS, "q_len": Q_LEN, "kv_len": KV_LEN}
-    pairs = jnp.asarray(RNG.random((BATCHES, 1, Q_LEN, KV_LEN)) < 0.5)
+    pairs = on_device(RNG.random((BATCHES, 1, Q_LEN, KV_LEN)) < 0.5)
     parts = separate(masked(m.dense(pairs)), **sizes, pairs=Q_LEN * KV_LEN)
     assert not isinstance(parts, str), parts
     (found,) = parts.pair_values

@@ -9,7 +9,7 @@ import pytest
 
 import jsparse as js
 from jsparse.testing import CASES, AttentionSuite
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 from tests.oracles import blasst as oracle
 
 CAUSAL = js.masks.causal()
@@ -62,7 +62,7 @@ def test_it_is_the_loop_of_the_paper(implementation, q_len, kv_len, block_q, blo
     # rows that go on and heads that decide alike come in groups of other sizes
     q, k, v = leveled(q_len, kv_len, block=block_kv, heads=6)
     # the level of the first tile is the largest for one of the kv heads, not for the other
-    threshold = jnp.asarray([1e-3, 0.5, 0.1, 0.03, 1.0, 0.2])
+    threshold = on_device([1e-3, 0.5, 0.1, 0.03, 1.0, 0.2])
     run = compiled(implementation, causal, block_q, block_kv)
     out, lse, kept = run(threshold, q, k, v)
     sizes = {"block_q": block_q, "block_kv": block_kv}
@@ -83,7 +83,7 @@ def test_another_threshold_is_no_other_program():
         traces.append(threshold)
         return js.attend_skipping(q, k, v, threshold=threshold, mask=CAUSAL)[2].kv_num_blocks
 
-    run(jnp.asarray(0.0), q, k, v), run(jnp.asarray(0.5), q, k, v)
+    run(on_device(0.0), q, k, v), run(on_device(0.5), q, k, v)
     assert len(traces) == 1
 
 
@@ -91,7 +91,7 @@ def test_another_threshold_is_no_other_program():
 def test_the_gradient_is_that_of_attention_over_the_tiles_kept(implementation):
     """By softmax with those tiles as a constant mask, the lse's share included."""
     q, k, v = leveled(70)
-    bias = jnp.asarray(np.random.default_rng(3).normal(size=(4, 1, 70)), jnp.float32)
+    bias = on_device(np.random.default_rng(3).normal(size=(4, 1, 70)), jnp.float32)
     kept = js.attend_skipping(q, k, v, js.block_mask(CAUSAL, 70, 70, **SIZES), threshold=0.02,
                               mask=CAUSAL, bias=bias)[2]  # fmt: skip
     assert 0 < int(kept.kv_num_blocks.sum()) < 4 * 15
@@ -130,11 +130,11 @@ def test_what_is_skipped_is_not_read():
     """No weight of zero meets a value of a skipped tile, whatever other rows do."""
     q, k, v = leveled(96)
     run = compiled("xla", True, 16, 16)
-    out, lse, kept = run(jnp.asarray(0.05), q, k, v)
+    out, lse, kept = run(on_device(0.05), q, k, v)
     tiles = np.asarray(kept.to_dense())
     for block in range(1, 6):
         spoilt = v.at[16 * block : 16 * block + 16].set(jnp.nan)
-        found, _, _ = run(jnp.asarray(0.05), q, k, spoilt)
+        found, _, _ = run(on_device(0.05), q, k, spoilt)
         rows = np.isfinite(found).all(-1).T.reshape(4, 6, 16)
         # masked pairs of a kept tile have a weight of zero too
         assert (rows.all(-1) == ~tiles[:, :, block]).all()
@@ -143,7 +143,7 @@ def test_what_is_skipped_is_not_read():
 @implementations
 def test_who_has_a_say(implementation):
     """Rows that see nothing of a tile and rows past the end have none; each other row has."""
-    level = jnp.asarray([9.0, 0.0, 0.0])
+    level = on_device([9.0, 0.0, 0.0])
     k = jnp.repeat(level, 16)[:, None, None] * jnp.ones((48, 1, 1))
     v = jnp.arange(48.0)[:, None, None]
     q = jnp.ones((20, 1, 1))
@@ -168,7 +168,7 @@ def test_who_has_a_say(implementation):
     nan = q.at[3].set(jnp.nan)
     assert kept(nan) == [[[True, True, True], first]]
     # but lists are over where they are over
-    indices, counts = jnp.asarray([[[1, 0], [0, 2]]]), jnp.asarray([[1, 2]])
+    indices, counts = on_device([[[1, 0], [0, 2]]]), on_device([[1, 2]])
     lists = js.BlockMask.from_lists(indices, counts, q_len=20, kv_len=48, **SIZES)
     found = js.attend_skipping(nan, k, v, lists, threshold=0.0, implementation=implementation)[2]
     assert found.to_dense().tolist() == [[[False, True, False], [True, False, True]]]
@@ -180,7 +180,7 @@ def test_who_has_a_say(implementation):
 @implementations
 def test_the_order_of_the_keys_decides(implementation):
     """Logits that rise along the keys skip nothing, those that fall skip all but the first tile."""
-    falling = jnp.repeat(jnp.asarray([9.0, 6.0, 3.0, 0.0]), 16)[:, None, None]
+    falling = jnp.repeat(on_device([9.0, 6.0, 3.0, 0.0]), 16)[:, None, None]
     q, v = jnp.ones((16, 1, 1)), jnp.ones((64, 1, 1))
     plan = js.block_mask(js.masks.causal(offset=64), 16, 64, **SIZES)
 
@@ -195,7 +195,7 @@ def test_the_order_of_the_keys_decides(implementation):
     assert count(falling) == 1
     assert count(falling[::-1]) == 4
     # at 1, what reaches the largest before is kept and what is below it is not
-    assert count(jnp.repeat(jnp.asarray([1.0, 1.0, 0.999, 1.001]), 16)[:, None, None], 1.0) == 3
+    assert count(jnp.repeat(on_device([1.0, 1.0, 0.999, 1.001]), 16)[:, None, None], 1.0) == 3
     # the parts of a tuple have each their own largest logit
     halves = [jnp.arange(4) < 2, jnp.arange(4) >= 2]
     parts = tuple(js.BlockMask.from_dense(h[None, None], **plan.grid._asdict()) for h in halves)
@@ -204,7 +204,7 @@ def test_the_order_of_the_keys_decides(implementation):
 
 def test_parts_merge_and_sinks_take_their_share():
     q, k, v = leveled(64)
-    sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    sinks = on_device([0.5, -1.0, 3.0, 0.0])
     plan = js.block_mask(CAUSAL, 64, 64, **SIZES)
     left = js.BlockMask.from_dense(jnp.arange(4)[None, None] < jnp.ones((1, 4, 1)) * 2,
                                    q_len=64, kv_len=64, **SIZES)  # fmt: skip
@@ -222,7 +222,7 @@ def test_parts_merge_and_sinks_take_their_share():
 
 def test_thresholds_of_sequences_and_heads():
     q, k, v = leveled(64, batch=(2,))
-    threshold = jnp.asarray([[0.0, 0.01, 0.1, 1.0], [1.0, 0.1, 0.01, 0.0]])
+    threshold = on_device([[0.0, 0.01, 0.1, 1.0], [1.0, 0.1, 0.01, 0.0]])
     plan = js.block_mask(CAUSAL, 64, 64, **SIZES)
 
     def run(threshold, q, k, v):
@@ -240,7 +240,7 @@ def test_thresholds_of_sequences_and_heads():
     high, one = (jax.jit(run)(jnp.full((2, 4), x), q, k, v) for x in (7.0, 1.0))
     np.testing.assert_array_equal(high[2].to_dense(), one[2].to_dense())
     # and what is not above 0 as 0
-    nothing = jnp.asarray([[-1.0, jnp.nan, 0.0, -jnp.inf]] * 2)
+    nothing = on_device([[-1.0, jnp.nan, 0.0, -jnp.inf]] * 2)
     assert (jax.jit(run)(nothing, q, k, v)[2].kv_num_blocks == plan.kv_num_blocks).all()
 
 
@@ -248,7 +248,7 @@ def test_thresholds_of_sequences_and_heads():
     ("change", "error", "message"),
     [
         ({"threshold": 1.5}, ValueError, r"threshold=1.5 must lie in \[0, 1\]"),
-        ({"threshold": jnp.asarray([0.1, -1, 0, 0])}, ValueError, "threshold="),
+        ({"threshold": on_device([0.1, -1, 0, 0])}, ValueError, "threshold="),
         ({"threshold": jnp.ones(3)}, ValueError, r"shape \(3,\), which does not broadcast to .*4,"),
         ({"plan": ()}, ValueError, "empty tuple"),
         ({"implementation": "mosaic"}, NotImplementedError, "'mosaic': .*default backend is cpu"),

@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.attention.attend import prepare
 from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.xla import PASSES
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 METHODS = {
@@ -85,15 +85,15 @@ def test_mapping_over_any_argument():
     """Operands, lists, mask arrays, bias and sinks may each be the mapped one."""
     q, k, v = qkv(24, dim=8)
     rng = np.random.default_rng(0)
-    tiles = jnp.asarray(rng.random((2, 1, 3, 3)) < 0.6).at[..., 0].set(True)
+    tiles = on_device(rng.random((2, 1, 3, 3)) < 0.6).at[..., 0].set(True)
     sizes = {"q_len": 24, "kv_len": 24, "block_q": 8, "block_kv": 8}
     mapped = {
         "q": jnp.stack([q, -q]),
         "v": jnp.stack([v, v + 1]),
         "plan": jax.vmap(lambda t: js.BlockMask.from_dense(t, **sizes))(tiles),
-        "mask": js.masks.segments(jnp.asarray(np.sort(rng.integers(0, 3, (2, 24)), -1))),
-        "bias": jnp.asarray(rng.normal(size=(2, 1, 24)), jnp.float32),
-        "sinks": jnp.asarray(rng.normal(size=(2, 4)), jnp.float32),
+        "mask": js.masks.segments(on_device(np.sort(rng.integers(0, 3, (2, 24)), -1))),
+        "bias": on_device(rng.normal(size=(2, 1, 24)), jnp.float32),
+        "sinks": on_device(rng.normal(size=(2, 4)), jnp.float32),
     }
     plain = {"q": q, "k": k, "v": v}
 
@@ -158,15 +158,15 @@ def test_what_knows_its_sequence_keeps_it_when_mapped():
     """Batch indices count the sequences of one call, and each call has its own gradients."""
     q, k, v = qkv(24, dim=8, batch=(2,))
     rng = np.random.default_rng(0)
-    bias = jnp.asarray(rng.normal(size=(1, 4, 24, 24)), jnp.float32)
-    slope = jnp.asarray([0.5, -1.0])
+    bias = on_device(rng.normal(size=(1, 4, 24, 24)), jnp.float32)
+    slope = on_device([0.5, -1.0])
     window = js.masks.predicate(lambda b, h, i, j: (i - j < 5 + 7 * b) & (j <= i))
     options = {
         "bias": ({}, bias),
         "score_mod": ({"score_mod": lambda s, b, h, i, j: s * (b + 1) - h}, bias),
         "captured": ({"score_mod": lambda s, b, h, i, j: s * slope[b]}, bias),
         "predicate": ({"mask": window}, bias),
-        "scale": ({"scale": jnp.asarray(0.3)}, bias[:, :, :1]),
+        "scale": ({"scale": on_device(0.3)}, bias[:, :, :1]),
     }
 
     def gradients(q, bias, implementation, **options):

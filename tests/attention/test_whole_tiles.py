@@ -9,12 +9,13 @@ import jsparse as js
 from jsparse.attention import whole_tiles
 from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.attention.logits import LogitRule
+from tests.inputs import on_device
 
 Q_LEN, KV_LEN, BLOCK_Q, BLOCK_KV = 52, 91, 8, 16
 BATCHES, HEADS, KV_HEADS = 2, 4, 2
 RNG = np.random.default_rng(0)
-IDS = jnp.asarray(np.repeat(RNG.integers(0, 3, (BATCHES, 6)), 16, axis=1)[:, :KV_LEN], jnp.int32)
-ENDS = jnp.asarray(RNG.integers(20, Q_LEN, (HEADS, 1, 2)).repeat(KV_LEN, axis=1), jnp.int32)
+IDS = on_device(np.repeat(RNG.integers(0, 3, (BATCHES, 6)), 16, axis=1)[:, :KV_LEN], jnp.int32)
+ENDS = on_device(RNG.integers(20, Q_LEN, (HEADS, 1, 2)).repeat(KV_LEN, axis=1), jnp.int32)
 MASKS = {
     "none, a last tile that is not full": lambda: None,
     "causal": js.masks.causal,
@@ -42,7 +43,7 @@ def test_whole_tiles_come_first_and_are_those_that_all_who_share_a_list_see(
     tiles = RNG.random((list_batches, list_heads, 7, 6)) < 0.7
     tiles[..., 2, :] = tiles[..., :, 3] = False
     plan = js.BlockMask.from_dense(
-        jnp.asarray(tiles), q_len=Q_LEN, kv_len=KV_LEN, block_q=BLOCK_Q, block_kv=BLOCK_KV
+        on_device(tiles), q_len=Q_LEN, kv_len=KV_LEN, block_q=BLOCK_Q, block_kv=BLOCK_KV
     )
     # query heads may be packed as rows of their kv head
     rule = LogitRule(Q_LEN, KV_LEN, 1.0, None, None, group)

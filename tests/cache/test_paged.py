@@ -11,6 +11,7 @@ import jsparse as js
 from jsparse.cache import paged
 from jsparse.nn.cache import KVCache
 from tests.attention.exact import close
+from tests.inputs import on_device
 
 BATCH, PAGES, PAGE, MAX_LEN, KV_HEADS, DIM = 3, 9, 4, 22, 2, 8
 append = jax.jit(paged.append)
@@ -25,7 +26,7 @@ def empty(**changes):
 def tokens(length, seed):
     """Keys that nobody else has, values that go with them."""
     rng = np.random.default_rng(seed)
-    k = jnp.asarray(rng.normal(size=(BATCH, length, KV_HEADS, DIM)), jnp.float32)
+    k = on_device(rng.normal(size=(BATCH, length, KV_HEADS, DIM)), jnp.float32)
     return k, 2 * k[..., :6]
 
 
@@ -60,7 +61,7 @@ def test_any_steps_against_lists_of_tokens(seed):
             k, v = tokens(length, 100 * seed + step)
             counts = rng.integers(0, length + 1, BATCH)
             before = cache
-            cache = append(cache, k, v, jnp.asarray(counts))
+            cache = append(cache, k, v, on_device(counts))
             free = PAGES - len(np.unique(listed_pages(before)))
             for b, count in enumerate(counts):
                 fits = int(before.lengths[b]) + count <= cache.kv_len
@@ -77,7 +78,7 @@ def test_any_steps_against_lists_of_tokens(seed):
                     expected[b].append(np.asarray(k)[b, :count])
         elif kind == "share":
             sources, lengths = rng.integers(0, BATCH, BATCH), rng.integers(0, MAX_LEN, BATCH)
-            cache = share_prefix(cache, jnp.asarray(sources), jnp.asarray(lengths))
+            cache = share_prefix(cache, on_device(sources), on_device(lengths))
             expected = [
                 [np.concatenate(expected[source])[:length]]
                 for source, length in zip(sources, lengths, strict=True)
@@ -85,11 +86,11 @@ def test_any_steps_against_lists_of_tokens(seed):
             lost = {b for b, source in enumerate(sources) if source in lost}
         elif kind == "truncate":
             lengths = rng.integers(0, MAX_LEN, BATCH)
-            cache = truncate(cache, jnp.asarray(lengths))
+            cache = truncate(cache, on_device(lengths))
             expected = [[np.concatenate(own)[:n]] for own, n in zip(expected, lengths, strict=True)]
         else:
             finished = rng.random(BATCH) < 0.4
-            cache = release(cache, jnp.asarray(finished))
+            cache = release(cache, on_device(finished))
             for b in np.flatnonzero(finished):
                 expected[b] = [np.zeros((0, KV_HEADS, DIM))]
                 lost.discard(b)
@@ -112,9 +113,9 @@ def test_a_pool_that_is_full_overwrites_nothing_and_a_release_makes_room():
     # what is lost stays lost until the sequence begins anew
     cache = append(cache, k[:, :1], v[:, :1])
     np.testing.assert_array_equal(cache.lengths, [18, 16, 0])
-    cache = release(cache, jnp.asarray([True, False, True]))
+    cache = release(cache, on_device([True, False, True]))
     assert not np.isin(listed_pages(cache), np.asarray(cache.page_table)[[0, 2]]).any()
-    cache = append(cache, k, v, jnp.asarray([0, 0, 16]))
+    cache = append(cache, k, v, on_device([0, 0, 16]))
     np.testing.assert_array_equal(cache.overflowed, [False, True, False])
     same(cache, [[k[0, :0]], [k[1]], [k[2]]])
 
@@ -123,14 +124,14 @@ def test_what_a_table_lists_past_the_length_is_free():
     k, v = tokens(4, 0)
     cache = empty(pages=2)
     stale = dataclasses.replace(cache, page_table=cache.page_table.at[0, :2].set(jnp.arange(2)))
-    cache = append(stale, k, v, jnp.asarray([0, 4, 4]))
+    cache = append(stale, k, v, on_device([0, 4, 4]))
     assert not cache.overflowed.any()
     same(cache, [[k[0, :0]], [k[1]], [k[2]]])
 
 
 def test_a_table_that_is_full_says_so():
     k, v = tokens(MAX_LEN + 2, 0)
-    cache = append(empty(pages=20), k, v, jnp.asarray([24, 23, 3]))
+    cache = append(empty(pages=20), k, v, on_device([24, 23, 3]))
     assert not cache.overflowed.any()
     cache = append(cache, k[:, :1], v[:, :1])
     np.testing.assert_array_equal(cache.overflowed, [True, False, False])
@@ -139,7 +140,7 @@ def test_a_table_that_is_full_says_so():
 
 def test_shared_pages_are_stored_once_and_written_by_nobody():
     k, v = tokens(6, 0)
-    cache = append(empty(), k, v, jnp.asarray([6, 0, 0]))
+    cache = append(empty(), k, v, on_device([6, 0, 0]))
     cache = share_prefix(cache, jnp.zeros(BATCH, int), jnp.full(BATCH, 6))
     assert len(np.unique(listed_pages(cache))) == 2
     more, more_v = tokens(3, 1)
@@ -183,10 +184,10 @@ def test_decoding_by_pages_is_decoding_in_one_piece():
 
     for length, counts in ((prompt, lengths), *((1, np.ones(BATCH, int)),) * 4):
         q, k, v = (
-            jnp.asarray(rng.normal(size=(BATCH, length, n, DIM)), jnp.float32)
+            on_device(rng.normal(size=(BATCH, length, n, DIM)), jnp.float32)
             for n in (heads, KV_HEADS, KV_HEADS)
         )
-        by_pages, in_one, whole, cache = step(q, k, v, jnp.asarray(counts), whole, cache)
+        by_pages, in_one, whole, cache = step(q, k, v, on_device(counts), whole, cache)
         close(by_pages, in_one, 16 * 2.0**-23)
     np.testing.assert_array_equal(cache.lengths, lengths + 4)
     assert not cache.overflowed.any()
@@ -206,7 +207,7 @@ SENTENCES = {
     ),
     "counts of floats": (lambda: paged.append(empty(), K, V, jnp.ones(3)), "counts holds float32"),
     "sources": (
-        lambda: paged.share_prefix(empty(), jnp.asarray([0, 3, 1]), jnp.ones(3, int)),
+        lambda: paged.share_prefix(empty(), on_device([0, 3, 1]), jnp.ones(3, int)),
         r"sources\[1\]=3 names no sequence: there are 3",
     ),
     "finished": (
@@ -226,6 +227,6 @@ def test_the_sentence(name, without_shape_checks):
 
 def test_a_traced_source_that_is_none_loses_its_tokens_openly():
     k, v = tokens(2, 0)
-    cache = share_prefix(append(empty(), k, v), jnp.asarray([-1, 3, 0]), jnp.full(BATCH, 2))
+    cache = share_prefix(append(empty(), k, v), on_device([-1, 3, 0]), jnp.full(BATCH, 2))
     np.testing.assert_array_equal(cache.overflowed, [True, True, False])
     same(cache, [[k[0, :0]], [k[0, :0]], [k[0]]])

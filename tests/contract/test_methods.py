@@ -15,7 +15,7 @@ from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
 from jsparse.masks.reordered import follow
 from jsparse.types import parts_of
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 
 CAUSAL = js.masks.causal()
 LENGTH = 300  # two tiles and a ragged one
@@ -209,7 +209,7 @@ def test_density_grows_with_the_control(row):
 
     values = [*row.settings, row.keeps_all]
     if row.control_traced:
-        densities = jax.jit(lambda values: jax.lax.map(density, values))(jnp.asarray(values))
+        densities = jax.jit(lambda values: jax.lax.map(density, values))(on_device(values))
     else:
         densities = [density(value) for value in values]
     densities = [float(d) for d in densities]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 def parts_of(q, k, v, splits):
@@ -19,7 +19,7 @@ def parts_of(q, k, v, splits):
         total = mass.sum(-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             out = np.nan_to_num(np.einsum("hqk,khd->qhd", mass / total[..., None], v[part]))
-            found.append((jnp.asarray(out, jnp.float32), jnp.asarray(np.log(total), jnp.float32)))
+            found.append((on_device(out, jnp.float32), on_device(np.log(total), jnp.float32)))
     return found
 
 
@@ -37,7 +37,7 @@ def test_far_apart_and_empty_parts_stay_finite():
     np.testing.assert_array_equal(far[0], out)
     nothing = (jnp.zeros((2, 1, 3)), jnp.full((1, 2), -jnp.inf))
     jax.tree.map(np.testing.assert_array_equal, js.merge([nothing, nothing]), nothing)
-    some = (out, jnp.asarray([[0.5, -jnp.inf]]))
+    some = (out, on_device([[0.5, -jnp.inf]]))
 
     def loss(lses):
         merged, lse = js.merge([(out, lses[0]), (2 * out, lses[1])])
@@ -110,7 +110,7 @@ def test_a_broken_lse_alone_shows():
 def test_the_dtype_is_the_first_parts_and_sums_are_f32():
     rng = np.random.default_rng(0)
     low = [
-        (jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.bfloat16), jnp.asarray(x, jnp.float32))
+        (on_device(rng.normal(size=(4, 2, 3)), jnp.bfloat16), on_device(x, jnp.float32))
         for x in rng.normal(size=(2, 2, 4))
     ]
     out, lse = js.merge(low)

@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.attention.reordered import attend_reordered
 from jsparse.core import reordering
 from jsparse.types import Frame, TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 RNG = np.random.default_rng(0)
 CAUSAL = js.masks.causal()
@@ -18,7 +18,7 @@ CAUSAL = js.masks.causal()
 def orders(heads, length, batch=()):
     rows = int(np.prod(batch, dtype=int)) * heads
     shuffled = np.stack([RNG.permutation(length) for _ in range(rows)])
-    return jnp.asarray(shuffled.reshape(*batch, heads, length), jnp.int32)
+    return on_device(shuffled.reshape(*batch, heads, length), jnp.int32)
 
 
 def test_tile_orders_of_the_papers():
@@ -36,7 +36,7 @@ def test_tile_orders_of_the_papers():
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 def test_restoring_undoes_reordering(batch):
     order = orders(4, 17, batch)
-    x = jnp.asarray(RNG.normal(size=(*batch, 17, 4, 5)), jnp.float32)
+    x = on_device(RNG.normal(size=(*batch, 17, 4, 5)), jnp.float32)
     moved = jax.jit(reordering.reorder)(x, order)
     for at in np.ndindex(*batch, 4):
         lead, head = at[:-1], at[-1]
@@ -65,7 +65,7 @@ def test_heads_are_repeated_on_the_side_that_has_fewer():
 
 
 def test_gradients_go_back_to_where_the_tokens_stood():
-    x, weights = jnp.asarray(RNG.normal(size=(2, 9, 2, 3)), jnp.float32)
+    x, weights = on_device(RNG.normal(size=(2, 9, 2, 3)), jnp.float32)
     order = orders(2, 9)
     gradient = jax.grad(lambda x: (reordering.reorder(x, order) * weights).sum())(x)
     np.testing.assert_array_equal(gradient, reordering.restore(weights, order))
@@ -94,7 +94,7 @@ def test_attention_in_any_order_is_attention(name, order_heads):
     """Reordered tokens under the reordered mask and its tiles give the plain result, restored."""
     q, k, v = qkv(45, heads=4, kv_heads=2, dim=8, batch=(2,))
     q_order, kv_order = orders(order_heads, 45, (2,)), orders(order_heads, 45, (2,))
-    weights = jnp.asarray(RNG.normal(size=q.shape), jnp.float32)
+    weights = on_device(RNG.normal(size=q.shape), jnp.float32)
 
     def permuted(q, k, v):
         mask = js.masks.reordered(MASKS[name], heads=4, q_order=q_order, kv_order=kv_order)
@@ -130,7 +130,7 @@ def test_attention_in_any_order_is_attention(name, order_heads):
 )
 def test_what_changes_logits_is_told_the_tokens_own_places(shape, order_heads, batch):
     q, k, v = qkv(45, heads=4, kv_heads=2, dim=8, batch=(2,))
-    bias = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    bias = on_device(RNG.normal(size=shape), jnp.float32)
     q_order, kv_order = orders(order_heads, 45, batch), orders(order_heads, 45, batch)
 
     def score_mod(logit, batch, head, q_index, kv_index):

@@ -11,7 +11,7 @@ from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import block_importance, relu_weighted, window_scores
 from jsparse.core.windows import Windows
 from jsparse.types import TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 BATCHES, HEADS = 2, 2
 GRID = TileGrid(13, 38, 4, 8)
@@ -43,7 +43,7 @@ def scores_with_ties():
     """Few different numbers, both zeros, infinities, NaNs of both signs."""
     rng = np.random.default_rng(0)
     values = [-np.inf, -2.0, -0.0, 0.0, 0.0, 1.0, 1.0, 3.0, np.inf, np.nan, -np.nan]
-    return jnp.asarray(rng.choice(values, SHAPE), jnp.float32)
+    return on_device(rng.choice(values, SHAPE), jnp.float32)
 
 
 def in_order(scores, visible, forced, k):
@@ -60,8 +60,8 @@ def in_order(scores, visible, forced, k):
 def test_it_chooses_what_dense_scores_and_top_k_choose(k, forcing):
     rng = np.random.default_rng(1)
     scores = scores_with_ties()
-    visible = jnp.asarray(rng.random(SHAPE) < 0.7).at[0, 0, 3].set(False)
-    forced = jnp.asarray(rng.random(SHAPE) < 0.1) if forcing else None
+    visible = on_device(rng.random(SHAPE) < 0.7).at[0, 0, 3].set(False)
+    forced = on_device(rng.random(SHAPE) < 0.1) if forcing else None
     best = jax.jit(lambda *x: running_top_k(score_of(*x), k, GRID, batches=BATCHES, heads=HEADS))(
         scores, visible, forced
     )
@@ -83,7 +83,7 @@ def test_it_chooses_what_dense_scores_and_top_k_choose(k, forcing):
 
 def test_only_listed_tiles_are_asked_about():
     """Lists per sequence; the scores of other tiles are broken, which would come first."""
-    tiles = jnp.asarray(np.random.default_rng(2).random((BATCHES, 1, 4, 5)) < 0.5)
+    tiles = on_device(np.random.default_rng(2).random((BATCHES, 1, 4, 5)) < 0.5)
     plan = js.BlockMask.from_dense(tiles, **GRID._asdict())
     listed = jnp.repeat(jnp.repeat(tiles, GRID.block_q, 2), GRID.block_kv, 3)
     listed = jnp.broadcast_to(listed[:, :, : GRID.q_len, : GRID.kv_len], SHAPE)
@@ -137,8 +137,8 @@ def test_memory_is_that_of_the_result_and_of_a_tile():
 
 def test_worked_scores_of_an_indexer():
     """The example of the specification of HISA: what DSA takes, and what blocks score."""
-    q, weights = jnp.eye(2)[None], jnp.asarray([[1.0, 0.5]])
-    k = jnp.asarray(
+    q, weights = jnp.eye(2)[None], on_device([[1.0, 0.5]])
+    k = on_device(
         [[1, 0], [0, 1], [3, -1], [-2, 1], [0, 2], [1, 1], [0.5, 0], [0, 0.5]], jnp.float32
     )
     scores = relu_weighted(q, weights, k)
@@ -164,7 +164,7 @@ def test_worked_weights_of_windows():
     """The example of the specification of NSA, and which blocks a window counts for."""
     windows = Windows(size=32, stride=16)
     # one window before the first, and one that is not complete
-    importance = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, 7, 0]], jnp.float32)
+    importance = on_device([[0, 1, 2, 3, 4, 5, 6, 7, 0]], jnp.float32)
     np.testing.assert_allclose(block_importance(importance, windows, 64), [[16, 40]])
     per_window = jax.vmap(lambda x: block_importance(x[None], windows, 64)[0])(jnp.eye(9)[1:8])
     np.testing.assert_allclose(per_window.T, [[2, 2, 2, 1, 0, 0, 0], [0, 0, 0, 1, 2, 2, 2]])
@@ -213,7 +213,7 @@ def test_blocks_of_windows_equal_loops():
         score = window_scores(q, k_windows, lse, **options)
         return running_top_k(score, top_k, grid, batches=2, heads=2)
 
-    lse = jnp.asarray(lse, jnp.float32)
+    lse = on_device(lse, jnp.float32)
     best = jax.jit(call)(q, k_windows, lse)
     indices, counts, scores = (np.asarray(x) for x in best)
     for at, (blocks, expected) in chosen.items():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jsparse.core import selection
+from tests.inputs import on_device
 
 RNG = np.random.default_rng(0)
 RULES = {
@@ -45,7 +46,7 @@ def test_rules_equal_loops(rule, value):
     visible, forced = RNG.random((40, 9)) < 0.7, RNG.random((40, 9)) < 0.15
     visible[0] = False
     got = jax.jit(RULES[rule][0])(
-        jnp.asarray(scores), value, visible=jnp.asarray(visible), forced=jnp.asarray(forced)
+        on_device(scores), value, visible=on_device(visible), forced=on_device(forced)
     )
     for row in range(40):
         expected = chosen_by_loop(rule, scores[row], value, visible[row], forced[row])
@@ -53,28 +54,28 @@ def test_rules_equal_loops(rule, value):
 
 
 def test_forced_blocks_count_inside_k():
-    scores = jnp.asarray([0.1, 0.9, 0.8, 0.2])
-    forced = jnp.asarray([True, False, False, True])
+    scores = on_device([0.1, 0.9, 0.8, 0.2])
+    forced = on_device([True, False, False, True])
     assert selection.top_k(scores, 3, forced=forced).tolist() == [True, True, False, True]
 
 
 def test_more_than_is_visible_takes_what_is_visible():
-    visible = jnp.asarray([True, False, True, False])
+    visible = on_device([True, False, True, False])
     assert selection.top_k(jnp.ones(4), 9, visible=visible).tolist() == visible.tolist()
 
 
 def test_a_share_of_one_takes_all_whatever_the_sum_says():
     # in f32 the mass before the last blocks already equals the total
-    scores = jnp.asarray([1e8, 1.0, 1.0, 1e-3], jnp.float32)
+    scores = on_device([1e8, 1.0, 1.0, 1e-3], jnp.float32)
     assert selection.top_p(scores, 1.0).all()
     assert selection.top_p(scores, 0.9).tolist() == [True, False, False, False]
 
 
 def test_k_and_p_may_differ_from_row_to_row_and_be_traced():
-    scores = jnp.asarray(RNG.random((3, 6)), jnp.float32)
-    counts = jax.jit(selection.top_k)(scores, jnp.asarray([[1], [3], [6]])).sum(-1)
+    scores = on_device(RNG.random((3, 6)), jnp.float32)
+    counts = jax.jit(selection.top_k)(scores, on_device([[1], [3], [6]])).sum(-1)
     assert counts.tolist() == [1, 3, 6]
-    shares = jnp.asarray([[1e-6], [0.5], [1.0]])
+    shares = on_device([[1e-6], [0.5], [1.0]])
     kept = jax.jit(selection.top_p)(scores, shares)
     for row in range(3):
         alone = selection.top_p(scores[row], float(shares[row, 0]))
@@ -84,7 +85,7 @@ def test_k_and_p_may_differ_from_row_to_row_and_be_traced():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_nan_is_chosen_and_keeps_to_its_row(rule):
     function, value = RULES[rule]
-    scores = jnp.asarray(RNG.random((2, 6)), jnp.float32)
+    scores = on_device(RNG.random((2, 6)), jnp.float32)
     broken = function(scores.at[0, 4].set(jnp.nan), value)
     assert broken[0, 4]
     assert broken[0].sum() >= 1
@@ -98,7 +99,7 @@ def test_nothing_visible_chooses_nothing(rule):
 
 
 def test_forced_mass_counts_towards_p():
-    scores, forced = jnp.asarray([4.0, 2.0, 1.0, 1.0]), jnp.asarray([0, 0, 1, 1], bool)
+    scores, forced = on_device([4.0, 2.0, 1.0, 1.0]), on_device([0, 0, 1, 1], bool)
     np.testing.assert_array_equal(selection.top_p(scores, 0.25, forced=forced), [0, 0, 1, 1])
     np.testing.assert_array_equal(selection.top_p(scores, 0.5, forced=forced), [1, 0, 1, 1])
     # forced blocks stay, even when fewer would do
@@ -106,7 +107,7 @@ def test_forced_mass_counts_towards_p():
 
 
 def test_what_is_not_visible_does_not_enter_the_total():
-    scores, visible = jnp.asarray([100.0, 3.0, 2.0, 1.0]), jnp.asarray([0, 1, 1, 1], bool)
+    scores, visible = on_device([100.0, 3.0, 2.0, 1.0]), on_device([0, 1, 1, 1], bool)
     np.testing.assert_array_equal(selection.top_p(scores, 0.5, visible=visible), [0, 1, 0, 0])
     # nor does its order: infinite or broken, it stays out
     for hidden in (jnp.inf, jnp.nan):

@@ -10,7 +10,7 @@ from jsparse.core import softmax_blocks as module
 from jsparse.core.blocks import Cells
 from jsparse.core.softmax_blocks import _Piece, map_blocks, softmax_blocks
 from jsparse.types import Mask, pytree_dataclass
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 EPS = np.finfo(np.float32).eps
 
@@ -54,7 +54,7 @@ def test_cells_equal_loops(q_count, per_q, per_kv):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, q_count, 4, 5)), rng.normal(size=(2, 23, 2, 5))
     limit = rng.integers(0, 24, (2, 4, q_count))  # 0 sees nothing
-    table = jnp.asarray(limit)
+    table = on_device(limit)
 
     def rule(batch, head, q_cell, kv_cell):
         # cells past the last one are asked about too; what is said of them may not count
@@ -65,7 +65,7 @@ def test_cells_equal_loops(q_count, per_q, per_kv):
         lambda q, k: softmax_blocks(
             q, k, scale=0.5, cells_per_block=(per_q, per_kv), cells=Cells(rule)
         )
-    )(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
+    )(on_device(q, jnp.float32), on_device(k, jnp.float32))
     sizes = {"per_q": per_q, "per_kv": per_kv}
     expected = by_loops(
         q, k, scale=0.5, visible=lambda b, h, i: np.arange(23) < limit[b, h, i], **sizes
@@ -87,7 +87,7 @@ def test_the_map_under_masks_that_leave_pieces_out():
     q, k, _ = qkv(q_len, kv_len, dim=8, batch=(2,))
     ids = (np.arange(kv_len) >= np.array([[40], [100]])).astype(np.int32)
     sinks, windows = (3, 0, 1, 40), (21, 1, 60, 9)
-    segments = js.masks.segments(jnp.asarray(ids[:, kv_len - q_len :]), jnp.asarray(ids))
+    segments = js.masks.segments(on_device(ids[:, kv_len - q_len :]), on_device(ids))
     windowed = js.masks.head_windows(num_sink=sinks, window=windows) & Thirds()
     mask = js.masks.causal() & windowed & segments
 
@@ -112,7 +112,7 @@ def test_the_map_under_masks_that_leave_pieces_out():
 def test_numbers_without_pairs():
     """Rows that see nothing, no mask, a NaN in one row, logits too large for an exponential."""
     q, k, _ = qkv(20, 24, heads=2, kv_heads=1, dim=4)
-    lengths = js.masks.lengths(jnp.asarray(20), jnp.asarray(0))
+    lengths = js.masks.lengths(on_device(20), on_device(0))
     nothing = map_blocks(q, k, block_q=8, block_kv=8, mask=lengths)
     assert not np.asarray(nothing.sums).any()
     assert not np.asarray(nothing.maxima).any()

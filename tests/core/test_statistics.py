@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.core import blocks, heads, pooling, scores
 from jsparse.types import TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 RNG = np.random.default_rng(0)
 
@@ -22,10 +22,10 @@ def test_blocks_are_pooled_over_the_tokens_they_have(length, block, batch):
     assert pooling.block_counts(length, block).tolist() == counts
     sums = np.stack([part.sum(-3) for part in parts], -3)
     means = np.stack([part.mean(-3) for part in parts], -3)
-    np.testing.assert_allclose(pooling.sum_blocks(jnp.asarray(x), block), sums, atol=1e-5)
-    np.testing.assert_allclose(pooling.mean_blocks(jnp.asarray(x), block), means, atol=1e-6)
+    np.testing.assert_allclose(pooling.sum_blocks(on_device(x), block), sums, atol=1e-5)
+    np.testing.assert_allclose(pooling.mean_blocks(on_device(x), block), means, atol=1e-6)
     largest = np.stack([part.max(-3) for part in parts], -3)
-    np.testing.assert_array_equal(pooling.max_blocks(jnp.asarray(x), block), largest)
+    np.testing.assert_array_equal(pooling.max_blocks(on_device(x), block), largest)
 
 
 def test_pooling_sums_16_bits_in_32():
@@ -37,12 +37,12 @@ def test_pooling_sums_16_bits_in_32():
 
 
 def test_heads_are_expanded_and_summed():
-    x = jnp.asarray(RNG.normal(size=(3, 7, 2, 5)), jnp.float32)
+    x = on_device(RNG.normal(size=(3, 7, 2, 5)), jnp.float32)
     expanded = heads.expand_kv_heads(x, 6)
     for head in range(6):
         np.testing.assert_array_equal(expanded[:, :, head], x[:, :, head // 3])
     _, transpose = jax.vjp(lambda x: heads.expand_kv_heads(x, 6), x)
-    weights = jnp.asarray(RNG.normal(size=expanded.shape), jnp.float32)
+    weights = on_device(RNG.normal(size=expanded.shape), jnp.float32)
     np.testing.assert_allclose(heads.sum_groups(weights, 2), transpose(weights)[0], atol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_pooled_logits_are_products_of_blocks():
 
 
 def test_candidates_are_what_a_mask_leaves_with_its_first_and_last():
-    ids = jnp.asarray([[0] * 20 + [1] * 20, [0] * 40])
+    ids = on_device([[0] * 20 + [1] * 20, [0] * 40])
     mask = js.masks.causal() & js.masks.segments(ids)
     visible, forced = blocks.candidates(mask, TileGrid(40, 40, 10, 10), (2,), 3)
     assert visible.shape == forced.shape == (2, 3, 4, 4)

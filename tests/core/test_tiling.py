@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from tests.inputs import on_device
 
 SIZES = {"block_q": 8, "block_kv": 8}
 
@@ -30,7 +31,7 @@ def test_a_narrow_list_keeps_the_first_and_says_so(traced):
 
 def test_the_flag_is_per_list():
     ids = np.stack([np.zeros(40, int), np.arange(40) // 8])  # one segment, and one per tile
-    plan = js.block_mask(js.masks.segments(jnp.asarray(ids)), 40, 40, width=3, **SIZES)
+    plan = js.block_mask(js.masks.segments(on_device(ids)), 40, 40, width=3, **SIZES)
     np.testing.assert_array_equal(plan.overflowed, [[True], [False]])
 
 
@@ -49,7 +50,7 @@ def test_lists_per_sequence_and_head():
     """Batch axes and heads of the mask become those of the plan, each with its own tiles."""
     rng = np.random.default_rng(0)
     pairs = rng.random((2, 3, 4, 24, 16)) < 0.03
-    plan = js.block_mask(js.masks.dense(jnp.asarray(pairs)), 24, 16, **SIZES)
+    plan = js.block_mask(js.masks.dense(on_device(pairs)), 24, 16, **SIZES)
     assert plan.batch_shape == (2, 3)
     assert plan.list_heads == 4
     tiles = pairs.reshape(2, 3, 4, 3, 8, 2, 8).any((4, 6))

@@ -12,7 +12,7 @@ import jsparse as js
 from jsparse.evaluation import Captured, compare
 from jsparse.evaluation.compare import Setting, settings
 from jsparse.evaluation.store import Store, fingerprint
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 from tests.oracles import blasst as oracle
 
 LENGTH = 300
@@ -119,11 +119,11 @@ def test_only_controls_that_can_be_traced_are(row, without_shape_checks):
         return method.plan(params, layer.q, layer.k, mask=js.masks.causal())[0].kv_num_blocks
 
     if row.control_traced:
-        value = jnp.asarray(row.settings[0], jnp.float32)
+        value = on_device(row.settings[0], jnp.float32)
         np.testing.assert_array_equal(jax.jit(density)(value), density(row.settings[0]))
     else:
         with pytest.raises(ValueError, match=row.control):
-            jax.jit(density)(jnp.asarray(row.settings[0]))
+            jax.jit(density)(on_device(row.settings[0]))
 
 
 def test_settings_cover_every_causal_training_free_method():
@@ -213,7 +213,7 @@ def test_figures_of_other_tensors_are_not_taken_up(tmp_path):
 
 
 def test_fingerprints_know_nan():
-    x = jnp.asarray([1.0, jnp.nan])
+    x = on_device([1.0, jnp.nan])
     assert fingerprint([x]) == fingerprint([x])
 
 

@@ -7,13 +7,14 @@ import pytest
 
 import jsparse as js
 from jsparse.evaluation import Cost, attend_backward_cost, attend_cost, count_flops, plan_cost
+from tests.inputs import on_device
 
 SIZES = {"heads": 4, "kv_heads": 2, "dim": 16, "v_dim": 24}
 
 
 def plan_of(list_heads):
     """Tiles of 32 x 16 over 64 queries and 48 keys: 2 rows of 3; rows list 2 and 3 of them."""
-    tiles = jnp.asarray([[True, False, True], [True, True, True]])
+    tiles = on_device([[True, False, True], [True, True, True]])
     tiles = jnp.broadcast_to(tiles, (list_heads, 2, 3))
     return js.BlockMask.from_dense(tiles, q_len=64, kv_len=48, block_q=32, block_kv=16)
 
@@ -75,7 +76,7 @@ def test_cost_of_a_causal_prompt_follows_the_block_formula():
     rows = np.minimum(np.arange(blocks) + 1, keep)
     tiles = np.arange(blocks) < rows[:, None]
     sizes = {"q_len": 512, "kv_len": 512, "block_q": 16, "block_kv": 16}
-    sparse = js.BlockMask.from_dense(jnp.asarray(tiles)[None], **sizes)
+    sparse = js.BlockMask.from_dense(on_device(tiles)[None], **sizes)
     dense = js.block_mask(js.masks.causal(), **sizes)
     share = attend_cost(sparse, **SIZES).share(attend_cost(dense, **SIZES))
     expected = (keep * (keep + 1) / 2 + (blocks - keep) * keep) / (blocks * (blocks + 1) / 2)

@@ -9,14 +9,14 @@ from flax import nnx
 import jsparse as js
 import jsparse.nn
 from jsparse.evaluation import DensityReport, density_of_layers
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 
 
 def test_a_window_hides_pairs_inside_its_tiles():
     q, k, v = qkv(300, batch=(2,))
-    lengths = jnp.asarray([300, 140])
+    lengths = on_device([300, 140])
     mask = CAUSAL & js.masks.lengths(lengths, lengths)
     method = js.streaming(num_sink=3, window=20)
     found = jax.jit(lambda *x: js.density_report(method, *x, mask=mask))(q, k, v)
@@ -129,8 +129,8 @@ def test_attentions_that_are_mixed_are_added_up():
 
 
 def test_a_report_prints_a_line_per_head():
-    tiles = jnp.asarray([[0.25, 0.5], [0.75, 0.5]])
-    text = str(DensityReport(tiles, tiles / 2, jnp.asarray(False)))
+    tiles = on_device([[0.25, 0.5], [0.75, 0.5]])
+    text = str(DensityReport(tiles, tiles / 2, on_device(False)))
     assert text.splitlines() == [
         "head 0   tiles  50.0 %   pairs  25.0 %",
         "head 1   tiles  50.0 %   pairs  25.0 %",

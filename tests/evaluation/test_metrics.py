@@ -17,7 +17,7 @@ from jsparse.evaluation import (
 )
 from jsparse.evaluation.metrics import in_place, pairs_visible
 from jsparse.masks.reordered import follow
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
 EPS = np.finfo(np.float32).eps
@@ -120,7 +120,7 @@ def test_parts_of_a_plan_count_by_their_area():
     sizes = {"q_len": 124, "kv_len": 124}
     tiles = jnp.broadcast_to(jnp.eye(8, dtype=bool), (2, 8, 8))
     tiles = js.BlockMask.from_dense(tiles, **sizes, block_q=16, block_kv=16)
-    columns = jnp.zeros((2, 8, 124), bool).at[1, 1:, jnp.asarray([2, 9])].set(True)
+    columns = jnp.zeros((2, 8, 124), bool).at[1, 1:, on_device([2, 9])].set(True)
     columns = js.BlockMask.from_dense(columns, **sizes, block_q=16, block_kv=1)
     found = visible_density((tiles, columns), CAUSAL, 4)
     np.testing.assert_allclose(found, np.repeat([8.0, 8 + 7 * 2 / 16], 2) / 36, rtol=4 * EPS)
@@ -135,7 +135,7 @@ def test_output_error_against_numpy():
     rng = np.random.default_rng(0)
     dense = rng.normal(size=(50, 3, 8))
     out = dense + 0.1 * rng.normal(size=dense.shape)
-    error = output_error(jnp.asarray(out, jnp.float32), jnp.asarray(dense, jnp.float32))
+    error = output_error(on_device(out, jnp.float32), on_device(dense, jnp.float32))
     for head in range(3):
         a, b = out[:, head].ravel(), dense[:, head].ravel()
         gap = np.linalg.norm(a - b)
@@ -157,12 +157,12 @@ def test_output_error_where_an_output_is_zero():
 def test_tiles_of_tokens_in_another_order_in_their_own_places(order_heads):
     rng = np.random.default_rng(0)
     sizes = {"q_len": 21, "kv_len": 30, "block_q": 4, "block_kv": 8}
-    plan = js.BlockMask.from_dense(jnp.asarray(rng.random((4, 6, 4)) < 0.5), **sizes)
+    plan = js.BlockMask.from_dense(on_device(rng.random((4, 6, 4)) < 0.5), **sizes)
     q_order = np.stack([rng.permutation(21) for _ in range(order_heads)])
     kv_order = np.stack([rng.permutation(30) for _ in range(order_heads)])
     shares = in_place(
         np.asarray(plan.to_dense(), np.float32),
-        Orders(jnp.asarray(q_order), jnp.asarray(kv_order)),
+        Orders(on_device(q_order), on_device(kv_order)),
         plan.grid,
     )
     pairs = pairs_of(plan, 4, 21, 30)

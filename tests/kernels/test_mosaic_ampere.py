@@ -19,7 +19,7 @@ from pallas_kernels.block_sparse_attention.chip import Problem
 from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.mosaic_ampere import Config
 from pallas_kernels.block_sparse_attention.walk import Lists
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.kernels.test_mosaic_block_sparse import compare as compare_with_reference
 from tests.kernels.test_mosaic_block_sparse import compare_gradients, lists
 
@@ -58,7 +58,7 @@ class TestForward:
             100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16
         )
         rng = np.random.default_rng(1)
-        ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
+        ids = on_device(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
         # the first queries see nothing at all, the last nothing in their first tile
         q_ids = ids[:, 50:].at[:, :5].set(-1)
         window = js.masks.sliding_window(left=19)
@@ -67,7 +67,7 @@ class TestForward:
 
     def test_everything_that_changes_logits(self):
         q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
-        slopes = jnp.asarray([0.3, -0.2])
+        slopes = on_device([0.3, -0.2])
         compare(
             q,
             k,
@@ -77,7 +77,7 @@ class TestForward:
             bias=jax.random.normal(jax.random.key(2), (2, 1, 70), jnp.bfloat16),
             score_mod=lambda logit, batch, head, q, kv: logit - slopes[head] * 0.05 * (q - kv),
             softcap=20.0,
-            scale=jnp.asarray(0.2),
+            scale=on_device(0.2),
         )
 
     def test_the_interpreter_notices_tiles_that_nobody_waits_for(self, monkeypatch):
@@ -110,11 +110,11 @@ class TestGradients:
         q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
         rng = np.random.default_rng(2)
         operands = {
-            **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
-            "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
-            "table": jnp.asarray(rng.normal(size=70), jnp.float32),
-            "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
-            "sinks": jnp.asarray([0.5, -1.0]),
+            **{"q": q, "k": k, "v": v, "scale": on_device(0.2)},
+            "slopes": on_device(rng.normal(size=2), jnp.float32),
+            "table": on_device(rng.normal(size=70), jnp.float32),
+            "bias": on_device(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+            "sinks": on_device([0.5, -1.0]),
         }
 
         def call(x, implementation):
@@ -146,7 +146,7 @@ class TestGradients:
         ids, first, last = [[0, 1, 0, 1]], [[0, 2]] * 2, [[2, 4], [2, 3]]
         # the last tile of queries sees all of the first of keys
         whole = [[0, 3]] * 2
-        by_query = Lists(*(jnp.asarray([x], jnp.int32) for x in (ids * 2, first, last, whole)))
+        by_query = Lists(*(on_device([x], jnp.int32) for x in (ids * 2, first, last, whole)))
         by_key = by_query._replace(whole=by_query.first)
         return Problem(q, k, v, d_out, rows[0] + 4.0, rows[1]), by_query, by_key
 

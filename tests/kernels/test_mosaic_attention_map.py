@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.attention.map_scores import map_maxima, map_sums
 from jsparse.core.softmax_blocks import map_blocks
 from pallas_kernels import _compat
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 EPS = np.finfo(np.float32).eps
 
@@ -32,8 +32,8 @@ def compare(q, k, **options):
 def test_masks_grouped_heads_odd_lengths_and_rows_that_see_nothing():
     q, k, _ = qkv(100, 150, heads=4, kv_heads=2, dim=40, batch=(2,), dtype=jnp.bfloat16)
     ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 150)), axis=1)
-    q_ids = jnp.asarray(ids[:, 50:], jnp.int32).at[:, :5].set(-1)
-    mask = js.masks.causal() & js.masks.segments(q_ids, jnp.asarray(ids, jnp.int32))
+    q_ids = on_device(ids[:, 50:], jnp.int32).at[:, :5].set(-1)
+    mask = js.masks.causal() & js.masks.segments(q_ids, on_device(ids, jnp.int32))
     found = compare(q, k, block_q=64, block_kv=64, scale=0.2, mask=mask)
     assert np.isneginf(found.lse[..., :5]).all()
     assert (np.asarray(found.sums) == 0).any()

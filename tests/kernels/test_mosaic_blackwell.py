@@ -19,7 +19,7 @@ from pallas_kernels.block_sparse_attention import (
 )
 from pallas_kernels.block_sparse_attention.logits import Tiles
 from pallas_kernels.block_sparse_attention.softmax import Softmax, merge
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.kernels import test_mosaic_block_sparse as hopper
 
 compare = functools.partial(hopper.compare, capability=_compat.BLACKWELL)
@@ -61,7 +61,7 @@ def test_sums_whose_maximum_grows_from_tile_to_tile(growth):
     q, k, v = qkv(128, 256, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     # logits grow by less, in base 2, than sums have room for, or by more; down to none in some rows
     steps = jnp.arange(256) // 64 * growth
-    shares = jnp.asarray(np.linspace(0, 1, 128), jnp.float32)
+    shares = on_device(np.linspace(0, 1, 128), jnp.float32)
 
     def score_mod(logit, batch, head, q_index, kv_index):
         return logit + steps[kv_index] * shares[q_index]
@@ -74,7 +74,7 @@ def test_sums_whose_maximum_grows_from_tile_to_tile(growth):
 def test_masks_from_lookups_ragged_lengths_and_odd_widths():
     q, k, v = qkv(100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16)
     ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 150)), axis=1)
-    ids = jnp.asarray(ids, jnp.int32)
+    ids = on_device(ids, jnp.int32)
     # the first queries see nothing at all, the last nothing in their first tile
     q_ids = ids[:, 50:].at[:, :5].set(-1)
     mask = js.masks.causal() & js.masks.sliding_window(left=19) & js.masks.segments(q_ids, ids)
@@ -85,7 +85,7 @@ def test_masks_from_lookups_ragged_lengths_and_odd_widths():
 def test_everything_that_changes_logits():
     q, k, v = qkv(128, 70, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
-    slopes, table = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (2, 70))
+    slopes, table = (on_device(rng.normal(size=n), jnp.float32) for n in (2, 70))
 
     def score_mod(logit, batch, head, q_index, kv_index):
         far = jnp.abs(q_index - kv_index).astype(jnp.float32)
@@ -97,18 +97,18 @@ def test_everything_that_changes_logits():
         v,
         hopper.lists(128, 70, block_q=128, block_kv=64, density=1.0),
         mask=js.masks.causal() | js.masks.sinks(3),
-        bias=jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+        bias=on_device(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
         score_mod=score_mod,
         softcap=20.0,
-        sinks=jnp.asarray([0.5, -1.0]),
-        scale=jnp.asarray(0.2),
+        sinks=on_device([0.5, -1.0]),
+        scale=on_device(0.2),
     )
 
 
 @interpreted
 def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read(blackwell):
     q, k, v = qkv(128, 384, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    tiles = jnp.asarray([[[True, False, True]]])
+    tiles = on_device([[[True, False, True]]])
     plan = js.BlockMask.from_dense(tiles, q_len=128, kv_len=384, block_q=128, block_kv=128)
     q = q.at[7].set(jnp.nan)
     k, v = k.at[128:256].set(jnp.nan), v.at[128:256].set(jnp.nan)
@@ -123,7 +123,7 @@ def test_gradients_of_q_k_v_and_through_the_lse(monkeypatch):
     monkeypatch.setattr(mosaic_blackwell_backward, "default_config", lambda *sizes: config)
     q, k, v = qkv(256, 128, heads=2, kv_heads=1, dim=64, v_dim=40, dtype=jnp.bfloat16)
     # three steps of two heads through a ring of two tiles, and rows without tiles
-    tiles = jnp.asarray([[[True], [True]], [[True], [False]]])
+    tiles = on_device([[[True], [True]], [[True], [False]]])
     plan = js.BlockMask.from_dense(tiles, q_len=256, kv_len=128, block_q=128, block_kv=128)
     # the first tile of queries is partly hidden, the second seen entirely
     mask = js.masks.segments(jnp.zeros(256, jnp.int32).at[:9].set(-1), jnp.zeros(128, jnp.int32))
@@ -142,10 +142,10 @@ def test_gradients_of_everything_that_changes_logits():
     q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
     operands = {
-        **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
-        "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
-        "table": jnp.asarray(rng.normal(size=70), jnp.float32),
-        "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+        **{"q": q, "k": k, "v": v, "scale": on_device(0.2)},
+        "slopes": on_device(rng.normal(size=2), jnp.float32),
+        "table": on_device(rng.normal(size=70), jnp.float32),
+        "bias": on_device(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
     }
 
     def call(x, implementation):
@@ -206,7 +206,7 @@ def test_softmaxes_over_some_keys_each_merge_to_that_over_all():
     for half in (logits[:, :6], logits[:, 6:]):
         softmax, before = nothing, jnp.zeros((5, 0))
         for piece in (half[:, :3], half[:, 3:]):
-            softmax, probs, decay = softmax.add(jnp.asarray(piece), 1.0, slack=8.0)
+            softmax, probs, decay = softmax.add(on_device(piece), 1.0, slack=8.0)
             before = jnp.concatenate([before * decay[:, None], probs], axis=1)
             assert float(before.max()) <= 2.0**8
         parts.append(softmax)

@@ -18,7 +18,7 @@ from pallas_kernels.block_sparse_attention import mosaic, mosaic_backward
 from pallas_kernels.block_sparse_attention.chip import Problem
 from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.block_sparse_attention.walk import Lists, order
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, seed=0):
@@ -30,7 +30,7 @@ def lists(q_len, kv_len, *, block_q, block_kv, heads=1, batch=(), density=0.6, s
     if shape[-2] > 1:
         tiles[..., 1, :] = False
     return js.BlockMask.from_dense(
-        jnp.asarray(tiles), q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv
+        on_device(tiles), q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv
     )
 
 
@@ -84,7 +84,7 @@ def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
 def test_masks_from_lookups_ragged_lengths_and_odd_widths():
     q, k, v = qkv(100, 150, heads=1, kv_heads=1, dim=40, v_dim=24, batch=(2,), dtype=jnp.bfloat16)
     rng = np.random.default_rng(1)
-    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
+    ids = on_device(np.sort(rng.integers(0, 3, (2, 150)), axis=1), jnp.int32)
     # the first queries see nothing at all, the last nothing in their first tile
     q_ids = ids[:, 50:].at[:, :5].set(-1)
     window = js.masks.sliding_window(left=19)
@@ -96,8 +96,8 @@ def test_masks_from_lookups_ragged_lengths_and_odd_widths():
 def test_everything_that_changes_logits():
     q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
-    slopes, table = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (2, 70))
-    bias = jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16)
+    slopes, table = (on_device(rng.normal(size=n), jnp.float32) for n in (2, 70))
+    bias = on_device(rng.normal(size=(2, 1, 70)), jnp.bfloat16)
 
     def score_mod(logit, batch, head, q_index, kv_index):
         far = jnp.abs(q_index - kv_index).astype(jnp.float32)
@@ -112,8 +112,8 @@ def test_everything_that_changes_logits():
         bias=bias,
         score_mod=score_mod,
         softcap=20.0,
-        sinks=jnp.asarray([0.5, -1.0]),
-        scale=jnp.asarray(0.2),
+        sinks=on_device([0.5, -1.0]),
+        scale=on_device(0.2),
     )
 
 
@@ -125,7 +125,7 @@ def compare_gradients(operands, call, capability=_compat.HOPPER):
     def loss(operands, implementation):
         out, lse = call(operands, implementation)
         for name, x in (("out", out), ("lse", lse)):
-            weights.setdefault(name, jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+            weights.setdefault(name, on_device(rng.normal(size=x.shape), jnp.float32))
         seen = jnp.where(jnp.isneginf(lse), 0.0, lse)
         return (out.astype(jnp.float32) * weights["out"]).sum() + (seen * weights["lse"]).sum()
 
@@ -162,10 +162,10 @@ def test_gradients_of_everything_that_changes_logits():
     q, k, v = qkv(64, 70, heads=2, kv_heads=1, dim=64, dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
     operands = {
-        **{"q": q, "k": k, "v": v, "scale": jnp.asarray(0.2)},
-        "slopes": jnp.asarray(rng.normal(size=2), jnp.float32),
-        "table": jnp.asarray(rng.normal(size=70), jnp.float32),
-        "bias": jnp.asarray(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
+        **{"q": q, "k": k, "v": v, "scale": on_device(0.2)},
+        "slopes": on_device(rng.normal(size=2), jnp.float32),
+        "table": on_device(rng.normal(size=70), jnp.float32),
+        "bias": on_device(rng.normal(size=(2, 1, 70)), jnp.bfloat16),
     }
 
     def call(x, implementation):
@@ -194,8 +194,8 @@ def test_gradients_of_everything_that_changes_logits():
 def test_tiles_that_are_whole_skip_the_mask_and_no_others():
     q, k, v = qkv(64, 192, heads=1, kv_heads=1, dim=64, batch=(1,), dtype=jnp.bfloat16)
     number = lambda n: jnp.full((1, 1, 1), n, jnp.int32)  # noqa: E731
-    ids = jnp.asarray([[[2, 0, 1]]], jnp.int32)
-    per_key = jnp.asarray([[[1, 0, 1]]], jnp.int32)  # tile 1 is the one that is not whole
+    ids = on_device([[[2, 0, 1]]], jnp.int32)
+    per_key = on_device([[[1, 0, 1]]], jnp.int32)  # tile 1 is the one that is not whole
     own = jnp.arange(3, dtype=jnp.int32)[None, None]
     # a mask that hides all it is asked about: tile 1 then counts for nothing
     nothing = Rule(lambda logits, *_: jnp.full_like(logits, -jnp.inf))
@@ -230,7 +230,7 @@ def test_tiles_that_are_whole_skip_the_mask_and_no_others():
 def test_programs_with_the_most_tiles_start_first_and_a_group_stays_side_by_side(together):
     work = np.random.default_rng(3).integers(0, 4, (2, 3, 5, 1)).repeat(2, axis=3)
     work[:, :, 3, 1] += 1
-    found = np.asarray(order(jnp.asarray(work, jnp.int32), together))
+    found = np.asarray(order(on_device(work, jnp.int32), together))
     sections = work.reshape(-1, together * 10)
     want = [
         section * together * 10 + n
@@ -245,7 +245,7 @@ def test_programs_with_the_most_tiles_start_first_and_a_group_stays_side_by_side
 
 def test_nan_stays_in_its_row_and_unlisted_tiles_are_not_read():
     q, k, v = qkv(64, 192, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    tiles = jnp.asarray([[[True, False, True]]])
+    tiles = on_device([[[True, False, True]]])
     plan = js.BlockMask.from_dense(tiles, q_len=64, kv_len=192, block_q=64, block_kv=64)
     q = q.at[7].set(jnp.nan)
     k, v = k.at[64:128].set(jnp.nan), v.at[64:128].set(jnp.nan)

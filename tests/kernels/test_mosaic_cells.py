@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.estimators.xattention import antidiagonal_scores
 from pallas_kernels import _compat
 from pallas_kernels.attention_map import mosaic_cells
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 def compare(q, k, **options):
@@ -29,8 +29,8 @@ def test_masks_grouped_heads_odd_lengths_and_rows_that_see_nothing():
     # 29 query and 141 key cells of 8 tokens, the last ones not full; two tiles of keys
     q, k, _ = qkv(229, 1125, heads=4, kv_heads=2, dim=40, batch=(2,), dtype=jnp.bfloat16)
     ids = np.sort(np.random.default_rng(1).integers(0, 3, (2, 1125)), axis=1)
-    q_ids = jnp.asarray(ids[:, -229:], jnp.int32).at[:, :80].set(-1)
-    mask = js.masks.causal() & js.masks.segments(q_ids, jnp.asarray(ids, jnp.int32))
+    q_ids = on_device(ids[:, -229:], jnp.int32).at[:, :80].set(-1)
+    mask = js.masks.causal() & js.masks.segments(q_ids, on_device(ids, jnp.int32))
     found = compare(q, k, stride=8, block_size=32, mask=mask, norm=0.5)
     assert not found[:, :, :2].any()
     assert (found[:, :, 3:] == 0).any()

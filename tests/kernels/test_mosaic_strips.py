@@ -10,7 +10,7 @@ from jsparse.attention import mosaic as adapter
 from jsparse.attention.packing import Filling
 from pallas_kernels.block_sparse_attention import mosaic, strips
 from pallas_kernels.block_sparse_attention.walk import Lists, Side
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.kernels.test_mosaic_block_sparse import compare, compare_gradients, lists
 
 
@@ -27,14 +27,14 @@ def test_decoding_over_pages_of_sequences_of_their_own_lengths():
     # 4 rows per tile, filled up to 8; 5 pages of 16 keys in two tiles, of which one is not full
     q, k, v = qkv(2, 200, heads=4, kv_heads=1, dim=64, batch=(2,), dtype=jnp.bfloat16)
     pages = [[[[0, 3, 4, 7, 12], [1, 5, 6, 11, 0]]], [[[2, 0, 0, 0, 0], [0] * 5]]]
-    counts = jnp.asarray([[[5, 4]], [[1, 0]]], jnp.int32)
+    counts = on_device([[[5, 4]], [[1, 0]]], jnp.int32)
     plan = js.BlockMask.from_lists(
-        jnp.asarray(pages, jnp.int32), counts, q_len=2, kv_len=200, block_q=1, block_kv=16
+        on_device(pages, jnp.int32), counts, q_len=2, kv_len=200, block_q=1, block_kv=16
     )
     # keys of no page that is listed, or past a sequence's length, are read by nobody
-    poison = jnp.isin(jnp.arange(200) // 16, jnp.asarray([8, 9, 10]))[:, None, None]
+    poison = jnp.isin(jnp.arange(200) // 16, on_device([8, 9, 10]))[:, None, None]
     k, v = (jnp.where(poison, jnp.nan, x) for x in (k, v))
-    length = jnp.asarray([195, 37])
+    length = on_device([195, 37])
     clean = (jnp.nan_to_num(x) for x in (k, v))
     compare(q, k, v, plan, mask=js.masks.lengths(None, length), exact=(q, *clean))
 
@@ -44,18 +44,18 @@ def test_everything_that_changes_logits_on_strips_of_32_keys():
     # 16 rows per tile, of 4 queries each, the last tile of 3; v_dim below dim
     q, k, v = qkv(11, 150, heads=4, kv_heads=1, dim=128, v_dim=64, dtype=jnp.bfloat16)
     rng = np.random.default_rng(2)
-    slopes, table = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (4, 150))
-    ids = jnp.asarray(np.sort(rng.integers(0, 3, 150)), jnp.int32)
+    slopes, table = (on_device(rng.normal(size=n), jnp.float32) for n in (4, 150))
+    ids = on_device(np.sort(rng.integers(0, 3, 150)), jnp.int32)
     compare(
         q,
         k,
         v,
         lists(11, 150, block_q=4, block_kv=32),
         mask=(js.masks.causal(offset=100) & js.masks.segments(ids[-11:], ids)) | js.masks.sinks(3),
-        bias=jnp.asarray(rng.normal(size=(1, 1, 150)), jnp.bfloat16),
+        bias=on_device(rng.normal(size=(1, 1, 150)), jnp.bfloat16),
         score_mod=lambda s, b, h, i, j: s - slopes[h] * (i - j) * 0.02 + table[j] * table[i],
         softcap=20.0,
-        scale=jnp.asarray(0.2),
+        scale=on_device(0.2),
     )
 
 
@@ -76,15 +76,15 @@ def test_gradients_of_everything_that_changes_logits():
     rng = np.random.default_rng(2)
     operands = {
         **{"q": q, "k": k, "v": v},
-        "slopes": jnp.asarray(rng.normal(size=4), jnp.float32),
-        "heat": jnp.asarray(rng.normal(size=5), jnp.float32),
-        "table": jnp.asarray(rng.normal(size=30), jnp.float32),
+        "slopes": on_device(rng.normal(size=4), jnp.float32),
+        "heat": on_device(rng.normal(size=5), jnp.float32),
+        "table": on_device(rng.normal(size=30), jnp.float32),
     }
     ids = jnp.zeros(30, jnp.int32).at[28:].set(1)
     mask = js.masks.causal() & js.masks.segments(ids[-5:], ids) | js.masks.sinks(2)
     plan = js.BlockMask.from_lists(
-        jnp.asarray([[[0, 1], [1, 0]]], jnp.int32),
-        jnp.asarray([[2, 1]], jnp.int32),
+        on_device([[[0, 1], [1, 0]]], jnp.int32),
+        on_device([[2, 1]], jnp.int32),
         **{"q_len": 5, "kv_len": 30, "block_q": 3, "block_kv": 16},
     )
 
@@ -127,7 +127,7 @@ def test_parts_of_lists_begin_with_a_tile_and_are_filled_up_with_their_last_bloc
     first = last - counts
     whole = first + rng.integers(0, counts + 1)
     ids = rng.integers(0, 9, (1, 2, 20))
-    arrays = [jnp.asarray(x, jnp.int32) for x in (ids, first, last, whole)]
+    arrays = [on_device(x, jnp.int32) for x in (ids, first, last, whole)]
     met = Side((jnp.zeros((1, 144, 2, 64)),), 16)
     found = strips.strips(Lists(*arrays[: 3 + with_whole]), met)
     got = jax.tree.map(np.asarray, found)
@@ -135,7 +135,7 @@ def test_parts_of_lists_begin_with_a_tile_and_are_filled_up_with_their_last_bloc
         np.asarray(found.positions(144)),
         rng.normal(size=(3, 4, 144)).astype(np.float32),
     )
-    along = np.asarray(found.along(jnp.asarray(values), 4, otherwise=-1.0))
+    along = np.asarray(found.along(on_device(values), 4, otherwise=-1.0))
     assert along.shape == (3, 4, positions.shape[2])
     for head, block in np.ndindex(2, 4):
         begin, end, split = (x[0, head, block] for x in got.lists[1:])
@@ -163,7 +163,7 @@ def test_appended_rows_stand_for_the_last_of_their_tile():
     true = np.arange(24) % 8 < 3
     np.testing.assert_array_equal(filled, np.where(true, np.asarray(x)[:, row], 0.0))
     assert row.reshape(3, 8).tolist() == [[3 * n, 3 * n + 1] + [3 * n + 2] * 6 for n in range(3)]
-    np.testing.assert_array_equal(filling.cut(jnp.asarray(filled)), x)
+    np.testing.assert_array_equal(filling.cut(on_device(filled)), x)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.attention.best_blocks import best_blocks
 from pallas_kernels import _compat
 from pallas_kernels.top_k import mosaic
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 
 def both(q, k_means, **options):
@@ -25,7 +25,7 @@ def small_integers(q_len, blocks, *, heads, kv_heads, dim, batch=1):
     """Products that are exact, few and often equal."""
     rng = np.random.default_rng(0)
     q, k = (
-        jnp.asarray(rng.integers(-1, 2, (batch, *shape, dim)))
+        on_device(rng.integers(-1, 2, (batch, *shape, dim)))
         for shape in ((q_len, heads), (blocks, kv_heads))
     )
     return q.astype(jnp.bfloat16), k.astype(jnp.float32)
@@ -36,10 +36,10 @@ def test_ties_masks_and_forced_blocks_are_those_of_xla():
     # three tiles of blocks, the last not full; the queries are in the middle of the keys
     q, means = small_integers(150, 150, heads=2, kv_heads=1, dim=40, batch=2)
     ids = np.sort(np.random.default_rng(1).integers(0, 2, (2, 600)), axis=1)
-    offset = jnp.asarray([300, 450])
-    q_ids = jnp.take_along_axis(jnp.asarray(ids, jnp.int32), offset[:, None] + jnp.arange(150), 1)
+    offset = on_device([300, 450])
+    q_ids = jnp.take_along_axis(on_device(ids, jnp.int32), offset[:, None] + jnp.arange(150), 1)
     q_ids = q_ids.at[:, :3].set(-1)
-    mask = js.masks.causal(offset=offset) & js.masks.segments(q_ids, jnp.asarray(ids, jnp.int32))
+    mask = js.masks.causal(offset=offset) & js.masks.segments(q_ids, on_device(ids, jnp.int32))
     # NaNs of both signs, infinities, both zeros
     means = means.at[0, 5].set(jnp.nan).at[1, 70].set(-jnp.nan).at[0, 99].set(jnp.inf)
     means = means.at[1, 8].set(0.0).at[1, 9].set(-0.0)

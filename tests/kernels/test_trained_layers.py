@@ -9,6 +9,7 @@ from flax import nnx
 import jsparse as js
 import jsparse.nn
 from pallas_kernels import _compat
+from tests.inputs import on_device
 
 CAUSAL = js.masks.causal()
 INDEXER = {"index_heads": 2, "index_dim": 16, "rotary_dim": 8}
@@ -41,7 +42,7 @@ def trained(method: js.Method) -> js.nn.SparseAttention:
     )  # fmt: skip
     rng = np.random.default_rng(1)
     state = nnx.state(layer, nnx.Param)
-    moved = jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state)
+    moved = jax.tree.map(lambda x: x + on_device(0.3 * rng.normal(size=x.shape), x.dtype), state)
     nnx.update(layer, moved)
     return layer
 

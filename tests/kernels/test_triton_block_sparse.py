@@ -12,7 +12,7 @@ import jsparse as js
 from jsparse.testing import CASES, AttentionSuite, Problem
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 
 # the others differ from these in what no line of the kernels is for
 QUICK = (
@@ -125,12 +125,12 @@ def test_what_is_said_pair_by_pair():
     """Tiles of a dense mask, of a bias and of an array that a score_mod looks into."""
     q, k, v = qkv(48, 70, heads=2, kv_heads=1, batch=(2,))
     rng = np.random.default_rng(0)
-    mask = js.masks.causal() & js.masks.dense(jnp.asarray(rng.random((2, 1, 48, 70)) < 0.7))
-    pairs = jnp.asarray(rng.normal(size=(48, 70)), jnp.float32)
-    bias = jnp.asarray(rng.normal(size=(2, 48, 70)), jnp.bfloat16)
-    slopes = jnp.asarray(rng.normal(size=2), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
-    tiles = jnp.asarray(rng.random((2, 2, 3, 3)) < 0.8)
+    mask = js.masks.causal() & js.masks.dense(on_device(rng.random((2, 1, 48, 70)) < 0.7))
+    pairs = on_device(rng.normal(size=(48, 70)), jnp.float32)
+    bias = on_device(rng.normal(size=(2, 48, 70)), jnp.bfloat16)
+    slopes = on_device(rng.normal(size=2), jnp.float32)
+    weights = on_device(rng.normal(size=q.shape), jnp.float32)
+    tiles = on_device(rng.random((2, 2, 3, 3)) < 0.8)
     plan = js.BlockMask.from_dense(tiles, q_len=48, kv_len=70, block_q=16, block_kv=32)
 
     def loss(implementation, q, k, v, pairs, bias, slopes):
@@ -156,9 +156,9 @@ def test_what_is_said_pair_by_pair():
 def test_gradients_of_16_bits(dtype):
     """Their error is that of the inputs' rounding; nothing of what is not listed is read."""
     q, k, v = qkv(64, 128, heads=2, kv_heads=1, dim=24, v_dim=40, dtype=dtype)
-    tiles = jnp.asarray([[[True, False], [True, False]], [[True, False], [False, False]]])
+    tiles = on_device([[[True, False], [True, False]], [[True, False], [False, False]]])
     plan = js.BlockMask.from_dense(tiles, q_len=64, kv_len=128, block_q=32, block_kv=64)
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(64, 2, 40)), jnp.float32)
+    weights = on_device(np.random.default_rng(0).normal(size=(64, 2, 40)), jnp.float32)
 
     def loss(implementation, q, k, v):
         out, lse = js.attend(q, k, v, plan, return_lse=True, implementation=implementation)
@@ -233,8 +233,8 @@ def test_tiles_are_skipped_as_the_reference_skips_them():
     q, k, v = leveled(90, batch=(2,), v_dim=24)
     mask = js.masks.causal() & js.masks.segments(jnp.where(jnp.arange(90) < 37, 0, 1))
     plan = js.block_mask(js.masks.causal(), 90, 90, block_q=32, block_kv=16)
-    bias = jnp.asarray(np.random.default_rng(0).normal(size=(4, 90, 1)), jnp.float32)
-    thresholds = jnp.asarray([[0.0, 1e-3, 0.1, 1.0], [1.0, 0.3, 0.01, 0.0]])
+    bias = on_device(np.random.default_rng(0).normal(size=(4, 90, 1)), jnp.float32)
+    thresholds = on_device([[0.0, 1e-3, 0.1, 1.0], [1.0, 0.3, 0.01, 0.0]])
 
     def loss(implementation, q, k, v, bias):
         options = {"mask": mask, "bias": bias, "implementation": implementation}
@@ -262,7 +262,7 @@ def test_tiles_are_skipped_as_the_reference_skips_them():
 
 @interpreted
 def test_who_has_a_say_in_what_is_skipped():
-    k = jnp.repeat(jnp.asarray([9.0, 0.0, 0.0]), 16)[:, None, None] * jnp.ones((48, 1, 1))
+    k = jnp.repeat(on_device([9.0, 0.0, 0.0]), 16)[:, None, None] * jnp.ones((48, 1, 1))
     q = jnp.ones((20, 1, 1))
     plan = js.block_mask(js.masks.causal(offset=48), 20, 48, block_q=16, block_kv=16)
 

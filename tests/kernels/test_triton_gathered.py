@@ -14,7 +14,7 @@ from jsparse.testing import CASES, Problem
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton
 from tests.attention.exact import close
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 
 EVERYTHING = next(case for case in CASES if case.name == "everything")
 attend = functools.partial(js.attend, implementation="triton")
@@ -81,9 +81,9 @@ def uneven(side):
     tiles = rng.random((4, rows, columns)) < rng.random((4, rows, 1))
     tiles[..., 0], tiles[..., 3], tiles[:, 1] = True, False, False
     sizes = {"q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
-    plan = js.BlockMask.from_dense(jnp.asarray(tiles), **sizes)
+    plan = js.BlockMask.from_dense(on_device(tiles), **sizes)
     past = jnp.arange(plan.width) >= plan.kv_num_blocks[..., None]
-    garbage = jnp.asarray([-7, 3, 2**31 - 1])[jnp.arange(plan.width) % 3]
+    garbage = on_device([-7, 3, 2**31 - 1])[jnp.arange(plan.width) % 3]
     plan = dataclasses.replace(plan, kv_indices=jnp.where(past, garbage, plan.kv_indices))
     return plan, np.repeat(np.repeat(tiles, block_q, 1), block_kv, 2)[:, :q_len, :kv_len]
 

@@ -11,6 +11,7 @@ import pytest
 
 import jsparse as js
 from jsparse.types import Frame, TileGrid
+from tests.inputs import on_device
 
 LENGTHS = [(40, 40), (23, 40), (40, 23), (1, 17)]
 
@@ -29,9 +30,9 @@ def definitions(q_len, kv_len):
     pairs[:, :8, :16] = True
     bounds = np.sort(rng.integers(0, q_len + 2, (4, kv_len)), axis=0).astype(np.int32)
     lower = bounds[[2, 3, 0, 1]]
-    four = jnp.asarray(lower.T[None])
-    two = jnp.asarray(bounds[[2, 1]].T[None])
-    table = jnp.asarray(rng.random(kv_len) < 0.5)
+    four = on_device(lower.T[None])
+    two = on_device(bounds[[2, 1]].T[None])
+    table = on_device(rng.random(kv_len) < 0.5)
     m = js.masks
     # of tokens that make as many windows of six as there are keys
     tokens = sorted_ids(np.random.default_rng(1), 2 * kv_len + 4, groups=3)
@@ -78,14 +79,14 @@ def definitions(q_len, kv_len):
         "prefix_lm": (m.prefix_lm(11), lambda i, j, p: (j <= p) | (j < 11)),
         "lengths": (m.lengths(9, 14), lambda i, j, p: (i < 9) & (j < 14)),
         "segments": (
-            m.segments(jnp.asarray(q_ids), jnp.asarray(kv_ids)),
+            m.segments(on_device(q_ids), on_device(kv_ids)),
             lambda i, j, p: (q_ids[i] == kv_ids[j]) & (q_ids[i] >= 0),
         ),
         "segments_unsorted": (
-            m.segments(jnp.asarray(q_ids), jnp.asarray(shuffled)),
+            m.segments(on_device(q_ids), on_device(shuffled)),
             lambda i, j, p: (q_ids[i] == shuffled[j]) & (q_ids[i] >= 0),
         ),
-        "dense": (m.dense(jnp.asarray(pairs)), lambda i, j, p: pairs[0][i, j]),
+        "dense": (m.dense(on_device(pairs)), lambda i, j, p: pairs[0][i, j]),
         "predicate": (
             m.predicate(lambda b, h, i, j: table[j] & (i % 2 == 0)),
             lambda i, j, p: np.asarray(table)[j] & (i % 2 == 0),
@@ -102,11 +103,11 @@ def definitions(q_len, kv_len):
             lambda i, j, p: ~(i >= bounds[2][j]) & ~(i < bounds[1][j]),
         ),
         "intervals_causal_1": (
-            m.intervals(jnp.asarray(bounds[2:3].T[None]), causal=True, q_len=q_len),
+            m.intervals(on_device(bounds[2:3].T[None]), causal=True, q_len=q_len),
             lambda i, j, p: (j <= p) & ~(i >= bounds[2][j]),
         ),
         "intervals_causal_2": (
-            m.intervals(jnp.asarray(bounds[[1, 2]].T[None]), causal=True, q_len=q_len),
+            m.intervals(on_device(bounds[[1, 2]].T[None]), causal=True, q_len=q_len),
             lambda i, j, p: (j <= p) & ~((i >= bounds[1][j]) & (i < bounds[2][j])),
         ),
         "and": (
@@ -122,12 +123,12 @@ def definitions(q_len, kv_len):
             lambda i, j, p: 2 * j + 5 <= i + 30,
         ),
         "whole_windows_of_segments": (
-            m.whole_windows(m.segments(jnp.asarray(q_ids), jnp.asarray(tokens)), **windows),
+            m.whole_windows(m.segments(on_device(q_ids), on_device(tokens)), **windows),
             lambda i, j, p: (tokens[in_window[j]] == q_ids[i][..., None]).all(-1) & (q_ids[i] >= 0),
         ),
         "not": (~m.causal(), lambda i, j, p: j > p),
         "not_of_both": (
-            ~(m.causal() & m.segments(jnp.asarray(q_ids), jnp.asarray(kv_ids))),
+            ~(m.causal() & m.segments(on_device(q_ids), on_device(kv_ids))),
             lambda i, j, p: ~((j <= p) & (q_ids[i] == kv_ids[j]) & (q_ids[i] >= 0)),
         ),
     }
@@ -215,7 +216,7 @@ def test_block_mask_lists_the_tiles_under_jit_too(name):
 def test_attend_sees_what_the_mask_shows(name):
     lengths = (23, 40)
     mask, definition = definitions(*lengths)[name]
-    pairs = jnp.asarray(expected_pairs(definition, *lengths))[None]
+    pairs = on_device(expected_pairs(definition, *lengths))[None]
     keys = jax.random.split(jax.random.key(1), 3)
     q = jax.random.normal(keys[0], (2, lengths[0], 2, 8))
     k, v = (jax.random.normal(key, (2, lengths[1], 1, 8)) for key in keys[1:])
@@ -235,9 +236,9 @@ def test_attend_sees_what_the_mask_shows(name):
 
 def test_batched_arrays_equal_one_by_one():
     rng = np.random.default_rng(0)
-    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 3, 24)), axis=-1))
-    prefix = jnp.asarray(rng.integers(0, 9, (2, 3)))
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 24, 2, 8)), jnp.float32) for _ in range(3))
+    ids = on_device(np.sort(rng.integers(0, 3, (2, 3, 24)), axis=-1))
+    prefix = on_device(rng.integers(0, 9, (2, 3)))
+    q, k, v = (on_device(rng.normal(size=(2, 3, 24, 2, 8)), jnp.float32) for _ in range(3))
 
     def attend(q, k, v, ids, prefix):
         mask = js.masks.segments(ids) & js.masks.prefix_lm(prefix)
@@ -255,7 +256,7 @@ def test_batched_arrays_equal_one_by_one():
 def test_a_traced_offset_is_where_the_queries_sit():
     """A decode step: one program serves every position in the cache."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 1, 8)), jnp.float32) for n in (3, 32, 32))
+    q, k, v = (on_device(rng.normal(size=(2, n, 1, 8)), jnp.float32) for n in (3, 32, 32))
 
     @jax.jit
     def step(start):
@@ -263,10 +264,10 @@ def test_a_traced_offset_is_where_the_queries_sit():
         return js.attend(q, k, v, mask=mask, implementation="xla")
 
     for start in ([0, 5], [29, 11]):
-        out = step(jnp.asarray(start))
+        out = step(on_device(start))
         for sequence, first in enumerate(start):
             position, j = first + np.arange(3)[:, None], np.arange(32)
-            pairs = jnp.asarray((j <= position) & (position - j <= 4))[None]
+            pairs = on_device((j <= position) & (position - j <= 4))[None]
             alone = js.attend(
                 q[sequence], k[sequence], v[sequence],
                 mask=js.masks.dense(pairs), implementation="reference",
@@ -275,7 +276,7 @@ def test_a_traced_offset_is_where_the_queries_sit():
 
 
 def test_arrays_that_all_sequences_share_are_not_copied():
-    pairs = jnp.asarray(np.random.default_rng(0).random((1, 1, 16, 16)) < 0.5)
+    pairs = on_device(np.random.default_rng(0).random((1, 1, 16, 16)) < 0.5)
     flat = js.masks.dense(pairs).flatten_batch((64,))
     assert flat.pairs.shape == (1, 1, 16, 16)
     mask = js.masks.segments(jnp.zeros((3, 16), int)) & js.masks.dense(pairs)
@@ -289,11 +290,11 @@ def test_dropping_a_part_changes_the_result(dropped):
     """If a composition lost one of its parts on the way, this is what would show it."""
     rng = np.random.default_rng(0)
     parts = {
-        "segments": js.masks.segments(jnp.asarray(sorted_ids(rng, 32))),
+        "segments": js.masks.segments(on_device(sorted_ids(rng, 32))),
         "causal": js.masks.causal(),
         "window": js.masks.sliding_window(left=6, right=6),
     }
-    q, k, v = (jnp.asarray(rng.normal(size=(32, 1, 8)), jnp.float32) for _ in range(3))
+    q, k, v = (on_device(rng.normal(size=(32, 1, 8)), jnp.float32) for _ in range(3))
     everything = parts["segments"] & parts["causal"] & parts["window"]
     rest = [mask for name, mask in parts.items() if name != dropped]
     out = js.attend(q, k, v, mask=everything, implementation="xla")

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jsparse as js
 import jsparse.nn
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import biformer as oracle
 
 
@@ -40,7 +40,7 @@ def test_regions_and_output_equal_the_oracle(height, width, per_head):
 
 def test_worked_example():
     def tokens(rows):
-        return jnp.asarray(rows, jnp.float32).reshape(8, 1, 1)
+        return on_device(rows, jnp.float32).reshape(8, 1, 1)
 
     q, k = tokens([[1, 1, -1, -1], [2, 2, 0, 0]]), tokens([[1, 3, -2, -4], [0, 1, 5, 1]])
     v = tokens([[0, 1, 2, 3], [4, 5, 6, 7]])
@@ -106,8 +106,8 @@ def test_what_no_region_chose_has_no_gradient_and_a_needle_is_found():
 def test_masks_bias_and_score_mod_are_of_tokens_in_their_places():
     q, k, v = qkv(70)
     settings = {"regions": 4, "top_k": 16}
-    bias = jnp.asarray(np.random.default_rng(1).normal(size=(4, 70, 70)), jnp.float32)
-    slope = jnp.asarray([0.1, 0.2, 0.3, 0.4])
+    bias = on_device(np.random.default_rng(1).normal(size=(4, 70, 70)), jnp.float32)
+    slope = on_device([0.1, 0.2, 0.3, 0.4])
     options = {
         "mask": js.masks.causal(),
         "bias": bias,
@@ -123,8 +123,8 @@ def test_masks_bias_and_score_mod_are_of_tokens_in_their_places():
 def test_the_layer_is_attention_and_a_convolution():
     layer = js.nn.RegionAttention(16, num_heads=2, regions=3, top_k=2, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 7, 8, 16)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(5, 5, 1, 16)) * 0.1, jnp.float32)
+    x = on_device(rng.normal(size=(2, 7, 8, 16)), jnp.float32)
+    kernel = on_device(rng.normal(size=(5, 5, 1, 16)) * 0.1, jnp.float32)
     layer.local.kernel[...] = kernel
     layer.local.bias[...] = jnp.arange(16) * 0.1
     layer.qkv.kernel[...] = layer.qkv.kernel[...] * 20
@@ -145,7 +145,7 @@ def test_the_layer_is_attention_and_a_convolution():
 def test_the_block_trains():
     block = js.nn.BiFormerBlock(16, num_heads=2, regions=2, top_k=2, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 6, 16)), jnp.float32)
+    x = on_device(rng.normal(size=(2, 6, 6, 16)), jnp.float32)
     # every pixel is to say what the brightest one of the map is like
     target = jnp.broadcast_to(x.max((1, 2), keepdims=True), x.shape)
     optimizer = nnx.Optimizer(block, optax.adam(1e-2), wrt=nnx.Param)

@@ -9,12 +9,12 @@ import pytest
 
 import jsparse as js
 from jsparse.estimators.blasst import Calibration
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 from tests.oracles import blasst as oracle
 
 CAUSAL = js.masks.causal()
 BLOCKS = {"block_q": 16, "block_kv": 16}
-LOGITS = jnp.asarray([0, 1, 4, 2, -3, -2, 3, 0], jnp.float32)
+LOGITS = on_device([0, 1, 4, 2, -3, -2, 3, 0], jnp.float32)
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def test_worked_example(order, threshold, out, skipped):
 
 def test_it_equals_the_oracle_and_its_plan_is_what_it_keeps():
     q, k, v = leveled(90)
-    thresholds = jnp.asarray([1e-3, 0.02, 0.3, 1.0])
+    thresholds = on_device([1e-3, 0.02, 0.3, 1.0])
     out, lse, info = attending()(thresholds, q, k, v, 0.25)
     expected = oracle.attend(q, k, v, thresholds, **BLOCKS)
     np.testing.assert_allclose(out, expected[0], atol=2e-5)
@@ -78,7 +78,7 @@ def test_it_equals_the_oracle_and_its_plan_is_what_it_keeps():
 def test_zero_is_dense_and_larger_thresholds_skip_more():
     q, k, v = leveled(96)
     run = attending()
-    found = [run(jnp.asarray(t), q, k, v, 0.25) for t in (0.0, 1e-4, 1e-2, 0.1, 1.0)]
+    found = [run(on_device(t), q, k, v, 0.25) for t in (0.0, 1e-4, 1e-2, 0.1, 1.0)]
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(found[0][0], dense, atol=4e-6)
     assert not found[0][2].sparsity.any()
@@ -95,7 +95,7 @@ def test_at_one_a_tile_stays_if_some_row_reaches_its_largest_logit_there():
     peaks = logits.reshape(4, 80, 5, 16).max(-1)
     reached = peaks >= np.maximum.accumulate(peaks, axis=-1)
     reached &= np.isfinite(peaks)
-    info = attending()(jnp.asarray(1.0), q, k, v, 0.25)[2]
+    info = attending()(on_device(1.0), q, k, v, 0.25)[2]
     np.testing.assert_array_equal(info.kept.to_dense(), reached.reshape(4, 5, 16, 5).any(2))
 
 
@@ -103,7 +103,7 @@ def test_at_one_a_tile_stays_if_some_row_reaches_its_largest_logit_there():
 def test_what_is_dropped_is_bounded(threshold):
     """Of a row at most the threshold for each skipped key, over what its kept ones sum up to."""
     q, k, v = leveled(96)
-    _, lse, info = attending()(jnp.asarray(threshold), q, k, v, 0.25)
+    _, lse, info = attending()(on_device(threshold), q, k, v, 0.25)
     _, dense_lse = js.attend(q, k, v, mask=CAUSAL, return_lse=True)
     kept = np.repeat(np.repeat(info.kept.to_dense(), 16, -1), 16, -2)
     seen = np.tril(np.ones((96, 96), bool))
@@ -121,12 +121,12 @@ def test_thresholds_follow_lengths_and_phases():
     q, k, v = leveled(64)
     run = attending("scale_factor")
     for factor in (0.64, 6.4):
-        same = attending()(jnp.asarray(factor / 64), q, k, v, 0.25)[2].kept.to_dense()
-        found = run(jnp.asarray(factor), q, k, v, 0.25)[2].kept.to_dense()
+        same = attending()(on_device(factor / 64), q, k, v, 0.25)[2].kept.to_dense()
+        found = run(on_device(factor), q, k, v, 0.25)[2].kept.to_dense()
         np.testing.assert_array_equal(found, same)
     # inputs shorter than the factor have a threshold of 1, which is not exceeded
-    high = run(jnp.asarray(1e5), q, k, v, 0.25)[2].kept.to_dense()
-    one = attending()(jnp.asarray(1.0), q, k, v, 0.25)[2].kept.to_dense()
+    high = run(on_device(1e5), q, k, v, 0.25)[2].kept.to_dense()
+    one = attending()(on_device(1.0), q, k, v, 0.25)[2].kept.to_dense()
     np.testing.assert_array_equal(high, one)
 
     def decoded(k=k, positions=None, mask=CAUSAL, **arguments):
@@ -138,7 +138,7 @@ def test_thresholds_follow_lengths_and_phases():
     np.testing.assert_array_equal(decoded(threshold=1.0, decode_scale_factor=6.4), expected)
     assert decoded(decode_threshold=0.0, threshold=1.0).all()
     # of a cache with room, the keys that are there count: 32 of 64
-    half = {"positions": jnp.asarray([31]), "mask": js.masks.causal(offset=31)}
+    half = {"positions": on_device([31]), "mask": js.masks.causal(offset=31)}
     there = decoded(decode_scale_factor=3.2, **half)
     np.testing.assert_array_equal(there[..., :2], expected[..., :2])
     curves = [Calibration(0.1, 4.0, 0.5, 3.0), Calibration(0.5, 4.0, 0.1, 2.0)] * 2
@@ -153,7 +153,7 @@ def test_thresholds_follow_lengths_and_phases():
             js.blasst(**arguments, **BLOCKS).attend((), q[-q_len:], k, v, **options)[1].kept
             for arguments in (
                 {"calibration": curves, "target_sparsity": 0.3},
-                {name: jnp.asarray(factors, jnp.float32)},
+                {name: on_device(factors, jnp.float32)},
             )
         )
         np.testing.assert_array_equal(found.to_dense(), want.to_dense())
@@ -162,7 +162,7 @@ def test_thresholds_follow_lengths_and_phases():
 def test_the_last_queries_alone_skip_what_they_skip_among_others():
     """Fewer queries in a last tile: rows that are only padding have no say."""
     q, k, v = leveled(80)
-    whole = attending()(jnp.asarray(0.1), q, k, v, 0.25)[2].kept.to_dense()
+    whole = attending()(on_device(0.1), q, k, v, 0.25)[2].kept.to_dense()
     q = q.at[64:70].set(0.0)
     method = js.blasst(threshold=0.1, **BLOCKS)
     part = method.attend((), q[64 + 6 :], k, v, mask=CAUSAL)[1].kept.to_dense()
@@ -188,7 +188,7 @@ def test_reports_count_what_is_skipped():
         ({"threshold": 1.5}, r"threshold=1.5 must lie in \[0, 1\]"),
         ({"decode_threshold": -0.1}, r"decode_threshold=-0.1 must lie in \[0, 1\]"),
         ({"scale_factor": 0.0}, "scale_factor=0.0 must be finite and above 0"),
-        ({"decode_scale_factor": jnp.asarray([1.0, -2.0])}, "decode_scale_factor="),
+        ({"decode_scale_factor": on_device([1.0, -2.0])}, "decode_scale_factor="),
         ({"target_sparsity": 0.0}, r"target_sparsity=0.0 must lie in \(0, 1\]"),
         ({"block_kv": 0}, "block_kv=0"),
         (
@@ -207,8 +207,8 @@ def test_bad_input_is_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": jnp.asarray([0.1, 0.2])}, r"threshold has shape \(2,\)"),
-        ({"scale_factor": jnp.asarray([1.0, 2.0])}, r"scale_factor has shape \(2,\)"),
+        ({"threshold": on_device([0.1, 0.2])}, r"threshold has shape \(2,\)"),
+        ({"scale_factor": on_device([1.0, 2.0])}, r"scale_factor has shape \(2,\)"),
         ({"calibration": [Calibration(1.0, 1.0, 1.0, 1.0)]}, "calibration has 1 entries"),
     ],
 )

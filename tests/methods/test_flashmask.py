@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.masks.flashmask import causal_document_columns, sliding_window_columns
 from jsparse.types import Frame, TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import flashmask as oracle
 
 CASES = oracle.cases()
@@ -17,7 +17,7 @@ CASES = oracle.cases()
 def factory(name):
     columns, causal, _, _ = CASES[name]
     if columns is not None:
-        columns = jnp.asarray(columns)[None]
+        columns = on_device(columns)[None]
     return js.flashmask(startend_row_indices=columns, causal=causal)
 
 
@@ -25,7 +25,7 @@ def mask_of(name, q_len=16):
     columns, causal, _, _ = CASES[name]
     if columns is None:
         return js.masks.causal()
-    return js.masks.intervals(jnp.asarray(columns)[None], causal=causal, q_len=q_len)
+    return js.masks.intervals(on_device(columns)[None], causal=causal, q_len=q_len)
 
 
 def pairs_of(name):
@@ -85,7 +85,7 @@ def test_output_and_gradients_equal_dense_attention(name):
 def test_a_query_that_sees_no_key_gives_zero_and_no_gradient():
     q, k, v = qkv(16, dim=8)
     # every key is hidden from the queries 6, 7 and 8
-    columns = jnp.tile(jnp.asarray([6, 9], jnp.int32), (1, 16, 1))
+    columns = jnp.tile(on_device([6, 9], jnp.int32), (1, 16, 1))
     method = js.flashmask(startend_row_indices=columns)
 
     def run(q):
@@ -103,7 +103,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_no_gradient():
 def test_hash_buckets():
     """Queries and keys sorted by bucket; inside a bucket the original order is causal."""
     columns, original, buckets = oracle.hash_columns(np.random.default_rng(1).integers(0, 3, 16))
-    mask = js.masks.intervals(jnp.asarray(columns)[None], causal=False, q_len=16).flatten_batch(())
+    mask = js.masks.intervals(on_device(columns)[None], causal=False, q_len=16).flatten_batch(())
     seen = mask.visible(jnp.arange(16)[:, None], jnp.arange(16), Frame(16, 16))
     for i, j in np.ndindex(16, 16):
         assert bool(seen[i, j]) == (buckets[i] == buckets[j] and original[j] <= original[i])
@@ -111,7 +111,7 @@ def test_hash_buckets():
 
 def test_hidden_keys_change_nothing_and_get_no_gradient():
     q, k, v = qkv(16, dim=8)
-    columns = jnp.asarray(CASES["eviction"][0])[None].at[0, 5].set(0)
+    columns = on_device(CASES["eviction"][0])[None].at[0, 5].set(0)
     run = jax.jit(
         lambda k, v: js.sparse_attention(
             q, k, v, js.flashmask(startend_row_indices=columns), implementation="xla"
@@ -147,7 +147,7 @@ def test_bottom_right_alignment():
 
 def test_one_mask_for_all_equals_one_per_kv_head():
     q, k, v = qkv(16, dim=8)
-    columns = jnp.asarray(CASES["eviction"][0])[None]
+    columns = on_device(CASES["eviction"][0])[None]
     shared = js.sparse_attention(q, k, v, js.flashmask(startend_row_indices=columns))
     repeated = jnp.repeat(columns, 2, axis=0)
     per_head = js.flashmask(startend_row_indices=repeated)
@@ -162,7 +162,7 @@ def test_one_mask_for_all_equals_one_per_kv_head():
 def test_column_makers():
     columns = CASES["sliding"][0]
     np.testing.assert_array_equal(sliding_window_columns(16, window=4)[0], columns)
-    ends = jnp.asarray(oracle.document((5, 4, 7))[1])
+    ends = on_device(oracle.document((5, 4, 7))[1])
     columns = causal_document_columns(ends)[0]
     np.testing.assert_array_equal(columns, CASES["causal document"][0])
 

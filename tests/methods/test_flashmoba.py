@@ -7,7 +7,7 @@ import pytest
 
 import jsparse as js
 from jsparse.routing.flashmoba import convolve_keys, failure_rate, signal_to_noise
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import flashmoba as oracle
 
 CAUSAL = js.masks.causal()
@@ -20,7 +20,7 @@ def test_blocks_and_output_equal_the_oracle(q_len, kv_len, block, causal):
     mask = CAUSAL if causal else None
     method = js.flashmoba(block_kv=block, top_k=3, taps=3)
     rng = np.random.default_rng(2)
-    params = {"convolution": jnp.asarray(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
+    params = {"convolution": on_device(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
     run = jax.jit(lambda *inputs: method.attend(params, *inputs, mask=mask))
     out, info = run(q, k, v)
     plan, _ = method.plan(params, q, k, mask=mask)
@@ -40,8 +40,8 @@ def test_blocks_and_output_equal_the_oracle(q_len, kv_len, block, causal):
 
 def test_worked_example():
     k = [[1, 0], [1, 0], [0, 1], [0, 1], [-1, 0], [-1, 0], [0.5, 0], [0, 0]]
-    k = jnp.asarray(k, jnp.float32)[:, None]
-    q = jnp.zeros((8, 1, 2)).at[7, 0].set(jnp.asarray([1.0, 0.2]))
+    k = on_device(k, jnp.float32)[:, None]
+    q = jnp.zeros((8, 1, 2)).at[7, 0].set(on_device([1.0, 0.2]))
     v = jnp.arange(8, dtype=jnp.float32)[:, None, None]
     scores = oracle.gates(q, k, 2)
     np.testing.assert_allclose(scores[0, 7, :3], [1, 0.2, -1])
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_masked_dense_attention():
     q, k, v = qkv(70)
     method = js.flashmoba(block_kv=16, top_k=2, taps=3)
     rng = np.random.default_rng(2)
-    params = {"convolution": jnp.asarray(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
+    params = {"convolution": on_device(rng.normal(size=(3, 2, 16)) * 0.5, jnp.float32)}
     plan, _ = method.plan(params, q, k, mask=CAUSAL)
 
     def dense(params, q, k, v):

@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.masks.neighborhood import Axis
 from jsparse.types import Frame
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import fna as oracle
 
 # every pair by itself, where what is asked is not how tiles are computed
@@ -24,7 +24,7 @@ def line(length):
     """The specification's data: q = 1, k = ln(j + 1), v = j."""
     j = np.arange(length)
     columns = np.ones(length), np.log(j + 1), j
-    return [jnp.asarray(x, jnp.float32)[:, None, None] for x in columns]
+    return [on_device(x, jnp.float32)[:, None, None] for x in columns]
 
 
 def dense(q, k, v, grid, *, window, dilation=1, is_causal=False):

@@ -11,7 +11,7 @@ from jsparse.masks.gna import simulate
 from jsparse.masks.neighborhood import Axis, Neighborhood, axes_of
 from jsparse.masks.neighborhood_attention import axis_tiles, fully_block_sparse
 from jsparse.types import Frame, TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import gna as oracle
 
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def line(length):
     """The specification's data: q = 1, k = ln(j + 1), v = j."""
     j = np.arange(length)
     columns = np.ones(length), np.log(j + 1), j
-    return [jnp.asarray(x, jnp.float32)[:, None, None] for x in columns]
+    return [on_device(x, jnp.float32)[:, None, None] for x in columns]
 
 
 def run(method, q, k, v, **options):
@@ -149,7 +149,7 @@ def test_axes_that_do_not_fit_one_word_are_compared_in_several():
     # mostly neighbors, or hardly any would be seen along all axes
     j = np.clip(i + RNG.choice([-2, 0, 2, 1], (2000, 6), p=[0.3, 0.35, 0.3, 0.05]), 0, 7)
     expected = by_axis[i, j].all(-1)
-    index = [jnp.asarray(np.ravel_multi_index(x.T, grid)) for x in (i, j)]
+    index = [on_device(np.ravel_multi_index(x.T, grid)) for x in (i, j)]
     np.testing.assert_array_equal(mask.visible(*index, Frame(8**6, 8**6)), expected)
     assert 20 < expected.sum() < 1000
 
@@ -235,9 +235,9 @@ def test_everything_that_attend_takes_follows_the_tokens():
     tokens = 130
     q, k, v = qkv(tokens, heads=4, kv_heads=2, dim=8, v_dim=6, batch=(2,))
     _, extra_k, extra_v = qkv(tokens, 9, heads=4, kv_heads=2, dim=8, v_dim=6, batch=(2,), seed=1)
-    bias = jnp.asarray(RNG.normal(size=(4, tokens, tokens)), jnp.float32)
+    bias = on_device(RNG.normal(size=(4, tokens, tokens)), jnp.float32)
     sinks, slope = jnp.linspace(-1.0, 1.0, 4), jnp.float32(0.1)
-    given = js.masks.segments(jnp.asarray(RNG.integers(0, 2, tokens)))
+    given = js.masks.segments(on_device(RNG.integers(0, 2, tokens)))
     method = js.gna(grid=grid, q_tile=q_tile, kv_tile=kv_tile, **settings)
     operands = q, k, v, extra_k, extra_v, bias, sinks, slope
 
@@ -288,7 +288,7 @@ def test_gradients_are_those_of_the_dense_masked_reference():
     grid, settings, q_tile, kv_tile = CASES["volume"]
     q, k, v = qkv(168, heads=2, kv_heads=1, dim=8)
     method = js.gna(grid=grid, q_tile=q_tile, kv_tile=kv_tile, **settings)
-    mask = js.masks.dense(jnp.asarray(oracle.pairs(grid, **settings))[None])
+    mask = js.masks.dense(on_device(oracle.pairs(grid, **settings))[None])
     runs = (
         lambda *x: js.sparse_attention(*x, method),
         lambda *x: js.attend(*x, mask=mask, **PLAIN),

@@ -10,7 +10,7 @@ from jsparse.core.low_precision import hadamard, rounded
 from jsparse.core.tile_scores import relu_weighted
 from jsparse.evaluation.metrics import list_overlap
 from jsparse.learned.hisa import Indexed, index_loss, select_tokens
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import hisa as oracle
 
 CAUSAL = js.masks.causal()
@@ -18,21 +18,21 @@ FEATURES = 12
 INDEXER = {"index_heads": 3, "index_dim": 8, "rotary_dim": 4, "rope_base": 100.0}
 WORKED = Indexed(
     jnp.zeros((8, 2, 2)).at[7].set(jnp.eye(2)),
-    jnp.zeros((8, 2)).at[7].set(jnp.asarray([1.0, 0.5])),
-    jnp.asarray([[1, 0], [0, 1], [3, -1], [-2, 1], [0, 2], [1, 1], [0.5, 0], [0, 0.5]]),
+    jnp.zeros((8, 2)).at[7].set(on_device([1.0, 0.5])),
+    on_device([[1, 0], [0, 1], [3, -1], [-2, 1], [0, 2], [1, 1], [0.5, 0], [0, 0.5]]),
 )
 
 
 def hidden(length, batch=(), seed=3):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
+    return on_device(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
 
 
 def params_of(method):
     sizes = {"num_heads": 4, "num_kv_heads": 2, "dim": 16, "features": FEATURES}
     params = method.init(jax.random.key(0), **sizes)
     rng = np.random.default_rng(5)
-    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), params)
+    return jax.tree.map(lambda x: x + on_device(rng.normal(size=x.shape) * 0.1, x.dtype), params)
 
 
 def lists(plan):
@@ -105,7 +105,7 @@ def test_latent_attention_absorbed_equals_unabsorbed():
         np.concatenate([content, turned], -1)[:, None],
         content[:, None],
     )
-    q, k, v = (jnp.asarray(y, jnp.float32) for y in arrays)
+    q, k, v = (on_device(y, jnp.float32) for y in arrays)
     latents, info = method.attend(params, q, k, v, x=x, mask=CAUSAL, scale=scale)
     absorbed = np.einsum("thl,hln->thn", latents, up_v)
     full = (
@@ -116,7 +116,7 @@ def test_latent_attention_absorbed_equals_unabsorbed():
         np.einsum("tl,hln->thn", content, up_v),
     )
     plan = select_tokens(info.indexed, top_k=9, block_kv=8, block_top_k=3, mask=CAUSAL)
-    q, k, v = (jnp.asarray(y, jnp.float32) for y in full)
+    q, k, v = (on_device(y, jnp.float32) for y in full)
     plain = js.attend(q, k, v, plan, mask=CAUSAL, scale=scale, implementation="reference")
     np.testing.assert_allclose(absorbed, plain, atol=1e-4)
 
@@ -126,7 +126,7 @@ def test_the_first_stage_is_below_the_mean_of_the_second():
     rng = np.random.default_rng(1)
     q, k = rng.normal(size=(6, 3, 8)), rng.normal(size=(32, 8))
     weights = np.abs(rng.normal(size=(6, 3)))
-    q, weights, k = (jnp.asarray(x, jnp.float32) for x in (q, weights, k))
+    q, weights, k = (on_device(x, jnp.float32) for x in (q, weights, k))
 
     def two_stages(k):
         fine = relu_weighted(q, weights, k).reshape(6, 4, 8).mean(-1)
@@ -165,13 +165,13 @@ def test_what_leaves_the_selection_as_it_is():
 
 
 def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
-    rows = jnp.asarray([[1.0, 0.0, 2.0]])
+    rows = on_device([[1.0, 0.0, 2.0]])
     target = np.array([0.2, 0.5, 0.3])
     # one head with weight 1 whose products are the scores; attention logits that give the target
     # (a query of one feature, keys of these numbers)
     indexed = Indexed(jnp.ones((1, 1, 1)), jnp.ones((1, 1)), rows[0][:, None] + 5)
     q = jnp.ones((1, 1, 1))
-    k = jnp.log(jnp.asarray(target, jnp.float32))[:, None, None]
+    k = jnp.log(on_device(target, jnp.float32))[:, None, None]
     gradient = jax.grad(lambda i: index_loss(i, q, k, scale=1.0))(indexed)
     expected = [0.044728, -0.409969, 0.365241]
     np.testing.assert_allclose(gradient.k[:, 0], expected, atol=1e-6)
@@ -237,7 +237,7 @@ def test_steps_of_decoding_equal_the_whole():
 
 
 def test_eight_bits():
-    x = hidden(50) * jnp.asarray([1e-6, 1.0, 300.0] * 4)
+    x = hidden(50) * on_device([1e-6, 1.0, 300.0] * 4)
     eight = rounded(x, jnp.float8_e4m3fn)
     # three bits behind the point: half a unit of the last is 1/16, of the largest at least
     largest = jnp.abs(x).max(-1, keepdims=True)

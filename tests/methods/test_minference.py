@@ -19,7 +19,7 @@ from jsparse.estimators.minference import (
     vertical_slash_scores,
 )
 from jsparse.types import Frame, TileGrid, parts_of
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import minference as oracle
 
 CAUSAL = js.masks.causal()
@@ -80,11 +80,11 @@ def test_every_pair_of_the_authors_pattern_is_in_ours_once():
         visible=jnp.broadcast_to(below, (cases, *below.shape)),
         mask=CAUSAL,
         heads=(0,) * cases,
-        first=jnp.asarray(0),
+        first=on_device(0),
         grid=grid,
         width=length,
     )
-    tiles, lists, counts = jax.jit(build)(jnp.asarray(distances), jnp.asarray(columns))
+    tiles, lists, counts = jax.jit(build)(on_device(distances), on_device(columns))
     lost = jnp.zeros((cases,), bool)
     plan = (
         js.BlockMask.from_dense(tiles, **grid._asdict()),
@@ -177,7 +177,7 @@ def test_a_planted_column_and_a_planted_diagonal_are_found():
 def test_positions_batches_and_a_mask_are_honoured():
     """A longer cache, per sequence its own place in it and its own segments."""
     q, k, v = qkv(70, 180, batch=(2,), seed=3)
-    first = jnp.asarray([40, 110])
+    first = on_device([40, 110])
     positions = first[:, None] + jnp.arange(70)
     ids = jnp.where(jnp.arange(180) < 60, 0, 1) * jnp.ones((2, 1), int)
     mask = js.masks.segments(jnp.take_along_axis(ids, positions, -1), ids)

@@ -8,7 +8,7 @@ from flax import nnx
 import jsparse as js
 import jsparse.nn
 from jsparse.masks.moa import span
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import moa as oracle
 
 CAUSAL = js.masks.causal()
@@ -56,7 +56,7 @@ def test_output_is_attention_to_the_pairs_of_the_oracle(q_len, kv_len, new):
     method = js.moa(rules=RULES, **SMALL, max_new_tokens=new)
     # forms every pair; that the others compute the same is the contract's to see
     out = js.sparse_attention(q, k, v, method, mask=CAUSAL, implementation="reference")
-    dense = js.masks.dense(jnp.asarray(pairs))
+    dense = js.masks.dense(on_device(pairs))
     expected = js.attend(q, k, v, mask=dense, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
@@ -111,7 +111,7 @@ def test_the_mask_of_a_span_is_what_a_ring_buffer_holds():
     q, k, v = (np.asarray(x, np.float64) for x in qkv(length, heads=1, kv_heads=1))
     decoded = oracle.ring_decode(q[:, 0], k[:, 0], v[:, 0], sink=sink, local=local)
     held = CAUSAL & js.masks.head_windows(num_sink=[sink], window=[local])
-    single = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    single = [on_device(x, jnp.float32) for x in (q, k, v)]
     out = js.attend(*single, mask=held, implementation="reference")
     np.testing.assert_allclose(out[:, 0], decoded, atol=2e-6)
     # a prompt's rows keep whole blocks of the same span: no more, and all of it at a block's end

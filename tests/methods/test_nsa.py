@@ -8,7 +8,7 @@ import pytest
 import jsparse as js
 from jsparse.core.tile_scores import block_importance
 from jsparse.core.windows import Windows
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import nsa as oracle
 
 CAUSAL = js.masks.causal()
@@ -19,7 +19,7 @@ FEATURES = 12
 
 def hidden(length, batch=(), seed=3):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
+    return on_device(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
 
 
 def params_of(method):
@@ -30,7 +30,7 @@ def params_of(method):
 def unlike_at_first(params):
     """Weights are equal at first, positions zero and gates near a half: values that say more."""
     rng = np.random.default_rng(5)
-    return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), params)
+    return jax.tree.map(lambda x: x + on_device(rng.normal(size=x.shape) * 0.1, x.dtype), params)
 
 
 def phi(name, params):
@@ -83,7 +83,7 @@ def test_worked_mapping():
     expected = oracle.block_scores(importance, 2, size=32, stride=16, block=64)
     np.testing.assert_allclose(expected * 28, [16, 40])
     # a window before the first, and one that is not complete
-    padded = jnp.pad(jnp.asarray(importance, jnp.float32), 1)[None]
+    padded = jnp.pad(on_device(importance, jnp.float32), 1)[None]
     scores = block_importance(padded, Windows(32, 16), 64)[0]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
     assert float(scores.sum()) == pytest.approx(2.0)
@@ -91,8 +91,8 @@ def test_worked_mapping():
 
 def test_worked_example():
     # one key per token, windows and blocks of two, the current block forced
-    q = jnp.zeros((6, 2, 1)).at[5, :, 0].set(jnp.asarray([1.0, 2.0]))
-    k = jnp.asarray([1, 1, 0, 0, 2, 2], jnp.float32)[:, None, None]
+    q = jnp.zeros((6, 2, 1)).at[5, :, 0].set(on_device([1.0, 2.0]))
+    k = on_device([1, 1, 0, 0, 2, 2], jnp.float32)[:, None, None]
     v = jnp.arange(6, dtype=jnp.float32)[:, None, None]
     method = js.nsa(
         compression=js.windows.mean(),
@@ -158,7 +158,7 @@ def test_heads_of_a_group_share_blocks_whatever_their_order():
     method = js.nsa(**SMALL)
     params = params_of(method)
     plan, _ = method.plan(params, q, k)
-    swapped, _ = method.plan(params, q[:, jnp.asarray([1, 0, 3, 2])], k)
+    swapped, _ = method.plan(params, q[:, on_device([1, 0, 3, 2])], k)
     assert plan.list_heads == 2
     np.testing.assert_array_equal(plan.kv_indices, swapped.kv_indices)
 
@@ -206,7 +206,7 @@ def test_gradients_are_those_of_masked_dense_attention():
 def test_a_mask_hides_windows_of_which_it_hides_a_key():
     length = 80
     q, k, v = qkv(length)
-    ids = jnp.asarray(np.repeat([0, 1, 2], [21, 30, 29]))
+    ids = on_device(np.repeat([0, 1, 2], [21, 30, 29]))
     method = js.nsa(**{**SMALL, "num_init": 0})
     params, x = params_of(method), hidden(length)
     mask = CAUSAL & js.masks.segments(ids)

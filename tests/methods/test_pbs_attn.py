@@ -9,13 +9,13 @@ import jsparse as js
 from jsparse.attention.reordered import attend_reordered
 from jsparse.core import pooling, reordering
 from jsparse.estimators.pbs_attn import last_queries_attention, order_in_segments
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import pbs_attn as oracle
 
 CAUSAL = js.masks.causal()
 DOCUMENTS = CAUSAL & js.masks.segments(jnp.repeat(jnp.arange(3), 20)[:55])
 WINDOW = CAUSAL & js.masks.sliding_window(left=30) & js.masks.lengths(50, 41)
-WORKED_K = jnp.asarray([0, 3, 1, 2, 1, 0, 2, 0, 5], jnp.float32)[:, None, None]
+WORKED_K = on_device([0, 3, 1, 2, 1, 0, 2, 0, 5], jnp.float32)[:, None, None]
 
 
 def planned(q, k, mask=CAUSAL, **arguments):
@@ -81,7 +81,7 @@ def test_order_scores_tiles_and_output_equal_the_oracle(q_len, kv_len, block, se
     order = oracle.orders(w, segment=segment, kv_len=kv_len)
     scores, chosen_from, kept = oracle.block_scores(q, k, order, segment=segment, **sizes)
     for threshold in ([0.3] * 4, [0.8] * 4, [0.2, 0.5, 0.9, 1.0]):
-        tiles, info, out = run(jnp.asarray(threshold))
+        tiles, info, out = run(on_device(threshold))
         np.testing.assert_array_equal(info.kv_order, order)
         np.testing.assert_allclose(info.block_scores, scores, rtol=2e-5, atol=2e-6)
         expected = oracle.select(scores, chosen_from, kept, threshold)
@@ -146,7 +146,7 @@ def test_all_blocks_in_any_order_inside_segments_are_dense_attention():
         order = [
             np.concatenate([rng.permutation(np.arange(*ends_)) for ends_ in ends]) for _ in range(4)
         ]
-        np.testing.assert_allclose(run(jnp.asarray(np.stack(order))), dense, atol=2e-6)
+        np.testing.assert_allclose(run(on_device(np.stack(order))), dense, atol=2e-6)
 
 
 def test_own_segment_and_the_block_of_key_0_are_always_kept():
@@ -169,7 +169,7 @@ def test_sorting_gathers_scattered_keys_in_fewer_blocks():
     q, k = (0.05 * rng.normal(size=(length, 1, 16)) for _ in range(2))
     q[:, :, 0] += 6
     k[np.arange(0, length, block) + rng.integers(0, block, length // block), :, 0] += 8
-    q, k = jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
+    q, k = on_device(q, jnp.float32), on_device(k, jnp.float32)
 
     def last_row(segment):
         sizes = {"block_size": block, "segment_size": segment}
@@ -184,16 +184,16 @@ def test_output_and_gradients_are_those_of_the_pairs_in_their_own_places():
     """Through every modification of logits, against dense attention told which pairs there are."""
     q, k, v = qkv(55, dim=8)
     rng = np.random.default_rng(1)
-    bias = jnp.asarray(rng.normal(size=(4, 55, 55)), jnp.float32)
-    slopes = jnp.asarray(rng.normal(size=4), jnp.float32)
+    bias = on_device(rng.normal(size=(4, 55, 55)), jnp.float32)
+    slopes = on_device(rng.normal(size=4), jnp.float32)
     settings = {"block_size": 8, "threshold": 0.3}
-    pairs = jnp.asarray(pairs_of(*planned(q, k, DOCUMENTS, **settings)))
+    pairs = on_device(pairs_of(*planned(q, k, DOCUMENTS, **settings)))
 
     def options(bias, slopes):
         def score_mod(logit, batch, head, q_index, kv_index):
             return logit + slopes[head] * jnp.sin(0.3 * (q_index - 2.0 * kv_index))
 
-        sinks = jnp.asarray([0.5, -1.0, 0.0, 2.0])
+        sinks = on_device([0.5, -1.0, 0.0, 2.0])
         return {"bias": bias, "score_mod": score_mod, "sinks": sinks, "return_lse": True}
 
     def ours(q, k, v, *changes):
@@ -232,7 +232,7 @@ def test_a_shared_order_follows_the_mean_of_its_group():
     weights = last_queries_attention(q, k, last=8, length=48, mask=WINDOW)
     expected = order_in_segments(weights.reshape(2, 2, 48).mean(1), segment_size=16, kv_len=55)
     np.testing.assert_array_equal(order, expected)
-    mask = WINDOW & js.masks.dense(jnp.asarray(pairs_of(plan, info)))
+    mask = WINDOW & js.masks.dense(on_device(pairs_of(plan, info)))
     expected = js.attend(q, k, v, mask=mask, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=5e-6)
 
@@ -240,7 +240,7 @@ def test_a_shared_order_follows_the_mean_of_its_group():
 def test_a_cache_longer_than_what_it_holds():
     """Queries stand where `positions` says, and keys after them change nothing."""
     q, k, v = qkv(24, 96, batch=(2,))
-    starts = jnp.asarray([40, 9])
+    starts = on_device([40, 9])
     call = {"mask": js.masks.causal(offset=starts), "positions": starts[:, None] + jnp.arange(24)}
     method = js.pbs_attn(block_size=8, threshold=0.5)
 

@@ -9,7 +9,7 @@ import jsparse as js
 from jsparse.core.tiling import visible_tiles
 from jsparse.masks.powerattention import powers_of_two
 from jsparse.types import Frame, TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import powerattention as oracle
 
 BLOCK = 16
@@ -18,7 +18,7 @@ BLOCK = 16
 def plan_of_blocks(tiles):
     sizes = {"block_q": BLOCK, "block_kv": BLOCK}
     length = BLOCK * len(tiles)
-    return js.BlockMask.from_dense(jnp.asarray(tiles)[None], q_len=length, kv_len=length, **sizes)
+    return js.BlockMask.from_dense(on_device(tiles)[None], q_len=length, kv_len=length, **sizes)
 
 
 def tiles_of(count, **settings):
@@ -62,7 +62,7 @@ def test_output_is_attention_to_the_pairs_of_the_oracle(q_len, kv_len, given):
     method = js.powerattention(block_size=8, window_size=2)
     out = js.sparse_attention(q, k, v, method, mask=given)
     pairs = oracle.pairs(q_len, kv_len, block_size=8, window_size=2)
-    dense = js.masks.dense(jnp.asarray(pairs)[None])
+    dense = js.masks.dense(on_device(pairs)[None])
     mask = dense if given is None else dense & given
     expected = js.attend(q, k, v, mask=mask, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=2e-6)

@@ -14,7 +14,7 @@ import jsparse as js
 import jsparse.nn
 from jsparse.core import clustering
 from jsparse.core.clustering import Centroids, Tally, l2_norm, layer_norm
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import routing_transformer as oracle
 
 CAUSAL = js.masks.causal()
@@ -26,7 +26,7 @@ def params_of(method, *, heads=4, kv_heads=2, dim=16, seed=0):
 
 
 def with_means(means):
-    return {"centroids": Centroids.of(jnp.asarray(means, jnp.float32))}
+    return {"centroids": Centroids.of(on_device(means, jnp.float32))}
 
 
 CASES = {
@@ -130,8 +130,8 @@ def test_local_heads_stand_beside_routed_ones():
 
 # two features, so that angles are all there is
 ANGLES = np.deg2rad(np.arange(0, 120, 20))
-TURNING = jnp.asarray(np.stack([np.cos(ANGLES), np.sin(ANGLES)], -1)[:, None], jnp.float32)
-AXES = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]])
+TURNING = on_device(np.stack([np.cos(ANGLES), np.sin(ANGLES)], -1)[:, None], jnp.float32)
+AXES = on_device([[[1.0, 0.0], [0.0, 1.0]]])
 
 
 def test_worked_example():
@@ -172,8 +172,8 @@ def test_normalisation_by_hand():
 
 
 def test_the_first_step_of_counted_averages():
-    seen = Tally(jnp.asarray([[100.0]]), jnp.asarray([[[50.0, -50.0]]]))
-    start = jnp.asarray([[[1.0, -1.0]]])
+    seen = Tally(on_device([[100.0]]), on_device([[[50.0, -50.0]]]))
+    start = on_device([[[1.0, -1.0]]])
     long = clustering.counted_average()(Centroids.of(start, as_sums=True), seen)
     np.testing.assert_allclose(long.means[0, 0], [10.49, -10.49], rtol=1e-5)
     right = clustering.counted_average()(Centroids.of(start), seen)
@@ -183,9 +183,9 @@ def test_the_first_step_of_counted_averages():
 @pytest.mark.parametrize("as_sums", [False, True])
 def test_moving_centroids_equals_the_oracle(as_sums):
     rng = np.random.default_rng(0)
-    x = layer_norm(jnp.asarray(rng.normal(size=(3, 2, 30, 2, 8)), jnp.float32))
+    x = layer_norm(on_device(rng.normal(size=(3, 2, 30, 2, 8)), jnp.float32))
     # the last cluster is nobody's
-    means = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+    means = on_device(rng.normal(size=(2, 5, 8)), jnp.float32)
     means = means.at[:, 1].set(-means[:, 0]).at[:, 4].set(means[:, 0] / 2)
     spherical, counted = Centroids.of(means), Centroids.of(means, as_sums=as_sums)
     by_hand, counts, sums = means, np.zeros((2, 5)), np.asarray(means) * as_sums
@@ -209,7 +209,7 @@ def test_moving_centroids_equals_the_oracle(as_sums):
 
 
 def test_a_centroid_without_tokens_stays_and_padding_counts_for_nothing():
-    means = jnp.asarray([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
+    means = on_device([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
     x = jnp.concatenate([TURNING, jnp.zeros((4, 1, 2))])
     seen = clustering.tally(x, means)
     np.testing.assert_array_equal(seen.counts, [[3, 3, 0]])
@@ -226,7 +226,7 @@ def test_a_centroid_without_tokens_stays_and_padding_counts_for_nothing():
 
 
 def test_a_broken_token_moves_no_centroid():
-    x, means = jnp.asarray([[[1.0, 0.1]], [[0.2, 1.0]], [[0.9, 0.0]]]), AXES
+    x, means = on_device([[[1.0, 0.1]], [[0.2, 1.0]], [[0.9, 0.0]]]), AXES
     for broken in (jnp.nan, jnp.inf):
         seen = clustering.tally(x.at[2, 0, 1].set(broken), means)
         np.testing.assert_array_equal(seen.counts, [[1, 1]])
@@ -235,7 +235,7 @@ def test_a_broken_token_moves_no_centroid():
 
 
 def test_what_does_not_exist_is_committed_to_nothing():
-    x = jnp.asarray([[[1.0, 0.1]], [[0.2, 1.0]], [[5.0, 5.0]]])
+    x = on_device([[[1.0, 0.1]], [[0.2, 1.0]], [[5.0, 5.0]]])
     found = clustering.commitment(x, AXES, exists=jnp.array([True, True, False]))
     np.testing.assert_allclose(found, clustering.commitment(x[:2], AXES), rtol=1e-6)
     np.testing.assert_allclose(found, (0.1**2 + 0.2**2) / 4, rtol=1e-5)
@@ -258,7 +258,7 @@ def test_centroids_of_tokens_find_what_is_there():
     rng = np.random.default_rng(0)
     true = oracle.l2_norm(rng.normal(size=(2, 4, 16)))
     x = true[:, rng.integers(0, 4, 400)] + 0.05 * rng.normal(size=(2, 400, 16))
-    x = l2_norm(jnp.asarray(x.swapaxes(0, 1).reshape(4, 100, 2, 16), jnp.float32))
+    x = l2_norm(on_device(x.swapaxes(0, 1).reshape(4, 100, 2, 16), jnp.float32))
     # more than there are directions, so that each has one from the start
     found = clustering.centroids_of_tokens(jax.random.key(3), x, 12, normalize=l2_norm)
     nearest = np.einsum("hcd,hed->hce", found, true)
@@ -274,7 +274,7 @@ def test_centroids_of_tokens_find_what_is_there():
 @pytest.mark.parametrize("rule", [clustering.spherical_average, clustering.counted_average])
 def test_replicas_move_centroids_together(rule):
     x = layer_norm(qkv(40, heads=2, batch=(4,))[0])
-    centroids = Centroids.of(jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 16)), x.dtype))
+    centroids = Centroids.of(on_device(np.random.default_rng(1).normal(size=(2, 3, 16)), x.dtype))
 
     def step(axis_name, x):
         return rule(decay=0.5, axis_name=axis_name)(centroids, clustering.tally(x, centroids.means))
@@ -314,7 +314,7 @@ def test_what_changes_nothing():
     moved, _ = run(params, *(x[order] for x in (q, k, v)))
     np.testing.assert_allclose(moved, out[order], atol=4e-6)
 
-    swapped = jax.tree.map(lambda x: x[:, jnp.asarray([2, 0, 3, 1])], params)
+    swapped = jax.tree.map(lambda x: x[:, on_device([2, 0, 3, 1])], params)
     np.testing.assert_allclose(run(swapped, q, k, v)[0], out, atol=4e-6)
 
     longer = {**params, "centroids": Centroids.of(3 * params["centroids"].means)}
@@ -435,7 +435,7 @@ def test_decoding_sees_what_is_there(balanced):
     method = js.routing_transformer(clusters=3, window=6, balanced=balanced)
     layer = js.nn.SparseAttention(32, num_heads=4, share_qk=True, method=method, rngs=nnx.Rngs(0))
     assert layer.k_proj is None
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 26, 32)), jnp.float32)
+    x = on_device(np.random.default_rng(0).normal(size=(2, 26, 32)), jnp.float32)
     step = nnx.jit(lambda layer, x, cache: layer(x, cache=cache))
     whole = nnx.jit(lambda layer, x: layer(x, mask=CAUSAL))
     cache = layer.init_cache((2,), 30)
@@ -449,7 +449,7 @@ def test_decoding_sees_what_is_there(balanced):
 def test_a_cache_longer_than_what_it_holds():
     """Keys after the last query are in no cluster, whatever they are, and move no centroid."""
     q, k, v = qkv(3, 30, batch=(2,))
-    starts = jnp.asarray([17, 9])
+    starts = on_device([17, 9])
     method = js.routing_transformer(clusters=3, window=6)
     params = params_of(method)
     where = {"mask": js.masks.causal(offset=starts), "positions": starts[:, None] + jnp.arange(3)}
@@ -474,7 +474,7 @@ def test_training_moves_what_no_optimizer_sees():
     method = js.routing_transformer(clusters=4, window=12, num_memory=1, update=rule)
     method = js.from_length(method, min_length=20)
     layer = js.nn.SparseAttention(32, num_heads=4, share_qk=True, method=method, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 32)), jnp.float32)
+    x = on_device(np.random.default_rng(0).normal(size=(2, 40, 32)), jnp.float32)
     optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
     params = jax.tree.leaves(nnx.state(layer, nnx.Param))
     # three matrices and a memory of keys and of values
@@ -500,7 +500,7 @@ def test_training_moves_what_no_optimizer_sees():
     # one step of the rule, though a forward pass is made twice
     q = layer.q_proj(x).reshape(2, 40, 4, 8)
     q = js.nn.rotary(q, jnp.broadcast_to(jnp.arange(40), (2, 40)))
-    start = jnp.asarray(before)
+    start = on_device(before)
     expected = rule(Centroids.of(start), clustering.tally(layer_norm(q), start))
     losses += [float(step(layer, optimizer, x))]
     np.testing.assert_allclose(centroids(), expected.means, atol=1e-5)

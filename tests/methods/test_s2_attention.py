@@ -11,7 +11,7 @@ import jsparse as js
 from jsparse.core.tiling import visible_tiles
 from jsparse.masks.s2_attention import kv_efficient, sharded_blocks, two_sided_blocks
 from jsparse.types import Frame, TileGrid
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import s2_attention as oracle
 
 BLOCK = 8
@@ -90,7 +90,7 @@ def test_output_is_attention_to_the_pairs_of_the_oracle(q_len, kv_len, given):
     method = js.s2_attention(block_size=8, local_blocks=2, vert_stride=2)
     out = js.sparse_attention(q, k, v, method, mask=given)
     sizes = {"heads": 4, "kv_heads": 2, "local_blocks": 2, "vert_stride": 2}
-    pairs = js.masks.dense(jnp.asarray(oracle.pairs(q_len, kv_len, block_size=8, **sizes)))
+    pairs = js.masks.dense(on_device(oracle.pairs(q_len, kv_len, block_size=8, **sizes)))
     mask = pairs if given is None else pairs & given
     expected = js.attend(q, k, v, mask=mask, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=2e-6)
@@ -145,7 +145,7 @@ def test_dropped_blocks_never_come_back():
     dense = oracle.two_sided(16, left=1, right=1, vert_stride=4) & np.tri(16, dtype=bool)
     length = BLOCK * 16
     relative = js.BlockMask.from_dense(
-        jnp.asarray(dense)[None], q_len=length, kv_len=length, block_q=BLOCK, block_kv=BLOCK
+        on_device(dense)[None], q_len=length, kv_len=length, block_q=BLOCK, block_kv=BLOCK
     )
     assert not bool(kv_efficient(relative).any())
 
@@ -158,7 +158,7 @@ def test_outputs_do_not_notice_that_dropped_blocks_are_gone():
     now = 8
     gone = ~tiles[:, now:].any(1) & (np.arange(12) < now)
     assert gone.any()
-    forget = jnp.asarray(np.repeat(gone, BLOCK, axis=1).T[..., None])
+    forget = on_device(np.repeat(gone, BLOCK, axis=1).T[..., None])
     out = js.sparse_attention(q, k, v, method)
     later = js.sparse_attention(q, jnp.where(forget, 9.0, k), jnp.where(forget, 9.0, v), method)
     np.testing.assert_allclose(later[now * BLOCK :], out[now * BLOCK :], atol=2e-6)
@@ -171,7 +171,7 @@ def test_chunks_of_keys_merge_with_their_gradients():
     tiles = np.asarray(plan.to_dense())
     sizes = {"q_len": BLOCK * 12, "kv_len": BLOCK * 12, "block_q": BLOCK, "block_kv": BLOCK}
     early = np.arange(12) < 5
-    chunks = [js.BlockMask.from_dense(jnp.asarray(tiles & x), **sizes) for x in (early, ~early)]
+    chunks = [js.BlockMask.from_dense(on_device(tiles & x), **sizes) for x in (early, ~early)]
 
     def merged(q, k, v):
         parts = [js.attend(q, k, v, c, mask=mask, return_lse=True) for c in chunks]

@@ -9,7 +9,7 @@ import pytest
 import jsparse as js
 from jsparse.core.rotary import rotary, unrotated
 from jsparse.learned.seerattention import gate_loss, gate_targets
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import seerattention as oracle
 
 CAUSAL = js.masks.causal()
@@ -58,12 +58,12 @@ def test_worked_targets_and_loss():
     probs = np.array([[1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.1, 0.5, 0.4, 0], [0.2, 0.1, 0.3, 0.4]])
     # a query picks its row of logarithms out of the keys
     q = jnp.eye(4)[:, None]
-    k = jnp.asarray(np.log(np.maximum(probs, 1e-30)).T, jnp.float32)[:, None]
+    k = on_device(np.log(np.maximum(probs, 1e-30)).T, jnp.float32)[:, None]
     targets = gate_targets(q, k, block_size=2, mask=CAUSAL, scale=1.0)
     np.testing.assert_allclose(targets[0], [[1, 0], [0.555556, 0.444444]], atol=1e-6)
     each = gate_targets(q, k, block_size=1, mask=CAUSAL, scale=1.0)
     np.testing.assert_allclose(each[0], probs, atol=1e-6)
-    logits = jnp.asarray([[[0, -jnp.inf], [0.5, 1]]])
+    logits = on_device([[[0, -jnp.inf], [0.5, 1]]])
     per_row = gate_loss(logits, targets, skipped=0.0)
     assert float(per_row) == pytest.approx(0.032447, abs=1e-6)
     assert float(per_row) / 2 == pytest.approx(0.016223, abs=1e-6)
@@ -101,7 +101,7 @@ def test_the_gate_sees_distances_only():
     """Whole blocks put in front move all positions, and no logit of the tokens that were there."""
     rng = np.random.default_rng(0)
     plain_q, plain_k, front = (
-        jnp.asarray(rng.normal(size=(n, heads, 16)), jnp.float32)
+        on_device(rng.normal(size=(n, heads, 16)), jnp.float32)
         for n, heads in ((40, 4), (40, 2), (24, 2))
     )
     method = js.seerattention(**SMALL)

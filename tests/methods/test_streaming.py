@@ -1,11 +1,10 @@
 """StreamingLLM against its oracle."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jsparse as js
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import streaming as oracle
 
 
@@ -16,7 +15,7 @@ def test_output_is_attention_to_sinks_and_window(q_len, kv_len, causal):
     mask = js.masks.causal() if causal else None
     out = js.sparse_attention(q, k, v, js.streaming(num_sink=3, window=7), mask=mask)
     pairs = oracle.pairs(q_len, kv_len, num_sink=3, window=7, causal=causal)
-    dense = js.masks.dense(jnp.asarray(pairs)[None])
+    dense = js.masks.dense(on_device(pairs)[None])
     expected = js.attend(q, k, v, mask=dense, implementation="reference")
     np.testing.assert_allclose(out, expected, atol=2e-6)
 

@@ -7,12 +7,12 @@ import pytest
 import jsparse as js
 from jsparse.core.scores import antidiagonal_cells
 from jsparse.estimators.xattention import antidiagonal_scores
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import xattention as oracle
 
 CAUSAL = js.masks.causal()
-WORKED_Q = jnp.asarray([1, 0, 2, 0, 1, 1, 0, 2, 3, 1, 0, 1], jnp.float32)[:, None, None]
-WORKED_K = jnp.asarray([1, 2, 0, 1, 0, 2, 1, 0, 1, 1, 2, 0], jnp.float32)[:, None, None]
+WORKED_Q = on_device([1, 0, 2, 0, 1, 1, 0, 2, 3, 1, 0, 1], jnp.float32)[:, None, None]
+WORKED_K = on_device([1, 2, 0, 1, 0, 2, 1, 0, 1, 1, 2, 0], jnp.float32)[:, None, None]
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -142,14 +142,14 @@ def test_permuting_batch_and_heads_permutes_the_tiles():
     q, k, _ = qkv(32, heads=4, kv_heads=4, batch=(3,))
     method = js.xattention(stride=2, block_size=8, threshold=0.6)
     tiles = method.plan((), q, k, mask=CAUSAL)[0].to_dense()
-    batch, heads = jnp.asarray([2, 0, 1]), jnp.asarray([3, 1, 0, 2])
+    batch, heads = on_device([2, 0, 1]), on_device([3, 1, 0, 2])
     moved = method.plan((), q[batch][:, :, heads], k[batch][:, :, heads], mask=CAUSAL)[0]
     np.testing.assert_array_equal(moved.to_dense(), tiles[batch][:, heads])
 
 
 def test_a_threshold_per_head():
     q, k, _ = qkv(64)
-    thresholds = jnp.asarray([0.2, 0.5, 0.8, 1.0])
+    thresholds = on_device([0.2, 0.5, 0.8, 1.0])
     method = js.xattention(stride=2, block_size=8, threshold=thresholds)
     tiles = method.plan((), q, k, mask=CAUSAL)[0].to_dense()
     for head, threshold in enumerate([0.2, 0.5, 0.8, 1.0]):
@@ -165,7 +165,7 @@ def test_a_threshold_per_head():
         ({"stride": 0}, "stride=0"),
         ({"threshold": 0.0}, r"threshold=0.0 must lie in \(0, 1\]"),
         ({"threshold": 1.5}, "threshold=1.5"),
-        ({"threshold": jnp.asarray([0.5, 0.0])}, "threshold="),
+        ({"threshold": on_device([0.5, 0.0])}, "threshold="),
         ({"norm": -1.0}, "norm=-1.0"),
     ],
 )

@@ -11,6 +11,7 @@ from flax import linen, nnx
 import jsparse as js
 import jsparse.nn
 from jsparse.nn import KVCache, rotary
+from tests.inputs import on_device
 
 CAUSAL = js.masks.causal()
 
@@ -32,7 +33,7 @@ def test_rotary_against_loops():
         angle = float(positions[t]) * 10_000.0 ** (-i / 3)
         turned = (x[t, h, i] + 1j * x[t, h, i + 3]) * np.exp(1j * angle)
         expected[t, h, i], expected[t, h, i + 3] = turned.real, turned.imag
-    got = rotary(jnp.asarray(x), jnp.asarray(positions))
+    got = rotary(on_device(x), on_device(positions))
     # an f32 angle of 1000 radians is off by about 1000 eps
     np.testing.assert_allclose(got, expected, atol=1e-3)
     np.testing.assert_allclose(got[:3], expected[:3], atol=1e-5)
@@ -41,7 +42,7 @@ def test_rotary_against_loops():
 @pytest.mark.parametrize("method", [None, js.mean_pooled(block_size=8, density=0.4)])
 def test_the_layer_is_the_function(method):
     module, x = layer(method=method, sinks=True, softcap=20.0, rope_base=500.0), inputs()
-    module.sinks[...] = jnp.asarray([0.5, -1.0, 0.0, 2.0])
+    module.sinks[...] = on_device([0.5, -1.0, 0.0, 2.0])
 
     def project(linear, heads):
         return (x @ linear.kernel[...]).reshape(2, 40, heads, 8)

@@ -22,7 +22,7 @@ from jsparse.planning import (
 from jsparse.planning.influence import Influence, influence, influence_by_distance
 from jsparse.planning.pareto import grid_of, programs_to_solve, solve, undominated
 from jsparse.planning.rules import Spans
-from tests.inputs import qkv
+from tests.inputs import on_device, qkv
 from tests.oracles import moa as oracle
 
 BLOCK = 8
@@ -194,7 +194,7 @@ def planted(length, *, seed=0):
         q = np.stack([ones, 0 * ones], -1)
         k = np.stack([6 * fall, ones], -1)
         v, d_out = rng.normal(size=(2, length, 4, 4))
-        layers.append(Profiled(*(jnp.asarray(x, jnp.float32) for x in (q, k, v, d_out))))
+        layers.append(Profiled(*(on_device(x, jnp.float32) for x in (q, k, v, d_out))))
     return layers
 
 
@@ -335,7 +335,7 @@ def test_a_stopped_search_goes_on_and_gives_the_same_table(table, tmp_path):
 def weighted(length, of_heads, *, seed):
     """A text whose loss depends on some heads more than on others."""
     layer = profiled(length, seed=seed)
-    return [layer._replace(d_out=layer.d_out * jnp.asarray(of_heads)[:, None])]
+    return [layer._replace(d_out=layer.d_out * on_device(of_heads)[:, None])]
 
 
 def test_heads_that_share_a_kv_head_share_a_rule():

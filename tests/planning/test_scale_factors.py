@@ -11,7 +11,7 @@ from jsparse.evaluation import Captured
 from jsparse.masks import causal
 from jsparse.planning import load_table, methods_of, save_table, search_scale_factors
 from jsparse.planning.scale_factors import fit, skipped_tiles
-from tests.inputs import leveled, qkv
+from tests.inputs import leveled, on_device, qkv
 from tests.oracles import blasst as oracle
 
 BLOCK = 8
@@ -53,7 +53,7 @@ def test_the_fit_keeps_to_its_bounds_and_leaves_the_least_squares():
 
 def test_one_walk_counts_for_all_thresholds(layers):
     q, k, v = layers[0]
-    logs = jnp.log(jnp.asarray(THRESHOLDS))
+    logs = jnp.log(on_device(THRESHOLDS))
     prefill, decode = skipped_tiles(q, k, logs, block_size=BLOCK)
     visible = np.tri(8, dtype=bool)
     for n, threshold in enumerate(THRESHOLDS):

@@ -20,6 +20,7 @@ from jsparse.planning import (
 from jsparse.planning.patterns import CANDIDATES, _choose, scaled
 from jsparse.planning.thresholds import needed_thresholds
 from jsparse.types import TileGrid
+from tests.inputs import on_device
 
 LENGTH, BLOCK = 768, 16
 CAUSAL = js.masks.causal()
@@ -44,7 +45,7 @@ def planted():
     topics = rng.permutation(LENGTH // BLOCK) % 12
     of_token = np.eye(12)[np.repeat(topics, BLOCK)]
     q[:, 2, :12], k[:, 2, :12] = 12 * of_token, 6 * of_token
-    return Captured(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    return Captured(*(on_device(x, jnp.float32) for x in (q, k, v)))
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +139,15 @@ def test_candidates_are_those_of_the_authors_and_smaller_ones():
 
 def test_worked_thresholds():
     """Blocks 2 and 0 hold nine tenths of the true mass; the estimate ranks 0 third, after 1."""
-    mass = jnp.asarray([[[2.0, 0.5, 7.0, 0.5]]])
-    estimate = jnp.asarray([[[2.0, 3.0, 4.0, 1.0]]])
+    mass = on_device([[[2.0, 0.5, 7.0, 0.5]]])
+    estimate = on_device([[[2.0, 3.0, 4.0, 1.0]]])
     visible = jnp.ones((1, 1, 4), bool)
     np.testing.assert_allclose(needed_thresholds(mass, estimate, visible, 0.9), [0.9])
     np.testing.assert_allclose(needed_thresholds(mass, estimate, visible, 0.6), [0.4])
     # a row that sees two blocks adds its mass, what it does not see adds none
     mass = jnp.concatenate([mass, mass], 1)
-    estimate = jnp.concatenate([estimate, jnp.asarray([[[1.0, 9.0, 50.0, 50.0]]])], 1)
-    visible = jnp.asarray([[[True] * 4, [True, True, False, False]]])
+    estimate = jnp.concatenate([estimate, on_device([[[1.0, 9.0, 50.0, 50.0]]])], 1)
+    visible = on_device([[[True] * 4, [True, True, False, False]]])
     np.testing.assert_allclose(needed_thresholds(mass, estimate, visible, 0.8), [19 / 20])
 
 
@@ -167,7 +168,7 @@ def test_thresholds_take_what_matters_and_resume(layer, tmp_path):
     table = search_thresholds(layers, partial=partial, **sizes)
     assert table == search_thresholds(layers, **sizes)
     assert not partial.exists()
-    method = js.xattention(threshold=jnp.asarray([c.value for c in table.layers[0]]), **sizes)
+    method = js.xattention(threshold=on_device([c.value for c in table.layers[0]]), **sizes)
     tiles = method.plan((), layer.q, layer.k, mask=CAUSAL)[0].to_dense()
     visible, _ = visible_blocks(CAUSAL, TileGrid(LENGTH, LENGTH, BLOCK, BLOCK), (), 3)
     logits = np.einsum("qhd,khd->hqk", layer.q, layer.k) / np.sqrt(48)

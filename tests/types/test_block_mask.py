@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jsparse as js
+from tests.inputs import on_device
 
 SIZES = {"q_len": 40, "kv_len": 50, "block_q": 8, "block_kv": 8}
 
@@ -17,7 +18,7 @@ def random_tiles(seed=0, shape=(2, 3, 5, 7), density=0.4):
 
 
 def plan_of(tiles, **changes):
-    return js.BlockMask.from_dense(jnp.asarray(tiles), **{**SIZES, **changes})
+    return js.BlockMask.from_dense(on_device(tiles), **{**SIZES, **changes})
 
 
 @settings(max_examples=20, deadline=None)
@@ -85,21 +86,21 @@ def test_lists_in_any_order_count_each_tile_once(without_shape_checks):
         assert plan.kv_indices.dtype == plan.kv_num_blocks.dtype == jnp.int32
         assert not plan.overflowed.any()
     traced = jax.jit(lambda a, b: js.BlockMask.from_lists(a, b, **SIZES))(
-        jnp.asarray(lists), jnp.asarray(counts)
+        on_device(lists), on_device(counts)
     )
     np.testing.assert_array_equal(traced.kv_indices, plan.kv_indices)
     np.testing.assert_array_equal(traced.inverse().q_num_blocks, tiles.sum(-2))
 
 
 def test_small_integers_hold_lists_too(without_shape_checks):
-    lists, counts = jnp.asarray([[[4, 0]] * 5], jnp.int8), jnp.full((1, 5), 2, jnp.uint8)
+    lists, counts = on_device([[[4, 0]] * 5], jnp.int8), jnp.full((1, 5), 2, jnp.uint8)
     plan = js.BlockMask.from_lists(lists, counts, **SIZES)
     assert plan.kv_indices[0, 0].tolist() == [0, 4]
 
 
 def test_a_list_that_lacks_tiles_says_so():
-    lists = jnp.asarray([[[0, 1]] * 5, [[0, 6]] * 5, [[0, 7]] * 5])
-    counts = jnp.asarray([[2, 2, 3, 2, 2], [2] * 5, [2] * 5])
+    lists = on_device([[[0, 1]] * 5, [[0, 6]] * 5, [[0, 7]] * 5])
+    counts = on_device([[2, 2, 3, 2, 2], [2] * 5, [2] * 5])
     plan = jax.jit(lambda a, b: js.BlockMask.from_lists(a, b, **SIZES))(lists, counts)
     assert plan.overflowed.tolist() == [True, False, True]
     assert plan.kv_num_blocks.max() == 2
@@ -128,7 +129,7 @@ def test_density_counts_more_tiles_than_an_int32_holds():
 
 
 def test_under_jit_and_vmap():
-    tiles = jnp.asarray(random_tiles())
+    tiles = on_device(random_tiles())
     build = jax.jit(lambda t: js.BlockMask.from_dense(t, **SIZES))
     plan = build(tiles)
     assert plan.width == 7  # nothing static says less

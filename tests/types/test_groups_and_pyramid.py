@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from tests.inputs import on_device
 
 
 def groups_of(q_ids, kv_ids, groups=4):
-    return js.TokenGroups.from_ids(jnp.asarray(q_ids), jnp.asarray(kv_ids), groups=groups)
+    return js.TokenGroups.from_ids(on_device(q_ids), on_device(kv_ids), groups=groups)
 
 
 def test_groups_hold_their_tokens_in_order():
@@ -42,7 +43,7 @@ def test_the_inverse_puts_tokens_back():
 
 
 def test_groups_under_jit_and_vmap():
-    ids = jnp.asarray(np.random.default_rng(2).integers(0, 3, (4, 1, 12)))
+    ids = on_device(np.random.default_rng(2).integers(0, 3, (4, 1, 12)))
     build = jax.jit(lambda i: js.TokenGroups.from_ids(i, i, groups=3))
     jax.tree.map(np.testing.assert_array_equal, jax.vmap(build)(ids), build(ids))
 
@@ -60,7 +61,7 @@ def test_groups_cost_no_table_of_groups_by_tokens():
 
 
 def lists():
-    tiles = jnp.asarray(np.eye(4, dtype=bool))[None]
+    tiles = on_device(np.eye(4, dtype=bool))[None]
     return js.BlockMask.from_dense(tiles, q_len=16, kv_len=16, block_q=4, block_kv=4)
 
 
