@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 from flax import nnx
 
 import jsparse as js
 import jsparse.nn
 from examples import associative_recall as recall
 from examples import curves, train_sparse
-from examples.language_model.model import Config, LanguageModel
+from examples.language_model.model import Config, LanguageModel, load, save
 from examples.language_model.training import Course, Phase, Training, plain_loss
 from tests.inputs import on_device
 
@@ -159,6 +161,26 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     assert float(total) > float(bits)
     total, bits = loss(model, on_device(TEXT, jnp.int32))
     assert float(total) == float(bits)
+
+
+def test_a_method_joins_a_model_that_was_trained_without_it(tmp_path):
+    method = js.seerattention(block_size=8, density=0.4, gate_dim=8, rope_base=SMALL.rope_base)
+    trained = model_with()
+    save(trained, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", method=method)
+    common, got = parameters(trained), parameters(loaded)
+    assert {name for name in got if name not in common} == {x for x in got if "method_params" in x}
+    for name, x in common.items():
+        np.testing.assert_array_equal(got[name], np.float32(np.float16(x)), err_msg=name)
+    for layer in js.nn.attention_layers(loaded):
+        assert all(x.any() for x in jax.tree.leaves(layer.params()))
+    # whatever else is missing is an error
+    wider = {"config": '{"width": 16, "layers": 3, "heads": 2, "kv_heads": 1, "hidden": 16}'}
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.numpy.save_file(tensors, tmp_path / "wider.safetensors", metadata=wider)
+    with pytest.raises(ValueError, match=r"blocks\.2\..* has shape None"):
+        load(tmp_path / "wider.safetensors", method=method)
 
 
 def test_questions_have_their_answers_out_of_reach():
