@@ -85,7 +85,9 @@ def _softmax(
     logits: Float[Array, "batch heads q_len columns"],
     v: Float[Array, "batch columns heads v_dim"],
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
-    peak = logits.max(-1, keepdims=True)
+    # results do not depend on it. Its derivative asks which logit equals it: none at all, where a
+    # compiler computes them anew and rounds otherwise
+    peak = jax.lax.stop_gradient(logits).max(-1, keepdims=True)
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
     probs = jnp.exp(logits - peak)
     total = probs.sum(-1, keepdims=True)

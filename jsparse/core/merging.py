@@ -51,7 +51,8 @@ def _shares(
     lses: Float[Array, "parts *batch heads q_len"],
 ) -> tuple[Float[Array, "parts *batch heads q_len"], Float[Array, "*batch heads q_len"]]:
     """What share of each row's sum of exponentials a part has, and the logarithm of the sum."""
-    peak = lses.max(0)
+    # without a derivative: see the softmax of the reference
+    peak = jax.lax.stop_gradient(lses).max(0)
     # a row that no part saw: any finite peak keeps exp(-inf - peak) at 0 instead of nan
     peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
     weights = jnp.exp(lses - peak)

@@ -31,7 +31,7 @@ def small_chunks(monkeypatch):
 def plan_of(tiles, kv_len, block_kv=16, block_q=1):
     q_len = tiles.shape[-2] * block_q
     sizes = {"q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
-    return js.BlockMask.from_dense(on_device(tiles), **sizes)
+    return js.BlockMask.from_dense(jnp.asarray(tiles), **sizes)
 
 
 @pytest.mark.parametrize(
