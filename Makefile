@@ -29,7 +29,8 @@ help:
 	@echo "make demo         methods compared on a language model: a table, build/compare.html"
 	@echo "make notebook     run the notebooks' scripts, write examples/*.ipynb"
 	@echo "make test         the tests; make test-all adds the slow ones"
-	@echo "make test-newest  the tests on the newest JAX (needs Python 3.12 or newer)"
+	@echo "make test-newest  on the newest JAX what depends on its version (needs Python 3.12 or"
+	@echo "                  newer); SLOW=1 runs all tests on it"
 	@echo "make check        lint, types, import contracts"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make bench        time attention on this CPU against torch, and what choosing costs; draw"
@@ -100,7 +101,7 @@ $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test
-	$(NEWEST_VENV)/bin/python -m pytest tests $(PARALLEL)
+	$(NEWEST_VENV)/bin/python -m pytest tests $(PARALLEL) $(if $(SLOW),--slow)
 
 $(CUDA_VENV)/.compile: pyproject.toml $(PIN)
 	$(PYTHON) -m venv $(CUDA_VENV)

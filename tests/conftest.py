@@ -44,6 +44,9 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_include_full_tracebacks_in_locations", False)
 # these see what users of the newest JAX see; others are compiled with few optimizations
 OPTIMIZED = Path(__file__).parent / "attention"
+# these ask what is computed, by oracles and by hand; whether a JAX computes it is asked of every
+# method by the contract suite, and of every executor
+NUMBERS = "cache core evaluation masks methods planning types".split()
 
 
 def pytest_addoption(parser):
@@ -66,6 +69,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow; pass --slow"))
         if "newest" in item.keywords and old and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs on later versions; pass --slow"))
+        of_numbers = item.path.relative_to(Path(__file__).parent).parts[0] in NUMBERS
+        if of_numbers and not old and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="runs on jax 0.10; pass --slow"))
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
