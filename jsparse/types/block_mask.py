@@ -107,11 +107,14 @@ class BlockMask:
         checks.tile_grid(grid)
         checks.dense_tiles(tiles, grid)
         if width is None:
-            traced = _compat.is_traced(tiles)
-            width = grid.kv_blocks if traced else max(1, int(_fullest_row(tiles)))
+            if _compat.is_traced(tiles):
+                width = grid.kv_blocks
+            else:
+                with _compat.at_once():
+                    width = max(1, int(_fullest_row(tiles)))
         checks.positive(width=width)
-        lists = _lists_of(tiles, min(width, grid.kv_blocks))
-        return cls(*lists, q_len, kv_len, block_q, block_kv)
+        lists, counts, overflowed = _lists_of(tiles, min(width, grid.kv_blocks))
+        return cls(lists, counts, overflowed, q_len, kv_len, block_q, block_kv)
 
     @property
     def grid(self) -> TileGrid:

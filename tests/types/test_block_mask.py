@@ -181,3 +181,13 @@ def test_drawing():
 def test_bad_input_is_named(call, message, without_shape_checks):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_known_tiles_have_a_tight_width_under_jit_too():
+    tiles = np.zeros((1, 3, 4), bool)
+    tiles[0, :, 1:3] = True
+    sizes = {"q_len": 12, "kv_len": 16, "block_q": 4, "block_kv": 4}
+    known = on_device(tiles)
+    plan = jax.jit(lambda: js.BlockMask.from_dense(known, **sizes))()
+    assert plan.width == 2
+    np.testing.assert_array_equal(plan.to_dense(), tiles)
