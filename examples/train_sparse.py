@@ -224,7 +224,9 @@ class Recorder:
         curves.write(self._path, self._record)
 
 
-def trunk_of(course: Course, seed: int) -> tuple[Training, list[dict[str, Any]]]:
+def trunk_of(
+    course: Course, seed: int, text: Any, held_out: Any
+) -> tuple[Training, list[dict[str, Any]]]:
     """The dense model after the first phase, and its curve: where every run goes on from."""
     name = f"trunk-{course.steps}-{course.rate:g}-{seed}"
     model = LanguageModel(rngs=nnx.Rngs(seed))
@@ -233,7 +235,6 @@ def trunk_of(course: Course, seed: int) -> tuple[Training, list[dict[str, Any]]]
     path = STATES / f"{name}.json"
     if training.done:
         record["curve"] = curves.earlier(path, record, training.done)
-    text, held_out = data.split()
     recorder = Recorder(training, record, path, held_out)
     training.run(windows_of(text), recorder.keep, until=course.first_long)
     return training, record["curve"]
@@ -301,7 +302,7 @@ def run(arguments: argparse.Namespace) -> None:
     if training.done:
         record["curve"] = curves.earlier(path, record, training.done)
     elif not setting.distilled:
-        trunk, record["curve"] = trunk_of(course, arguments.seed)
+        trunk, record["curve"] = trunk_of(course, arguments.seed, text, held_out)
         training.branch(trunk)
     recorder = Recorder(training, record, path, held_out)
     training.run(windows_of(text), recorder.keep)
