@@ -39,9 +39,11 @@ from examples.language_model.training import (
 )
 from jsparse import checks
 from jsparse.cli import one_line_errors
-from jsparse.evaluation import density_of_layers
+from jsparse.core import clustering
+from jsparse.evaluation import capture, density_of_layers
 from jsparse.learned.hisa import index_loss
 from jsparse.learned.seerattention import gate_loss, gate_targets
+from jsparse.routing.routing_transformer import RoutingTransformerInfo
 
 CONTEXT = 4096
 # held-out bytes that are read for each point of a curve, and for its end
@@ -76,6 +78,25 @@ def learn_gates(method, params, q, k, v, *, mask, x, implementation, sparse):
     return out, gate_loss(info.gate_logits, targets, skipped=0.0)
 
 
+def commitment(info: Any) -> jax.Array | float:
+    """What keys pay for being far from their centroids, 1e-4 as published."""
+    return 1e-4 * info.commitment if isinstance(info, RoutingTransformerInfo) else 0.0
+
+
+def begin_at_keys(model: LanguageModel, tokens: jax.Array) -> None:
+    """Puts each layer's centroids among the keys that it has for a text."""
+    layers = js.nn.attention_layers(model)
+    for index, (layer, seen) in enumerate(zip(layers, capture(model, tokens), strict=True)):
+        if layer.method is None:
+            continue
+        means = layer.method_params["centroids"].means
+        heads, clusters, _ = means.shape
+        keys = clustering.layer_norm(seen.k[:, -heads:])
+        means[...] = clustering.centroids_of_tokens(
+            jax.random.key(index), keys, clusters, normalize=clustering.layer_norm
+        )
+
+
 class Setting(NamedTuple):
     """How a method is trained.
 
@@ -83,6 +104,8 @@ class Setting(NamedTuple):
       factory: Makes the method; None attends to all.
       arguments: What it is made with.
       learn: What attends in its place while it is trained, where it learns by a loss of its own.
+      beside: What is minimised besides, of what the method says of a call.
+      begin: What is done to a model, of a text of 4096 bytes, before the method's first step.
       sparse_from: The shortest input that the method is for; attention to others is dense.
       distilled: Whether a trained model stays as it is and only the method's parameters learn.
       course: What it is trained on.
@@ -91,6 +114,8 @@ class Setting(NamedTuple):
     factory: Callable[..., js.Method] | None = None
     arguments: dict[str, Any] = {}
     learn: Learn | None = None
+    beside: Callable[[Any], jax.Array | float] | None = None
+    begin: Callable[[LanguageModel, jax.Array], None] | None = None
     sparse_from: int = 512
     distilled: bool = False
     course: Course = SCRATCH
@@ -103,6 +128,8 @@ class Setting(NamedTuple):
 
     def loss(self) -> Loss:
         """What is minimised."""
+        if self.beside is not None:
+            return loss_beside(self.beside)
         if self.factory is None or self.learn is None:
             return plain_loss
         return loss_with(self.factory(**self.arguments), self.learn, self.sparse_from)
@@ -125,6 +152,15 @@ SETTINGS = {
         learn=learn_tokens,
         # as it is published: the indexer learns beside dense attention first
         sparse_from=2048,
+    ),
+    "routing-transformer": Setting(
+        js.routing_transformer,
+        {
+            **{"clusters": 16, "balanced": False, "normalize_logits": False},
+            **{"num_local_heads": 1, "local_block": 256},
+        },
+        beside=commitment,
+        begin=begin_at_keys,
     ),
     "seerattention": Setting(
         js.seerattention,
@@ -160,6 +196,21 @@ def loss_with(method: js.Method, learn: Learn, sparse_from: int) -> Loss:
             if layer.method is not None:
                 layer.attention = learning(layer)
         bits = bits_per_byte(copy, tokens)
+        return bits + sum(found), bits
+
+    return loss
+
+
+def loss_beside(beside: Callable[[Any], jax.Array | float]) -> Loss:
+    """Bits per byte, plus what `beside` makes of what each layer's method says."""
+
+    def loss(model, tokens):
+        found, layers = [], js.nn.attention_layers(model)
+        for layer in layers:
+            layer.observe = lambda info: found.append(beside(info))
+        bits = bits_per_byte(model, tokens)
+        for layer in layers:
+            layer.observe = None
         return bits + sum(found), bits
 
     return loss
@@ -304,6 +355,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif not setting.distilled:
         trunk, record["curve"] = trunk_of(course, arguments.seed, text, held_out)
         training.branch(trunk)
+        if setting.begin is not None:
+            setting.begin(model, jnp.asarray(data.windows(text, CONTEXT, 1, seed=3), jnp.int32))
     recorder = Recorder(training, record, path, held_out)
     training.run(windows_of(text), recorder.keep)
     tokens = jnp.asarray(data.windows(held_out, CONTEXT, 1, seed=2), jnp.int32)

@@ -17,6 +17,8 @@ from examples import associative_recall as recall
 from examples import curves, train_sparse
 from examples.language_model.model import Config, LanguageModel, load, save
 from examples.language_model.training import Course, Phase, Training, plain_loss
+from jsparse.core import clustering
+from jsparse.evaluation import capture
 from tests.inputs import on_device
 
 SMALL = Config(width=16, layers=2, heads=2, kv_heads=1, hidden=16)
@@ -161,6 +163,44 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     assert float(total) > float(bits)
     total, bits = loss(model, on_device(TEXT, jnp.int32))
     assert float(total) == float(bits)
+
+
+def test_clusters_begin_among_keys_and_move_while_training(tmp_path):
+    setting = train_sparse.SETTINGS["routing-transformer"]._replace(
+        arguments={"clusters": 2, "balanced": False}, sparse_from=32
+    )
+    model = model_with(setting.method())
+    model.blocks[0].attention.method = None
+    tokens = on_device(TEXT[:1], jnp.int32)
+    setting.begin(model, tokens)
+    layer = model.blocks[1].attention
+
+    def centroids():
+        return np.asarray(layer.method_params["centroids"].means[...])
+
+    keys = clustering.layer_norm(capture(model, tokens)[1].k)
+    before = centroids()
+    # sums of keys, made as long as keys are
+    closest = np.asarray(keys[:, 0] @ before[0].T).argmax(-1)
+    sums = np.stack([keys[closest == n, 0].sum(0) for n in range(2)])
+    np.testing.assert_allclose(clustering.layer_norm(sums), before[0], atol=1e-5)
+
+    # attention to 16 bytes is dense, and has no clusters
+    for length, distance in ((16, 0.0), (32, float(clustering.commitment(keys, before)))):
+        total, bits = setting.loss()(model, tokens[:, :length])
+        np.testing.assert_allclose(float(total - bits), 1e-4 * distance, atol=1e-6)
+    assert distance > 0.1
+    training = Training(model, COURSE, states=tmp_path, loss=setting.loss())
+    seen = []
+    training.run(batches, lambda *_: seen.append((centroids() != before).any()))
+    # three steps on 16 bytes, then three on 32; layers are left as they are for use
+    assert seen == [False, True, True]
+    assert layer.use_running_average and layer.observe is None
+    again = model_with(setting.method())
+    again.blocks[0].attention.method = None
+    Training(again, COURSE, states=tmp_path, loss=setting.loss())
+    found = again.blocks[1].attention.method_params["centroids"].means[...]
+    np.testing.assert_array_equal(found, centroids())
 
 
 def test_a_method_joins_a_model_that_was_trained_without_it(tmp_path):

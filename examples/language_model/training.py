@@ -187,7 +187,7 @@ class Training:
         keep: Callable[[Phase, float], None],
         until: int | None = None,
     ) -> None:
-        """Makes the steps that are left, under a bar.
+        """Makes the steps that are left, under a bar; the model's statistics move meanwhile.
 
         Args:
           batches: `batches(step, phase)` is what the loss is taken of.
@@ -208,12 +208,14 @@ class Training:
             for step in range(self.done, end):
                 phase = course.phase_at(step)
                 self._implement(phase.context)
+                self.model.train()
                 bits = self._step(self.model, self._optimizer, batches(step, phase))
                 recent.append(float(bits))
                 progress.update(bar, advance=1, description=f"{recent[-1]:.3f} bits/byte")
                 if (step + 1) % course.save_every == 0 or step + 1 == end:
                     self.done = step + 1
                     self._implement(None)
+                    self.model.eval()
                     keep(phase, float(np.mean(recent)))
                     recent.clear()
                     self._save()

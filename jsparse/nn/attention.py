@@ -32,6 +32,8 @@ class SparseAttention(nnx.Module):
 
     Attributes:
       attention: `attention(q, k, v, *, mask, x, positions) -> out`; default: the module's method.
+      observe: `observe(info)` is given what the method says of each call, while it is traced: for a
+        loss that is added to a model's own. Default: nothing is.
       use_running_average: Whether the method's statistics stay as they are, which they always do
         while decoding. `model.train()` makes it False: each call then moves them, after its output
         is computed; `model.eval()` makes it True.
@@ -112,6 +114,7 @@ class SparseAttention(nnx.Module):
             )
         self.method_params = nnx.data(_variables(params))
         self.attention: AttentionFn | None = None
+        self.observe: Callable[[Any], None] | None = None
         self.use_running_average = True
 
     def init_cache(
@@ -180,6 +183,7 @@ class SparseAttention(nnx.Module):
                 **self._options(),
             )
             cache = dataclasses.replace(cache, state=info.state)
+            self._tell(info)
         else:
             decodes = cache is not None and length == 1
             run = self._dense if decodes else self.attention or self._method
@@ -204,7 +208,12 @@ class SparseAttention(nnx.Module):
         if self.method.update is not None and not self.use_running_average:
             moved = self.method.update(params, info)
             jax.tree.map(_write, self.method_params, moved, is_leaf=_is_variable)
+        self._tell(info)
         return out
+
+    def _tell(self, info: Any) -> None:
+        if self.observe is not None:
+            self.observe(info)
 
     def params(self) -> Any:
         """The method's parameters, as it takes them."""

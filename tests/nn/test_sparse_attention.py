@@ -280,6 +280,34 @@ def test_swapping_the_attention_leaves_the_model_as_it_was():
     assert model.attention is None
 
 
+def test_what_the_method_says_of_a_call_can_be_added_to_a_loss():
+    method = js.from_length(js.routing_transformer(clusters=4), min_length=20)
+    model, x = layer(method=method), inputs()
+    expected = model(x, mask=CAUSAL)
+
+    def loss(model):
+        told = []
+        model.observe = told.append
+        out = model(x, mask=CAUSAL)
+        model.observe = None
+        (info,) = told
+        return info.commitment, out
+
+    (distance, out), gradient = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model)
+    np.testing.assert_allclose(out, expected, atol=5e-6)
+    assert float(distance) > 0
+    # of keys alone: queries are where their keys are
+    moved = {name for name in ("q_proj", "k_proj", "v_proj") if gradient[name]["kernel"][...].any()}
+    assert moved == {"k_proj"}
+    told = []
+    model.observe = told.append
+    model(x[:, :10], mask=CAUSAL)
+    assert not hasattr(told.pop(), "commitment")
+    _, cache = model(x[:, :30], cache=model.init_cache((2,), 40))
+    model(x[:, 30:31], cache=cache)
+    assert [info.memberships.shape[-1] for info in told] == [30, 1]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
