@@ -195,7 +195,8 @@ def test_clusters_begin_among_keys_and_move_while_training(tmp_path):
     training.run(batches, lambda *_: seen.append((centroids() != before).any()))
     # three steps on 16 bytes, then three on 32; layers are left as they are for use
     assert seen == [False, True, True]
-    assert layer.use_running_average and layer.observe is None
+    assert layer.use_running_average
+    assert layer.observe is None
     again = model_with(setting.method())
     again.blocks[0].attention.method = None
     Training(again, COURSE, states=tmp_path, loss=setting.loss())
