@@ -204,6 +204,19 @@ def test_clusters_begin_among_keys_and_move_while_training(tmp_path):
     np.testing.assert_array_equal(found, centroids())
 
 
+def test_a_saved_model_has_what_no_optimizer_moves(tmp_path):
+    method = js.routing_transformer(clusters=2, num_local_heads=0)
+    model = model_with(method)
+    centroids = model.blocks[1].attention.method_params["centroids"]
+    centroids.means[...] = jnp.full((1, 2, 8), 0.1)
+    centroids.counts[...] = on_device([[70_000.0, 1.0]])
+    save(model, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", method=method)
+    found = loaded.blocks[1].attention.method_params["centroids"]
+    for name in ("means", "counts", "sums"):
+        np.testing.assert_array_equal(getattr(found, name)[...], getattr(centroids, name)[...])
+
+
 def test_a_method_joins_a_model_that_was_trained_without_it(tmp_path):
     method = js.seerattention(block_size=8, density=0.4, gate_dim=8, rope_base=SMALL.rope_base)
     trained = model_with()

@@ -14,6 +14,8 @@ import jsparse as js
 import jsparse.nn
 
 VOCABULARY = 256
+# what training moves
+KEPT = nnx.Any(nnx.Param, js.nn.Statistic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +116,12 @@ def _cost(logits, tokens):
 
 
 def save(model: LanguageModel, path: str | Path) -> None:
-    """Writes the weights as float16 safetensors, the sizes in the file's metadata."""
+    """Writes weights as float16 safetensors, statistics as float32; sizes are in the metadata."""
     tensors = {}
-    for key, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        tensors[".".join(map(str, key))] = jnp.asarray(param[...], jnp.float16)
+    for key, variable in nnx.to_flat_state(nnx.state(model, KEPT)):
+        # counts of tokens outgrow 16 bits
+        dtype = jnp.float32 if isinstance(variable, js.nn.Statistic) else jnp.float16
+        tensors[".".join(map(str, key))] = jnp.asarray(variable[...], dtype)
     tensors = {name: jax.device_get(x) for name, x in tensors.items()}
     metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
     safetensors.numpy.save_file(tensors, str(path), metadata=metadata)
@@ -139,7 +143,7 @@ def load(path: str | Path, *, method: js.Method | None = None) -> LanguageModel:
             "`python -m examples.language_model.train`."
         ) from error
     model = LanguageModel(config, method=method, rngs=nnx.Rngs(0))
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model, KEPT)
     for key, param in nnx.to_flat_state(state):
         name = ".".join(map(str, key))
         if name not in tensors and "method_params" in key:

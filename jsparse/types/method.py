@@ -26,7 +26,11 @@ class Branch(NamedTuple):
 
 @pytree_dataclass
 class Untrained:
-    """Parameters that no gradient moves; a method's `update` does. Subclasses have the fields."""
+    """Parameters that no gradient moves; a method's `update` does. Subclasses have the fields.
+
+    Their gradients are zeros, which weight decay does not care for: give optimizers the others
+    alone, as `nnx.Optimizer(model, ..., wrt=nnx.Param)` does, or `optax.masked` with False here.
+    """
 
 
 class Method(NamedTuple):
