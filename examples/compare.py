@@ -1,4 +1,4 @@
-"""The main job: every causal training-free method inside a trained language model.
+"""The main job: every causal method that has nothing to learn inside a trained language model.
 
     python -m examples.compare
 

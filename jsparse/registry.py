@@ -32,6 +32,7 @@ class Row(NamedTuple):
       causal: Whether it serves causal attention.
       bidirectional: Whether it serves attention without a mask.
       training_free: Whether it works on a trained model as it is.
+      learns: Whether it has parameters, of which it knows nothing before it is trained.
       control: The argument that trades density for accuracy; None where there is none.
       control_traced: Whether `control` may be a traced array, so that one compiled program serves
         all settings.
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     causal: bool
     bidirectional: bool
     training_free: bool
+    learns: bool = False
     control: str | None = None
     control_traced: bool = False
     settings: tuple[float, ...] = ()
@@ -270,6 +272,7 @@ METHODS: tuple[Row, ...] = (
         causal=True,
         bidirectional=False,
         training_free=False,
+        learns=True,
         control="top_k",
         settings=(3, 4, 8),
         keeps_all=2**20,
@@ -286,6 +289,7 @@ METHODS: tuple[Row, ...] = (
         causal=True,
         bidirectional=True,
         training_free=False,
+        learns=True,
         control="threshold",
         control_traced=True,
         settings=(0.5, 0.2, 0.02),
@@ -302,6 +306,7 @@ METHODS: tuple[Row, ...] = (
         causal=True,
         bidirectional=True,
         training_free=False,
+        learns=True,
         control="top_k",
         settings=(64, 256, 1024),
         keeps_all=2**20,
@@ -332,6 +337,7 @@ METHODS: tuple[Row, ...] = (
         causal=True,
         bidirectional=True,
         training_free=False,
+        learns=True,
         control="clusters",
         settings=(16, 8, 4),
         keeps_all=1,

@@ -110,7 +110,7 @@ def applicable_methods(names: Any, known: Any) -> None:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"{name!r} does not serve causal attention of a trained model; choose from "
+                f"{name!r} is not causal, or has parameters of its own to be trained; choose from "
                 f"{', '.join(sorted(known))}."
             )
 

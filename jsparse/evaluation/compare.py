@@ -162,23 +162,31 @@ class Comparison(NamedTuple):
 
 
 def settings(names: Iterable[str] | None = None, *, block: int | None = None) -> list[Setting]:
-    """All causal training-free methods of the registry, or those named, at their settings.
+    """All causal methods of the registry that have nothing to learn, or those named.
+
+    Each at all its settings; those that models are trained with, where they are not named, at the
+    middle one: a model that was not tells little of them.
 
     Args:
       names: Names of methods.
       block: Tokens per block, for methods that have a `block_size`.
 
     Raises:
-      ValueError: if a name is unknown, its method is not causal and training-free, or a method
+      ValueError: if a name is unknown, its method is not causal or has parameters, or a method
         refuses the block.
     """
-    wanted = [row for row in METHODS if row.causal and row.training_free]
+    wanted = [row for row in METHODS if row.causal and not row.learns]
+
+    def values(row: Row) -> Sequence[Any]:
+        every = row.settings or (None,)
+        return every if row.training_free or names is not None else every[len(every) // 2 :][:1]
+
     if names is not None:
         names = set(names)
         checks.known_methods(names, {row.name for row in METHODS})
         checks.applicable_methods(names, {row.name for row in wanted})
         wanted = [row for row in wanted if row.name in names]
-    chosen = [Setting(row, value, block) for row in wanted for value in (row.settings or (None,))]
+    chosen = [Setting(row, value, block) for row in wanted for value in values(row)]
     for setting in chosen:
         # factories check their arguments: better now than after the first settings have run
         setting.method()
@@ -198,7 +206,7 @@ def compare(
 
     Args:
       layers: Captured tensors, all of the same shapes.
-      which: Settings to run; default all causal training-free ones.
+      which: Settings to run; default those of `settings()`.
       score: What the whole model costs with an attention inside, such as bits per byte:
         `score(attention)`, where `attention(q, k, v, *, mask, x, positions) -> out` is compiled,
         and need not be again where mask, q, k and v are alike those of the layers. It is for whole

@@ -16,7 +16,14 @@ import numpy as np
 from jsparse import checks
 from jsparse.evaluation import figures
 from jsparse.evaluation.compare import Comparison, Result
-from jsparse.evaluation.table import columns, counted, mean, percent, rows
+from jsparse.evaluation.table import (
+    columns,
+    counted,
+    mean,
+    of_trained_models,
+    percent,
+    rows,
+)
 
 # the density at which methods are shown side by side, each by its nearest setting
 SHOWN_DENSITY = 0.2
@@ -366,7 +373,8 @@ def _page_table(comparison: Comparison, score_name: str) -> str:
     return (
         f"<div class='scroll'><table class='all'><thead><tr><th>method</th>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
-        f"<p class='note'>Means over layers and heads. {meanings}.</p>"
+        f"<p class='note'>Means over layers and heads. {meanings}. "
+        f"{html.escape(of_trained_models(comparison))}</p>"
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsparse.evaluation.compare import Comparison, Result
+from jsparse.registry import METHODS
 
 
 def percent(x: float, digits: int = 1) -> str:
@@ -136,6 +137,13 @@ def rows(comparison: Comparison) -> list[Result]:
     return [dense, *comparison.results]
 
 
+def of_trained_models(comparison: Comparison) -> str:
+    """What is to be known of methods that models are trained with; empty where there are none."""
+    shown = {result.method for result in comparison.results}
+    names = [row.name for row in METHODS if row.name in shown and not row.training_free]
+    return f"Made to be trained with, which nothing here was: {', '.join(names)}." if names else ""
+
+
 def print_table(comparison: Comparison, score_name: str = "score") -> None:
     """Prints the table: every column where the terminal has room, else those that matter most."""
     every = columns(comparison, score_name)
@@ -156,7 +164,8 @@ def _table(comparison: Comparison, shown: Sequence[Column]) -> Table:
     table = Table(
         title=f"against dense attention: {layers}, {counted(comparison.heads, 'head')}, "
         f"{comparison.q_len} tokens",
-        caption="; ".join(f"{column.name}: {column.meaning}" for column in shown) + ".",
+        caption="; ".join(f"{column.name}: {column.meaning}" for column in shown)
+        + f". {of_trained_models(comparison)}".rstrip(),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

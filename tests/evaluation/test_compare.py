@@ -16,6 +16,7 @@ from tests.inputs import leveled, on_device, qkv
 from tests.oracles import blasst as oracle
 
 LENGTH = 300
+KEY = jax.random.key(0)
 ROWS = {row.name: row for row in js.registry.METHODS}
 WHICH = [
     Setting(ROWS["flashmask"], None),
@@ -126,10 +127,20 @@ def test_only_controls_that_can_be_traced_are(row, without_shape_checks):
             jax.jit(density)(on_device(row.settings[0]))
 
 
-def test_settings_cover_every_causal_training_free_method():
-    names = {setting.row.name for setting in settings()}
-    assert names == {r.name for r in js.registry.METHODS if r.causal and r.training_free}
-    assert len({setting.label for setting in settings()}) == len(settings())
+def test_settings_cover_every_causal_method_that_has_nothing_to_learn():
+    names = [setting.row.name for setting in settings()]
+    rows = [row for row in js.registry.METHODS if row.causal]
+    sizes = {"num_heads": 2, "num_kv_heads": 2, "dim": 8, "features": 8}
+    parameters = {
+        r.name: jax.tree.leaves(jax.eval_shape(lambda r=r: r.factory().init(KEY, **sizes)))
+        for r in rows
+    }
+    assert set(names) == {name for name, found in parameters.items() if not found}
+    assert len({setting.label for setting in settings()}) == len(names)
+    # what models are trained with is shown once, all of it to who asks for it
+    assert names.count("powerattention") == 1
+    assert [s.value for s in settings(["powerattention"])] == [1, 2, 5]
+    assert names.count("streaming") == 3
 
 
 def test_block_reaches_methods_that_have_one():
@@ -148,11 +159,11 @@ def test_settings_refuse_a_block_before_anything_runs():
 def test_settings_refuse_names_that_do_not_apply(monkeypatch):
     with pytest.raises(ValueError, match="no method 'nothing'"):
         settings(["nothing"])
-    trained = ROWS["streaming"]._replace(training_free=False)
+    trained = ROWS["streaming"]._replace(learns=True)
     # the function hides the module of its name
     module = sys.modules["jsparse.evaluation.compare"]
     monkeypatch.setattr(module, "METHODS", (trained, ROWS["flashmask"]))
-    with pytest.raises(ValueError, match="does not serve causal attention"):
+    with pytest.raises(ValueError, match="is not causal, or has parameters"):
         settings(["streaming"])
 
 
