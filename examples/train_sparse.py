@@ -156,7 +156,7 @@ SETTINGS = {
     "routing-transformer": Setting(
         js.routing_transformer,
         {
-            **{"clusters": 16, "balanced": False, "normalize_logits": False},
+            **{"clusters": 8, "balanced": False, "shared": False, "normalize_logits": False},
             **{"num_local_heads": 1, "local_block": 256},
         },
         beside=commitment,
