@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse.masks.causal import as_int32, causal
-from jsparse.types import Frame, Mask, TileBounds, array_field, entry, pytree_dataclass
-from jsparse.types.mask import Index, Range
+from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, entry, pytree_dataclass
+from jsparse.types.mask import Index, Range, TileClassifier
 
 
 @pytree_dataclass
@@ -28,6 +28,46 @@ class Lengths(Mask):
         # the first pair is the likeliest to be visible, the last the least
         some = self.visible(q_first, kv_first, frame)
         return TileBounds(some, self.visible(q_last, kv_last, frame))
+
+
+@pytree_dataclass
+class InRoom(Mask):
+    """A mask on keys that have room for more behind them: queries end at the last true key."""
+
+    mask: Mask
+    kv_lengths: Int[Array, "*batch"] = array_field(core_ndim=0)
+
+    def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
+        return self.mask.visible(q_index, kv_index, self._frame(frame))
+
+    def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
+        return self.mask.within(q_range, kv_range, self._frame(frame))
+
+    def classifier(self, grid: TileGrid) -> TileClassifier:
+        inner = self.mask.classifier(grid)
+
+        def classify(q_block: Index, kv_block: Index, frame: Frame) -> TileBounds:
+            return inner(q_block, kv_block, self._frame(frame))
+
+        return classify
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        return self.mask.max_tiles(grid)
+
+    def _frame(self, frame: Frame) -> Frame:
+        return frame._replace(kv_len=self.kv_lengths[entry(len(self.kv_lengths), frame.batch)])
+
+
+def in_room(mask: Mask, kv_lengths: Int[Array, "*batch"]) -> Mask:
+    """Places a mask in a cache: what it says of last keys, it says of the last that are there.
+
+    What stands in the room behind them it does not hide by itself.
+
+    Args:
+      mask: As for keys that fill their array.
+      kv_lengths: How many keys are there, the queries' own included.
+    """
+    return InRoom(mask, kv_lengths)
 
 
 def lengths(

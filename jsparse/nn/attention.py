@@ -13,6 +13,7 @@ from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.rotary import rotary
 from jsparse.masks import causal
+from jsparse.masks.lengths import in_room
 from jsparse.nn.cache import KVCache
 from jsparse.types import Mask, Method, Untrained
 
@@ -138,7 +139,9 @@ class SparseAttention(nnx.Module):
 
         Args:
           x: Hidden states.
-          mask: Who may see whom. With a cache, a causal mask at the cache's position is added.
+          mask: Who may see whom. With a cache, the last of these tokens stands at the last that is
+            there, whatever room is left, and a causal mask is added; arrays over keys are as long
+            as the cache has room.
           positions: For the rotary embedding; default 0, 1, ... counted on from the cache.
           cache: Tokens before these. A step of one token attends to all of them that the mask
             allows: what most methods choose is a prompt's tiles. A method that carries a state
@@ -165,7 +168,7 @@ class SparseAttention(nnx.Module):
         if cache is not None:
             past = causal(offset=cache.length)
             where = cache.length[..., None] + jnp.arange(length, dtype=jnp.int32)
-            mask = past if mask is None else mask & past
+            mask = past if mask is None else in_room(mask, cache.length + length) & past
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         method = self.method if self.attention is None else None

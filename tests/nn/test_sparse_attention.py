@@ -135,6 +135,42 @@ def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        js.masks.sliding_window(left=4),
+        js.masks.dilated(stride=2, window=3),
+        js.masks.global_tokens(3) | js.masks.sliding_window(left=2),
+        ~js.masks.sliding_window(left=3),
+        js.masks.lengths(kv_lengths=jnp.array([6, 9])) | js.masks.sliding_window(left=1),
+    ],
+    ids=["window", "dilated", "global", "not", "lengths"],
+)
+@pytest.mark.parametrize("method", [None, js.mean_pooled(block_size=8, density=1.0)])
+def test_decoding_with_a_mask_is_the_whole(mask, method):
+    module, x = layer(method=method), inputs(16)
+    whole = module(x, mask=CAUSAL & mask)
+    for room in (16, 40):
+        cache, parts, start = module.init_cache((2,), room), [], 0
+        for length in (1, 10, 1, 4):
+            out, cache = module(x[:, start : start + length], mask=mask, cache=cache)
+            parts.append(out)
+            start += length
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
+
+
+def test_sequences_with_a_mask_decode_at_their_own_positions():
+    module, x, mask = layer(), inputs(16), js.masks.sliding_window(left=4)
+    whole = module(x, mask=CAUSAL & mask)
+    caches = [
+        module(x[n : n + 1, :length], mask=mask, cache=module.init_cache((1,), 24))[1]
+        for n, length in enumerate((9, 4))
+    ]
+    cache = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+    out, _ = module(jnp.stack([x[0, 9:10], x[1, 4:5]]), mask=mask, cache=cache)
+    np.testing.assert_allclose(out[:, 0], jnp.stack([whole[0, 9], whole[1, 4]]), atol=5e-6)
+
+
 @pytest.mark.parametrize(("own", "cached"), [("bfloat16", "float32"), (None, "bfloat16")])
 def test_a_state_has_the_dtype_of_its_cache(own, cached):
     sizes = {"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6}
