@@ -1,6 +1,6 @@
 """The names of JAX that move between versions or are not public; nobody else imports those."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,90 @@ def at_once():
     jitted functions apart.
     """
     return jax.core.eval_context()
+
+
+def explicit_axes(x: Any) -> tuple[str, ...]:
+    """The mesh axes that an array's type names: those of `AxisType.Explicit`."""
+    return tuple(str(axis) for axis in jax.typeof(x).sharding.spec if axis is not None)
+
+
+def _varying(x: Any) -> frozenset:
+    """The axes of a `shard_map` over which an array differs from device to device."""
+    return jax.typeof(x).manual_axis_type.varying if is_traced(x) else frozenset()
+
+
+def _varying_as(x: Any, like: Any) -> Any:
+    """An array that counts as different wherever another one, or what is said of it, does."""
+    found = getattr(like, "manual_axis_type", None)
+    wanted = _varying(like) if found is None else found.varying
+    missing = tuple(sorted(wanted - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _inside_shard_map() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _carried(step: Callable[[Any], Any], carry: Any) -> Any:
+    """What a loop starts with, as its steps give it back: inside `shard_map` JAX asks for it.
+
+    Zeros are the same on all devices, sums over what each of them has are not.
+    """
+    if not _inside_shard_map():
+        return carry
+    while True:
+        after = jax.tree.map(_varying_as, carry, jax.eval_shape(step, carry))
+        same = map(lambda old, new: old is new, jax.tree.leaves(carry), jax.tree.leaves(after))
+        if all(same):
+            return after
+        carry = after
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, also over what differs from device to device in a `shard_map`."""
+    first = jax.tree.map(lambda x: x[0], inputs) if _inside_shard_map() else None
+    return jax.lax.scan(step, _carried(lambda c: step(c, first)[0], carry), inputs)
+
+
+def fori_loop(first: Any, last: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`jax.lax.fori_loop`, also over what differs from device to device in a `shard_map`."""
+    return jax.lax.fori_loop(first, last, step, _carried(lambda c: step(first, c), carry))
+
+
+def cond(chosen: Any, here: Callable[..., Any], there: Callable[..., Any], *operands: Any) -> Any:
+    """`jax.lax.cond`, also of branches of which one gives what differs between devices."""
+    if not _inside_shard_map():
+        return jax.lax.cond(chosen, here, there, *operands)
+    shapes = [jax.eval_shape(branch, *operands) for branch in (here, there)]
+
+    def alike(branch):
+        def run(*operands):
+            result = branch(*operands)
+            for shape in shapes:
+                result = jax.tree.map(_varying_as, result, shape)
+            return result
+
+        return run
+
+    return jax.lax.cond(chosen, alike(here), alike(there), *operands)
+
+
+def summed_like(gradients: Any, operands: Any) -> Any:
+    """Gradients of operands, those that all devices have alike summed over the devices.
+
+    That is what JAX asks of a rule of one's own inside `shard_map`.
+    """
+    if not _inside_shard_map():
+        return gradients
+
+    def summed(gradient: Any, operand: Any) -> Any:
+        if gradient.dtype == jax.dtypes.float0:
+            return gradient
+        axes = tuple(sorted(_varying(gradient) - _varying(operand)))
+        gradient = jax.lax.psum(gradient, axes) if axes else gradient
+        return _varying_as(gradient, operand)
+
+    return jax.tree.map(summed, gradients, operands)
 
 
 def is_variable(operand: Any) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jsparse import _compat
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.mapped import as_one_batch
 from jsparse.types import BlockMask, InverseList, Mask
@@ -168,7 +169,8 @@ def _attention(rule: LogitRule, sizes: Sizes, passes: Passes):
 
     def attention_bwd(residuals, cotangents):
         operands, lists, out, lse = residuals
-        return gradient(operands, lists, out, lse, *cotangents), _no_tangents(lists)
+        d_operands = gradient(operands, lists, out, lse, *cotangents)
+        return _compat.summed_like(d_operands, operands), _no_tangents(lists)
 
     attention.defvjp(attention_fwd, attention_bwd)
     return attention
@@ -190,7 +192,8 @@ def _computed(rule: LogitRule, sizes: Sizes, passes: Passes):
     def computed_bwd(residuals, cotangents):
         operands, lists, out, lse = residuals
         d_operands = gradient(operands, lists, out, lse, *cotangents)
-        return d_operands, _no_tangents(lists), jnp.zeros_like(out), jnp.zeros_like(lse)
+        zeros = jnp.zeros_like(out), jnp.zeros_like(lse)
+        return _compat.summed_like(d_operands, operands), _no_tangents(lists), *zeros
 
     computed.defvjp(computed_fwd, computed_bwd)
     return computed
@@ -218,6 +221,7 @@ def _gradient(rule: LogitRule, sizes: Sizes, passes: Passes):
 
         _, pullback = jax.vjp(differentiable, operands, d_out, d_lse)
         d_operands, dd_out, dd_lse = pullback(cotangents)
+        d_operands = _compat.summed_like(d_operands, operands)
         zeros = jnp.zeros_like(out), jnp.zeros_like(lse)
         return d_operands, _no_tangents(lists), *zeros, dd_out, dd_lse
 
@@ -254,7 +258,7 @@ def by_spans(
         return compute(carry, *start_and_entries)
 
     starts = jnp.arange(spans, dtype=jnp.int32) * span
-    return jax.lax.scan(step, carry, (starts, entries))
+    return _compat.scan(step, carry, (starts, entries))
 
 
 def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:

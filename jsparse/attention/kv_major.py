@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jsparse import _compat
 from jsparse.attention import xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, by_spans
 from jsparse.attention.lanes import (
@@ -340,7 +341,7 @@ def _where_full(here: Callable[..., Any], by_rows: Callable[..., Any]) -> Callab
             return jax.tree.map(lambda x: None if x.dtype == jax.dtypes.float0 else x, result)
 
         full = held >= _LEAST_FULL * width
-        result = jax.lax.cond(full, lambda: branch(here), lambda: branch(by_rows))
+        result = _compat.cond(full, lambda: branch(here), lambda: branch(by_rows))
         if isinstance(result, Operands):
             captured: Any = tuple(
                 np.zeros(of.shape, jax.dtypes.float0) if x is None else x

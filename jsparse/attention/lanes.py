@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jsparse import _compat
 from jsparse.attention.block_sparse import Lists, Sizes
 
 
@@ -79,7 +80,7 @@ def row_counts(lists: Lists, sizes: Sizes) -> Int[Array, " rows"]:
 # JAX's own integers are 64 bits wide where that is switched on, and slices want one width
 def loop(count, body, carry):
     """`fori_loop` from 0, with a count of 32 bits."""
-    return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, carry)
+    return _compat.fori_loop(jnp.int32(0), jnp.asarray(count, jnp.int32), body, carry)
 
 
 def indices(count: int) -> Int[Array, " count"]:

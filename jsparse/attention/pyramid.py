@@ -186,7 +186,7 @@ def _visible_and_left_out(
             return whole.at[:, numbers[number]].set(seen.all(-1))
 
         whole = jnp.broadcast_to(every, (grid.block_q, grid.kv_blocks))
-        return _packed(jax.lax.fori_loop(0, undecided.sum(), look, whole) & ~own)
+        return _packed(_compat.fori_loop(0, undecided.sum(), look, whole) & ~own)
 
     rows = batches * out_heads * grid.q_blocks
     at_once = max(1, min(rows, _AT_ONCE // (grid.block_q * grid.kv_blocks)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jsparse import _compat
 from jsparse.attention.block_sparse import Lists, Passes, Sizes
 from jsparse.attention.lanes import (
     Bias,
@@ -146,7 +147,7 @@ def _walk_rows(
     out = jnp.zeros((s.batches, s.q_blocks, s.block_q, s.heads, v.shape[-1]), jnp.float32)
     lse = jnp.full((s.batches, s.heads, s.q_blocks, s.block_q), -jnp.inf, jnp.float32)
     where = Rows.of(groups.index, s)
-    (out, lse, kept), _ = jax.lax.scan(group, (out, lse, kept), (groups, where))
+    (out, lse, kept), _ = _compat.scan(group, (out, lse, kept), (groups, where))
     return out.reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(s.batches, s.heads, -1), kept
 
 
@@ -188,7 +189,7 @@ def differentiable_forward(operands: Operands, lists: Lists, rule: LogitRule, si
         def scanned(state, number):
             return step(number, state), None
 
-        return jax.lax.scan(jax.checkpoint(scanned), state, indices(steps))[0]
+        return _compat.scan(jax.checkpoint(scanned), state, indices(steps))[0]
 
     rows = sizes.batches * sizes.heads * sizes.q_blocks
     walk = _adding_all(operands, sizes, repeat)

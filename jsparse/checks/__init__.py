@@ -113,6 +113,7 @@ from jsparse.checks.values import floating as floating
 from jsparse.checks.values import fractions as fractions
 from jsparse.checks.values import integers as integers
 from jsparse.checks.values import multiple as multiple
+from jsparse.checks.values import no_explicit_axes as no_explicit_axes
 from jsparse.checks.values import non_negative as non_negative
 from jsparse.checks.values import number as number
 from jsparse.checks.values import odd_or_zero as odd_or_zero

@@ -198,3 +198,15 @@ def _each(demand: str, holds: Callable[[Any], Any], values: dict[str, Any]) -> N
             found = np.asarray(value)
             if not np.all(holds(found)):
                 raise ValueError(f"{name}={found} must {demand}.")
+
+
+def no_explicit_axes(**arrays: Any) -> None:
+    """No array is split over mesh axes that belong to its type."""
+    for name, x in arrays.items():
+        axes = _compat.explicit_axes(x)
+        if axes:
+            raise ValueError(
+                f"{name} is split over {', '.join(axes)}, an explicit axis of its mesh; make the "
+                "mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or call this inside "
+                "jax.shard_map."
+            )

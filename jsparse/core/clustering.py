@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.types import Untrained, pytree_dataclass
 
 # vectors [..., dim] to vectors of one length, in f32
@@ -201,7 +201,7 @@ def centroids_of_tokens(
         counts, sums = tally(tokens, means)
         return jnp.where(counts[..., None] > 0, normalize(sums), means)
 
-    return jax.lax.fori_loop(0, iterations, step, jnp.swapaxes(tokens[first], 0, 1))
+    return _compat.fori_loop(0, iterations, step, jnp.swapaxes(tokens[first], 0, 1))
 
 
 @functools.partial(jax.jit, static_argnames="window")

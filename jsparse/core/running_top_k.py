@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.types import BlockMask, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 from jsparse.types.pytree import entry, flatten_batch
@@ -114,7 +114,7 @@ def running_top_k(
 
         zeros = jnp.zeros((grid.block_q, k), jnp.int32)
         nothing = _Kept.of(zeros, zeros, jnp.zeros((), bool))
-        known = jax.lax.fori_loop(0, count, one_tile, (nothing, nothing) if forced else (nothing,))
+        known = _compat.fori_loop(0, count, one_tile, (nothing, nothing) if forced else (nothing,))
         return known[0].before(known[1]) if forced else known[0]
 
     rows = jnp.arange(batches * heads * grid.q_blocks, dtype=jnp.int32)
@@ -178,7 +178,7 @@ def _best(keys: Int[Array, "rows columns"], count: Array | int) -> Bool[Array, "
 
     shape = len(keys), 1
     bounds = jnp.full(shape, NOTHING, jnp.int32), jnp.full(shape, _LAST, jnp.int32)
-    least, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    least, _ = _compat.fori_loop(0, 32, halve, bounds)
     equal = keys == least
     room = count - (keys > least).sum(1, keepdims=True)
     best = (keys > least) | (equal & (jnp.cumsum(equal, axis=1) <= room))

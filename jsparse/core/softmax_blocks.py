@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jsparse import _compat
 from jsparse.core.blocks import Cells, cells_of
 from jsparse.types import Mask, TileGrid
 from jsparse.types.pytree import entry, flatten_batch
@@ -153,10 +154,10 @@ def softmax_blocks(
             # what is not listed is passed over, so that the loop's length and its work are known
             def listed(known, number):
                 meet = functools.partial(one_piece, piece=order[number])
-                return jax.lax.cond(number < count, meet, lambda known: known, known), None
+                return _compat.cond(number < count, meet, lambda known: known, known), None
 
             step, steps = listed, len(order)
-        (peaks, mass), _ = jax.lax.scan(step, nothing, jnp.arange(steps))
+        (peaks, mass), _ = _compat.scan(step, nothing, jnp.arange(steps))
         peak = _finite(peaks.max(-1, keepdims=True))
         total = (mass * jnp.exp(peaks - peak)).sum(-1, keepdims=True)
         lse = jnp.where(total != 0, peak + jnp.log(jnp.where(total != 0, total, 1.0)), -jnp.inf)

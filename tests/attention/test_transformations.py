@@ -108,18 +108,6 @@ def test_mapping_over_any_argument():
             np.testing.assert_allclose(got[n], run({name: one}, "reference"), atol=4e-6)
 
 
-def test_sharding_over_heads():
-    q, k, v = qkv(24, heads=4, kv_heads=2, dim=8)
-    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec(None, "heads", None)
-
-    def run(q, k, v):
-        return js.attend(q, k, v, mask=CAUSAL, implementation="xla")
-
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    np.testing.assert_array_equal(jax.jit(sharded)(q, k, v), jax.jit(run)(q, k, v))
-
-
 def test_a_mapped_call_is_one_call_with_a_longer_batch():
     """No loop over calls: both passes see all sequences at once, lists that are shared once."""
     q, k, v = qkv(24, dim=8, batch=(2,))
