@@ -358,8 +358,7 @@ def with_plan(problem: Problem, block_q: int = DEFAULT_BLOCK) -> BlockMask:
 
 def _attend(q, k, v, plan, *, implementation, **options) -> tuple[Array, Array]:
     """What `attend` computes for one plan without sinks, in f32."""
-    if implementation != "reference":
-        checks.no_explicit_axes(q=q, k=k, v=v)
+    checks.no_explicit_axes(q=q, k=k, v=v)
     problem = prepare(q, k, v, plan, **options)
     return _in_batches(*run(problem, implementation), problem.batch_shape)
 

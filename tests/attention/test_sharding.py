@@ -73,8 +73,6 @@ def test_explicit_axes_are_refused_with_a_way_out():
     for run in (js.attend, jax.jit(js.attend)):
         with pytest.raises(ValueError, match="q is split over parts, an explicit axis.*Auto"):
             run(split, k, v)
-    out, expected = (js.attend(x, k, v, implementation="reference") for x in (split, q))
-    np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 def on_two_devices():
