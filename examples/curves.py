@@ -29,10 +29,13 @@ def earlier(path: Path, record: dict[str, Any], done: int) -> list[dict[str, Any
     """The points of the run that `record` goes on with, up to the steps that were saved.
 
     Raises:
-      ValueError: if the file's run had other settings.
+      ValueError: if the file's run had other settings, or is not there.
     """
     if not path.exists():
-        return []
+        raise ValueError(
+            f"{done} steps of this run are saved, but {path} is gone; pass the folder that has it "
+            "as --output, or begin again with --fresh."
+        )
     found = json.loads(path.read_text())
     # as they are read back
     for name, value in json.loads(json.dumps(record)).items():

@@ -12,6 +12,7 @@ of all. The same command goes on where it was stopped.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -349,6 +350,8 @@ def run(arguments: argparse.Namespace) -> None:
         **said_of(course, arguments.seed),
         "curve": [],
     }
+    if setting.distilled:
+        record["checkpoint"] = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
     text, held_out = data.split()
     if training.done:
         record["curve"] = curves.earlier(path, record, training.done)

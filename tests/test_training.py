@@ -111,7 +111,8 @@ def test_what_a_kill_left_behind_is_dropped_and_other_settings_are_refused(tmp_p
     record = {"method": "nsa", "steps": 6, "curve": [{"step": 2}, {"step": 4}]}
     curves.write(path, record)
     assert curves.earlier(path, {**record, "curve": []}, 2) == [{"step": 2}]
-    assert curves.earlier(tmp_path / "none.json", record, 2) == []
+    with pytest.raises(ValueError, match="2 steps .*none.json is gone.*--fresh"):
+        curves.earlier(tmp_path / "none.json", record, 2)
     with pytest.raises(ValueError, match="steps=6, not 8.*--fresh"):
         curves.earlier(path, {**record, "steps": 8}, 2)
 
