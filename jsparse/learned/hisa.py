@@ -266,8 +266,8 @@ def hisa(
 
     `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
-    the output. Attention over one latent key and value per token is that of one kv head. While
-    decoding, the indexer's keys are `info.state`.
+    the output, nor hidden states through it. Attention over one latent key and value per token is
+    that of one kv head. While decoding, the indexer's keys are `info.state`.
 
     Args:
       top_k: Tokens per query; 2048 in the paper.
@@ -320,8 +320,8 @@ def hisa(
         return rounded(hadamard(x) if eight_bits else x, index_dtype)
 
     def index(params, x, positions) -> Indexed:
-        """Of the tokens of `x` alone."""
-        x = x.astype(jnp.float32)
+        """Of the tokens of `x` alone, which nothing reaches through the indexer."""
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
         q = (x @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
         k = jax.nn.standardize(x @ params["k"], epsilon=1e-6)
         k = (k * params["k_scale"] + params["k_bias"])[..., None, :]
