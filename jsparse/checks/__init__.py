@@ -69,6 +69,7 @@ from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
 from jsparse.checks.methods import a_state as a_state
+from jsparse.checks.methods import an_indexer_for as an_indexer_for
 from jsparse.checks.methods import centroids_fit as centroids_fit
 from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states

@@ -53,6 +53,18 @@ def room_for_both_ends(block_top_k: Any) -> None:
         )
 
 
+def an_indexer_for(indexed: Any, q: Any, k: Any) -> None:
+    """An indexer saw the tokens that attention is between."""
+    found = indexed.q.shape[:-2], indexed.weights.shape[:-1], indexed.k.shape[:-1]
+    rows, columns = q.shape[:-2], k.shape[:-2]
+    if found != (rows, rows, columns):
+        raise ValueError(
+            f"indexed has queries, weights and keys of tokens {found[0]}, {found[1]} and "
+            f"{found[2]}; q and k have {rows} and {columns}. Pass the info.indexed of the call "
+            "with these tokens."
+        )
+
+
 def a_state(state: Any, expected: Any) -> None:
     """A cache carries the state of the layer's method."""
     if jax.tree.structure(state) != jax.tree.structure(expected):

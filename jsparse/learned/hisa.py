@@ -194,8 +194,14 @@ def index_loss(
         sparse. Default all, for training the indexer alone beside dense attention.
       mask: Who may see whom.
       scale: Factor on the attention's logits, default `dim ** -0.5`.
+
+    Raises:
+      ValueError: if the indexer or the plan is of other tokens than q and k.
     """
     checks.token_lists(plan)
+    if plan is not None:
+        checks.plan_lengths(plan, q.shape[-3], k.shape[-3])
+    checks.an_indexer_for(indexed, q, k)
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
     kv_len, kv_heads = k.shape[-3:-1]
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)

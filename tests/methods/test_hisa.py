@@ -328,3 +328,23 @@ def test_bad_calls():
     tiles = js.block_mask(CAUSAL, 20, 24, block_q=4, block_kv=4)
     with pytest.raises(ValueError, match=r"tiles of 4 x 4"):
         index_loss(WORKED, q, k, tiles)
+
+
+def test_the_loss_refuses_an_indexer_or_lists_of_other_tokens():
+    q, k, _ = qkv(8, batch=(2,))
+    indexed = jax.tree.map(lambda x: jnp.stack([x, x]), WORKED)
+    sizes = {"top_k": 3, "block_kv": 2, "block_top_k": 3}
+    assert index_loss(indexed, q, k, select_tokens(indexed, **sizes)) > 0
+    short = indexed._replace(q=indexed.q[:, :5], weights=indexed.weights[:, :5])
+    others = {
+        r"\(2, 5\), \(2, 5\) and \(2, 8\); q and k have \(2, 8\)": short,
+        r"\(2, 8\), \(2, 5\)": indexed._replace(weights=short.weights),
+        r"and \(2, 7\); q": indexed._replace(k=indexed.k[:, 1:]),
+        r"tokens \(8,\)": WORKED,
+    }
+    for says, other in others.items():
+        with pytest.raises(ValueError, match=says):
+            index_loss(other, q, k)
+    for other in (short, indexed._replace(k=jnp.tile(indexed.k, (1, 2, 1)))):
+        with pytest.raises(ValueError, match="The plan was made for"):
+            index_loss(indexed, q, k, select_tokens(other, **sizes))
