@@ -70,16 +70,21 @@ def select_tokens(
 
     Args:
       indexed: What the indexer made of hidden states.
-      top_k: Tokens per query.
+      top_k: Tokens per query; more than there are keys is all of them.
       block_kv: Tokens per block.
       block_top_k: Blocks per query, at least 2; None looks at every token instead.
       mask: Who may see whom.
+
+    Raises:
+      ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
     """
+    checks.positive(top_k=top_k, block_kv=block_kv)
     checks.room_for_both_ends(block_top_k)
     batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
     flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
     whole = None if mask is None else mask.flatten_batch(batch_shape)
     top_k = min(top_k, kv_len)
+    checks.room_for_tokens(top_k, block_kv, block_top_k)
     if block_top_k is None:
         lists, counts = _in_one_stage(flat, top_k, whole)
     else:
@@ -276,7 +281,7 @@ def hisa(
     that of one kv head. While decoding, the indexer's keys are `info.state`.
 
     Args:
-      top_k: Tokens per query; 2048 in the paper.
+      top_k: Tokens per query, at most as many as its blocks hold; 2048 in the paper.
       block_kv: Tokens per block of the first stage; 128 in the paper.
       block_top_k: Blocks per query, at least 2: the first and the last visible one are included;
         64 in the paper. None skips the first stage.
@@ -293,10 +298,11 @@ def hisa(
       scores of blocks.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
     """
     checks.positive(top_k=top_k, block_kv=block_kv, index_heads=index_heads, index_dim=index_dim)
     checks.room_for_both_ends(block_top_k)
+    checks.room_for_tokens(top_k, block_kv, block_top_k)
     checks.non_negative(rotary_dim=rotary_dim)
     checks.multiple(of=2, rotary_dim=rotary_dim)
     checks.at_most(index_dim, rotary_dim=rotary_dim)

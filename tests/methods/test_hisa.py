@@ -304,6 +304,7 @@ def test_gradients_pass_rounding_as_they_come(dtype):
         ({"top_k": 0}, "top_k=0"),
         ({"block_kv": 0}, "block_kv=0"),
         ({"block_top_k": 1}, "block_top_k=1 must be at least 2"),
+        ({"top_k": 25, "block_kv": 8, "block_top_k": 3}, "top_k=25 tokens are more .* hold, 24"),
         ({"index_dtype": "int8"}, "index_dtype=int8"),
         ({"index_dtype": "float8_e4m3fnuz"}, "with two zeros"),
         ({"rotary_dim": 3}, "rotary_dim=3 must be a multiple of 2"),
@@ -315,6 +316,17 @@ def test_gradients_pass_rounding_as_they_come(dtype):
 def test_bad_settings(options, says):
     with pytest.raises(ValueError, match=says):
         js.hisa(**options)
+
+
+def test_bad_numbers_of_tokens():
+    for top_k, block_top_k, says in ((0, 3, "top_k=0"), (0, None, "top_k=0"), (5, 2, "hold, 4")):
+        with pytest.raises(ValueError, match=says):
+            select_tokens(WORKED, top_k=top_k, block_kv=2, block_top_k=block_top_k)
+    # a number that no query has tokens for is all of them
+    every = select_tokens(WORKED, top_k=100, block_kv=2, block_top_k=4, mask=CAUSAL)
+    assert lists(every) == [list(range(t + 1)) for t in range(8)]
+    assert js.hisa(top_k=24, block_kv=8, block_top_k=3)
+    assert js.hisa(top_k=2**20, block_kv=8, block_top_k=None)
 
 
 def test_bad_calls():
