@@ -18,6 +18,7 @@ from jsparse.core.rotary import rotary
 from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import relu_weighted
 from jsparse.core.tiling import block_mask
+from jsparse.masks.any_head import any_head
 from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 
@@ -73,7 +74,7 @@ def select_tokens(
       top_k: Tokens per query; more than there are keys is all of them.
       block_kv: Tokens per block.
       block_top_k: Blocks per query, at least 2; None looks at every token instead.
-      mask: Who may see whom.
+      mask: Who may see whom; as heads choose together, from what any of them sees.
 
     Raises:
       ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
@@ -82,7 +83,7 @@ def select_tokens(
     checks.room_for_both_ends(block_top_k)
     batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
     flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
-    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    whole = None if mask is None else any_head(mask).flatten_batch(batch_shape)
     top_k = min(top_k, kv_len)
     checks.room_for_tokens(top_k, block_kv, block_top_k)
     if block_top_k is None:
@@ -167,12 +168,18 @@ def _in_two_stages(
 
 
 def _visible(
-    mask: Mask | None, row: Array, column: Array, q_len: int, kv_len: int, batch: Array
+    mask: Mask | None,
+    row: Array,
+    column: Array,
+    q_len: int,
+    kv_len: int,
+    batch: Array,
+    head: Array | int = 0,
 ) -> Bool[Array, "rows columns"]:
     if mask is None:
         return jnp.ones(jnp.broadcast_shapes(row.shape, column.shape), bool)
     known = jnp.minimum(row, q_len - 1), jnp.minimum(column, kv_len - 1)
-    return mask.visible(*known, Frame(q_len, kv_len, batch))
+    return mask.visible(*known, Frame(q_len, kv_len, batch, head))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -187,9 +194,9 @@ def index_loss(
 ) -> Float[Array, ""]:
     """How far the indexer's softmax is from true attention: a KL divergence, mean over queries.
 
-    The target is the attention of all heads, added up and normalised; it has no gradient, nor have
-    q and k: only the indexer learns from this. It is computed for some queries at a time, and once
-    more for the gradient. Queries that see nothing count as zero.
+    The target is the attention of all heads, each to what it sees, added up and normalised; it has
+    no gradient, nor have q and k: only the indexer learns from this. It is computed for some
+    queries at a time, and once more for the gradient. Queries that see nothing count as zero.
 
     Args:
       indexed: What the indexer made of hidden states.
@@ -208,7 +215,10 @@ def index_loss(
         checks.plan_lengths(plan, q.shape[-3], k.shape[-3])
     checks.an_indexer_for(indexed, q, k)
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    told_apart = 1 if mask is None else mask.heads
+    checks.mask_heads(told_apart, heads)
     kv_len, kv_heads = k.shape[-3:-1]
+    by_head = (kv_heads, heads // kv_heads) if told_apart > 1 else (1, 1)
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
     factor = dim**-0.5 if scale is None else scale
     chunks = -(-q_len // rows)
@@ -231,7 +241,7 @@ def index_loss(
         known = jnp.minimum(row, q_len - 1)
         if plan is None:
             tokens = jnp.broadcast_to(every, (rows, kv_len))
-            seen = jnp.ones(tokens.shape, bool)
+            listed = jnp.ones(tokens.shape, bool)
         else:
             shape = batches, q_len
             lists = jnp.broadcast_to(
@@ -239,15 +249,23 @@ def index_loss(
             )
             tokens = lists.reshape(*shape, -1)[batch, known]
             counts = jnp.broadcast_to(plan.kv_num_blocks, (*batch_shape, 1, q_len)).reshape(shape)
-            seen = jnp.arange(plan.width) < counts[batch, known][:, None]
-        seen &= _visible(whole, row[:, None], tokens, q_len, kv_len, batch)
+            listed = jnp.arange(plan.width) < counts[batch, known][:, None]
+
+        def seen_by(head):
+            return listed & _visible(whole, row[:, None], tokens, q_len, kv_len, batch, head)
+
+        own = jax.vmap(seen_by, out_axes=1)(jnp.arange(told_apart)).reshape(rows, *by_head, -1)
         queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
         logits = product("rkgd", "tkd", "rkgt", queries, k[batch], tokens)
-        # a row that sees nothing has a softmax too; it does not count in the end
+        # a head that sees nothing has a softmax too; it does not count in the end
+        some_of_head = own.any(-1, keepdims=True)
+        logits = jnp.where(own | ~some_of_head, logits * factor, -jnp.inf)
+        target = jnp.where(some_of_head, jax.nn.softmax(logits, axis=-1), 0.0).sum((1, 2))
+        # nor does a row of which no head sees anything
+        seen = own.any((1, 2))
         some = seen.any(-1, keepdims=True)
         shown = seen | ~some
-        logits = jnp.where(shown[:, None, None], logits * factor, -jnp.inf)
-        target = jax.nn.softmax(logits, axis=-1).mean((1, 2))
+        target /= jnp.where(some, target.sum(-1, keepdims=True), 1.0)
         inside = product("rhd", "td", "rth", flat.q[batch, known], flat.k[batch], tokens)
         scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
         scores = jnp.where(shown, scores, -jnp.inf)

@@ -64,6 +64,46 @@ def test_tokens_output_and_loss_equal_the_oracle(block_top_k):
     assert float(got) == pytest.approx(oracle.loss(*indexed, q, k, everything), rel=1e-4)
 
 
+@pytest.mark.parametrize("block_top_k", [3, None], ids=["two stages", "one stage"])
+def test_heads_that_see_different_keys_choose_together_and_attend_by_themselves(block_top_k):
+    length, sinks, windows = 70, [0, 2, 0, 0], [3, 1, 70, 9]
+    q, k, v = qkv(length)
+    x = hidden(length)
+    sizes = {"top_k": 12, "block_kv": 8, "block_top_k": block_top_k}
+    method = js.hisa(**sizes, **INDEXER)
+    params = params_of(method)
+    # the third head sees all that comes before; no other does
+    mask = CAUSAL & js.masks.head_windows(num_sink=sinks, window=windows)
+    out, info = jax.jit(lambda *a: method.attend(params, *a, x=x, mask=mask))(q, k, v)
+    plan, _ = method.plan(params, q, k, x=x, mask=mask)
+    indexed = oracle.index(x, params, 3, 8, 4, 100.0)
+    chosen = oracle.select(*indexed, top_k=12, block=8, block_top_k=block_top_k)
+    assert lists(plan) == chosen
+    expected = js.attend(q, k, v, plan, mask=mask, implementation="reference")
+    np.testing.assert_allclose(out, expected, atol=4e-6)
+
+    def sees(head, row, token):
+        return token < sinks[head] or row - token < windows[head]
+
+    for tokens, given in ((chosen, plan), ([list(range(t + 1)) for t in range(length)], None)):
+        got = index_loss(info.indexed, q, k, given, mask=mask)
+        wanted = oracle.loss(*indexed, q, k, tokens, sees)
+        assert float(got) == pytest.approx(wanted, rel=1e-4)
+    # what no head sees, none chooses
+    sinks, windows = np.array([0, 2, 0, 0]), np.array([3, 1, 20, 9])
+    i, j = np.arange(length)[:, None], np.arange(length)
+    near = (i - j < windows[:, None, None]) | (j < sinks[:, None, None])
+    told = CAUSAL & js.masks.head_windows(num_sink=sinks.tolist(), window=windows.tolist())
+    union = js.masks.dense(on_device((near & (j <= i)).any(0, keepdims=True)))
+    plans = [method.plan(params, q, k, x=x, mask=m)[0] for m in (told, union)]
+    assert lists(plans[0]) == lists(plans[1])
+    # where all are chosen nothing is left out of any head
+    every = js.hisa(top_k=length, block_kv=8, block_top_k=block_top_k and 9, **INDEXER)
+    out = every.attend(params, q, k, v, x=x, mask=mask)[0]
+    dense = js.attend(q, k, v, mask=mask, implementation="reference")
+    np.testing.assert_allclose(out, dense, atol=4e-6)
+
+
 def test_worked_example():
     rows = WORKED.q[7:], WORKED.weights[7:]
     found = relu_weighted(*rows, WORKED.k)[0]
@@ -340,6 +380,11 @@ def test_bad_calls():
     tiles = js.block_mask(CAUSAL, 20, 24, block_q=4, block_kv=4)
     with pytest.raises(ValueError, match=r"tiles of 4 x 4"):
         index_loss(WORKED, q, k, tiles)
+    q, k, _ = qkv(8)
+    for heads in (2, 3):
+        mask = js.masks.head_windows(num_sink=[0] * heads, window=[4] * heads)
+        with pytest.raises(ValueError, match=f"The mask has {heads} heads; expected 1 or heads=4"):
+            index_loss(WORKED, q, k, mask=mask)
 
 
 def test_the_loss_refuses_an_indexer_or_lists_of_other_tokens():
