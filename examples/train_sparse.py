@@ -63,9 +63,9 @@ Learn = Callable[..., tuple[jax.Array, jax.Array]]
 def learn_tokens(method, params, q, k, v, *, mask, x, implementation, sparse):
     """Attends to the indexer's tokens; it learns from the attention that it leads to.
 
-    Where attention is dense, it learns from all of it. Nothing reaches the hidden states.
+    Where attention is dense, it learns from all of it.
     """
-    tokens, info = method.plan(params, q, k, x=jax.lax.stop_gradient(x), mask=mask)
+    tokens, info = method.plan(params, q, k, x=x, mask=mask)
     plan = tokens if sparse else None
     out = js.attend(q, k, v, plan, mask=mask, implementation=implementation)
     return out, index_loss(info.indexed, q, k, plan, mask=mask)

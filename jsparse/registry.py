@@ -309,7 +309,8 @@ METHODS: tuple[Row, ...] = (
         learns=True,
         control="top_k",
         settings=(64, 256, 1024),
-        keeps_all=2**20,
+        # what the default blocks hold: all, of no more keys
+        keeps_all=64 * 128,
         small=(("index_heads", 4), ("index_dim", 16), ("rotary_dim", 8)),
         needs_all_queries=True,
     ),

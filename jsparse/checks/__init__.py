@@ -69,6 +69,7 @@ from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
 from jsparse.checks.methods import a_state as a_state
+from jsparse.checks.methods import an_indexer_for as an_indexer_for
 from jsparse.checks.methods import centroids_fit as centroids_fit
 from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states
@@ -78,6 +79,7 @@ from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
+from jsparse.checks.methods import room_for_tokens as room_for_tokens
 from jsparse.checks.methods import token_lists as token_lists
 from jsparse.checks.paged import new_tokens as new_tokens
 from jsparse.checks.paged import one_bool_per_sequence as one_bool_per_sequence

@@ -514,8 +514,8 @@ def whole_grid(grid: Any, q_len: int, kv_len: int) -> None:
     """Queries and keys are the tokens of one grid."""
     if q_len != kv_len:
         raise ValueError(
-            f"q has {q_len} tokens and k {kv_len}; neighborhoods are of one grid of tokens, so "
-            "they must be the same. Pass tokens outside the grid as extra_k and extra_v."
+            f"q has {q_len} tokens and k {kv_len}; regions are of one grid of tokens, so they must "
+            "be the same. Give the queries and the keys of all tokens at once."
         )
     if grid is not None and math.prod(grid) != q_len:
         raise ValueError(

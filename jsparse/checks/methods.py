@@ -53,6 +53,28 @@ def room_for_both_ends(block_top_k: Any) -> None:
         )
 
 
+def room_for_tokens(top_k: int, block_kv: int, block_top_k: Any) -> None:
+    """Chosen blocks hold as many tokens as are chosen among them."""
+    if block_top_k is not None and top_k > block_top_k * block_kv:
+        raise ValueError(
+            f"top_k={top_k} tokens are more than block_top_k={block_top_k} blocks of "
+            f"block_kv={block_kv} hold, {block_top_k * block_kv}; take more or larger blocks, or "
+            "block_top_k=None, which looks at every token."
+        )
+
+
+def an_indexer_for(indexed: Any, q: Any, k: Any) -> None:
+    """An indexer saw the tokens that attention is between."""
+    found = indexed.q.shape[:-2], indexed.weights.shape[:-1], indexed.k.shape[:-1]
+    rows, columns = q.shape[:-2], k.shape[:-2]
+    if found != (rows, rows, columns):
+        raise ValueError(
+            f"indexed has queries, weights and keys of tokens {found[0]}, {found[1]} and "
+            f"{found[2]}; q and k have {rows} and {columns}. Pass the info.indexed of the call "
+            "with these tokens."
+        )
+
+
 def a_state(state: Any, expected: Any) -> None:
     """A cache carries the state of the layer's method."""
     if jax.tree.structure(state) != jax.tree.structure(expected):

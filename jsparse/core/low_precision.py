@@ -1,8 +1,10 @@
 """Vectors rounded to eight bits, as kernels that multiply such numbers see them."""
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -31,6 +33,7 @@ def rounded(
     """The numbers that are left of vectors stored in `dtype`, in f32.
 
     Types of eight bits have a scale per vector, so that its largest number is their largest.
+    Gradients pass as if nothing were rounded.
 
     Args:
       x: Vectors.
@@ -44,9 +47,24 @@ def rounded(
     if dtype is None:
         return x
     checks.floating(dtype=dtype)
-    if jnp.dtype(dtype).itemsize > 1:
+    return _straight_through(x, jnp.dtype(dtype), power_of_two)
+
+
+# the gradient of a cast is cast too, and has no scale: most of it would be too small for eight bits
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _straight_through(
+    x: Float[Array, "*rest dim"], dtype: Any, power_of_two: bool
+) -> Float[Array, "*rest dim"]:
+    if dtype.itemsize > 1:
         return x.astype(dtype).astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), _LEAST) / float(jnp.finfo(dtype).max)
     if power_of_two:
         scale = jnp.exp2(jnp.ceil(jnp.log2(scale)))
     return (x / scale).astype(dtype).astype(jnp.float32) * scale
+
+
+@_straight_through.defjvp
+def _as_it_comes(
+    dtype: Any, power_of_two: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    return _straight_through(*primals, dtype, power_of_two), tangents[0]

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jsparse import checks
-from jsparse.core.blocks import cells_of
+from jsparse.core.blocks import Cells, cells_of
 from jsparse.core.running_top_k import ScoreOfTile, TileScores
 from jsparse.core.windows import Windows
 from jsparse.types import Frame, Mask, TileGrid
@@ -107,6 +107,7 @@ def window_scores(
     offset: Int[Array, " batch"] | int = 0,
     num_init: int = 0,
     num_local: int = 1,
+    tokens: Cells | None = None,
 ) -> ScoreOfTile:
     """Scores blocks by the attention that a group of heads pays to compressed keys.
 
@@ -127,6 +128,8 @@ def window_scores(
       offset: The key position of the first query, per sequence.
       num_init: Blocks at the start that are forced.
       num_local: Blocks up to the query's own that are forced, that one included.
+      tokens: Which blocks hold a key that a query sees; what no head of a group sees does not
+        count, forced or not. None shows all up to the query's own.
 
     Raises:
       ValueError: if `stride` does not divide the sizes.
@@ -169,10 +172,13 @@ def window_scores(
         # a query that sees no window has no log-sum-exp to subtract, and nothing to weigh
         probs = jnp.exp(jnp.where(seen, logits - row_lse[..., None], -jnp.inf))
         importance = block_importance(probs.sum(0), windows, block)
-        return TileScores(importance, *_causal_blocks(position, kv_tile))
-
-    def _causal_blocks(position: Array, kv_tile: Array) -> tuple[Bool[Array, "rows blocks"], ...]:
         index, own = kv_tile * blocks + jnp.arange(blocks), position // block
-        return index <= own, (index < num_init) | (index > own - num_local)
+        visible = index <= own
+        if tokens is not None:
+            at = known[0], jnp.minimum(index, grid.kv_len - 1)
+            seen = tokens.visible(batch, members, *at)
+            visible &= jnp.broadcast_to(seen, (group, *visible.shape)).any(0)
+        forced = (index < num_init) | (index > own - num_local)
+        return TileScores(importance, visible, forced)
 
     return score

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
+from jsparse.core.blocks import cells_of
 from jsparse.core.running_top_k import running_top_k
 from jsparse.core.tile_scores import window_scores
 from jsparse.core.windows import Compression, Windows, mlp
@@ -62,6 +63,7 @@ def select_blocks(
     scale: float | Float[Array, ""] | None = None,
     softcap: float | None = None,
     offset: Int[Array, "*batch"] | None = None,
+    token_mask: Mask | None = None,
 ) -> tuple[BlockMask, Float[Array, "*batch kv_heads q_len top_k"]]:
     """Chooses for each query and kv head the blocks that hold most of its compressed attention.
 
@@ -84,6 +86,8 @@ def select_blocks(
       softcap: Caps the logits.
       offset: The key position of the first query; default such that the last query is at the last
         key.
+      token_mask: Who sees which key besides; a block of which it shows a group's heads nothing is
+        not chosen, however it is forced. Default all up to a query's own.
 
     Returns:
       The lists, and the score of each entry.
@@ -93,6 +97,11 @@ def select_blocks(
     blocks = -(-kv_len // block_kv)
     grid = TileGrid(q_len, blocks, min(_SCORED_ROWS, q_len), min(_SCORED_BLOCKS, blocks))
     start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape).reshape(-1)
+    tokens = None
+    if token_mask is not None:
+        tokens = cells_of(
+            token_mask.flatten_batch(batch_shape), TileGrid(q_len, kv_len, 1, block_kv)
+        )
     score = window_scores(
         q.reshape(batches, q_len, heads, dim),
         k_windows.reshape(batches, -1, kv_heads, dim),
@@ -106,6 +115,7 @@ def select_blocks(
         offset=start,
         num_init=num_init,
         num_local=num_local,
+        tokens=tokens,
     )
     # what begins after the last query of a tile has nothing for it
     last = start[..., None] + grid.q_range(jnp.arange(grid.q_blocks))[1]
@@ -133,8 +143,9 @@ def nsa(
 
     A sigmoid gate per query head and branch, from the hidden states `x`, weighs the three outputs.
     It is causal; a mask besides hides what it hides in every branch, and from the compressed branch
-    each window of which it hides a key. The query heads of a group choose their blocks together.
-    What was compressed is in `info.state`: given to the next step, it is only added to.
+    each window of which it hides a key. A block that it hides whole takes no other's place. The
+    query heads of a group choose their blocks together. What was compressed is in `info.state`:
+    given to the next step, it is only added to.
 
     Args:
       compression: What makes one key, and value, of a window's: `js.windows.mlp()` in the paper and
@@ -233,6 +244,7 @@ def nsa(
             num_init=num_init,
             num_local=num_local,
             offset=offset,
+            token_mask=mask,
             **logits,
         )
         local = whole & sliding_window(left=window - 1, offset=offset)

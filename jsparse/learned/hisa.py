@@ -18,6 +18,7 @@ from jsparse.core.rotary import rotary
 from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import relu_weighted
 from jsparse.core.tiling import block_mask
+from jsparse.masks.any_head import any_head
 from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 
@@ -70,16 +71,21 @@ def select_tokens(
 
     Args:
       indexed: What the indexer made of hidden states.
-      top_k: Tokens per query.
+      top_k: Tokens per query; more than there are keys is all of them.
       block_kv: Tokens per block.
       block_top_k: Blocks per query, at least 2; None looks at every token instead.
-      mask: Who may see whom.
+      mask: Who may see whom; as heads choose together, from what any of them sees.
+
+    Raises:
+      ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
     """
+    checks.positive(top_k=top_k, block_kv=block_kv)
     checks.room_for_both_ends(block_top_k)
     batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
     flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
-    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    whole = None if mask is None else any_head(mask).flatten_batch(batch_shape)
     top_k = min(top_k, kv_len)
+    checks.room_for_tokens(top_k, block_kv, block_top_k)
     if block_top_k is None:
         lists, counts = _in_one_stage(flat, top_k, whole)
     else:
@@ -162,12 +168,18 @@ def _in_two_stages(
 
 
 def _visible(
-    mask: Mask | None, row: Array, column: Array, q_len: int, kv_len: int, batch: Array
+    mask: Mask | None,
+    row: Array,
+    column: Array,
+    q_len: int,
+    kv_len: int,
+    batch: Array,
+    head: Array | int = 0,
 ) -> Bool[Array, "rows columns"]:
     if mask is None:
         return jnp.ones(jnp.broadcast_shapes(row.shape, column.shape), bool)
     known = jnp.minimum(row, q_len - 1), jnp.minimum(column, kv_len - 1)
-    return mask.visible(*known, Frame(q_len, kv_len, batch))
+    return mask.visible(*known, Frame(q_len, kv_len, batch, head))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -182,9 +194,9 @@ def index_loss(
 ) -> Float[Array, ""]:
     """How far the indexer's softmax is from true attention: a KL divergence, mean over queries.
 
-    The target is the attention of all heads, added up and normalised; it has no gradient, nor have
-    q and k: only the indexer learns from this. It is computed for some queries at a time, and once
-    more for the gradient. Queries that see nothing count as zero.
+    The target is the attention of all heads, each to what it sees, added up and normalised; it has
+    no gradient, nor have q and k: only the indexer learns from this. It is computed for some
+    queries at a time, and once more for the gradient. Queries that see nothing count as zero.
 
     Args:
       indexed: What the indexer made of hidden states.
@@ -194,10 +206,19 @@ def index_loss(
         sparse. Default all, for training the indexer alone beside dense attention.
       mask: Who may see whom.
       scale: Factor on the attention's logits, default `dim ** -0.5`.
+
+    Raises:
+      ValueError: if the indexer or the plan is of other tokens than q and k.
     """
     checks.token_lists(plan)
+    if plan is not None:
+        checks.plan_lengths(plan, q.shape[-3], k.shape[-3])
+    checks.an_indexer_for(indexed, q, k)
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
+    told_apart = 1 if mask is None else mask.heads
+    checks.mask_heads(told_apart, heads)
     kv_len, kv_heads = k.shape[-3:-1]
+    by_head = (kv_heads, heads // kv_heads) if told_apart > 1 else (1, 1)
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
     factor = dim**-0.5 if scale is None else scale
     chunks = -(-q_len // rows)
@@ -220,7 +241,7 @@ def index_loss(
         known = jnp.minimum(row, q_len - 1)
         if plan is None:
             tokens = jnp.broadcast_to(every, (rows, kv_len))
-            seen = jnp.ones(tokens.shape, bool)
+            listed = jnp.ones(tokens.shape, bool)
         else:
             shape = batches, q_len
             lists = jnp.broadcast_to(
@@ -228,15 +249,23 @@ def index_loss(
             )
             tokens = lists.reshape(*shape, -1)[batch, known]
             counts = jnp.broadcast_to(plan.kv_num_blocks, (*batch_shape, 1, q_len)).reshape(shape)
-            seen = jnp.arange(plan.width) < counts[batch, known][:, None]
-        seen &= _visible(whole, row[:, None], tokens, q_len, kv_len, batch)
+            listed = jnp.arange(plan.width) < counts[batch, known][:, None]
+
+        def seen_by(head):
+            return listed & _visible(whole, row[:, None], tokens, q_len, kv_len, batch, head)
+
+        own = jax.vmap(seen_by, out_axes=1)(jnp.arange(told_apart)).reshape(rows, *by_head, -1)
         queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
         logits = product("rkgd", "tkd", "rkgt", queries, k[batch], tokens)
-        # a row that sees nothing has a softmax too; it does not count in the end
+        # a head that sees nothing has a softmax too; it does not count in the end
+        some_of_head = own.any(-1, keepdims=True)
+        logits = jnp.where(own | ~some_of_head, logits * factor, -jnp.inf)
+        target = jnp.where(some_of_head, jax.nn.softmax(logits, axis=-1), 0.0).sum((1, 2))
+        # nor does a row of which no head sees anything
+        seen = own.any((1, 2))
         some = seen.any(-1, keepdims=True)
         shown = seen | ~some
-        logits = jnp.where(shown[:, None, None], logits * factor, -jnp.inf)
-        target = jax.nn.softmax(logits, axis=-1).mean((1, 2))
+        target /= jnp.where(some, target.sum(-1, keepdims=True), 1.0)
         inside = product("rhd", "td", "rth", flat.q[batch, known], flat.k[batch], tokens)
         scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
         scores = jnp.where(shown, scores, -jnp.inf)
@@ -266,11 +295,11 @@ def hisa(
 
     `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
-    the output. Attention over one latent key and value per token is that of one kv head. While
-    decoding, the indexer's keys are `info.state`.
+    the output, nor hidden states through it. Attention over one latent key and value per token is
+    that of one kv head. While decoding, the indexer's keys are `info.state`.
 
     Args:
-      top_k: Tokens per query; 2048 in the paper.
+      top_k: Tokens per query, at most as many as its blocks hold; 2048 in the paper.
       block_kv: Tokens per block of the first stage; 128 in the paper.
       block_top_k: Blocks per query, at least 2: the first and the last visible one are included;
         64 in the paper. None skips the first stage.
@@ -287,10 +316,11 @@ def hisa(
       scores of blocks.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
     """
     checks.positive(top_k=top_k, block_kv=block_kv, index_heads=index_heads, index_dim=index_dim)
     checks.room_for_both_ends(block_top_k)
+    checks.room_for_tokens(top_k, block_kv, block_top_k)
     checks.non_negative(rotary_dim=rotary_dim)
     checks.multiple(of=2, rotary_dim=rotary_dim)
     checks.at_most(index_dim, rotary_dim=rotary_dim)
@@ -320,8 +350,8 @@ def hisa(
         return rounded(hadamard(x) if eight_bits else x, index_dtype)
 
     def index(params, x, positions) -> Indexed:
-        """Of the tokens of `x` alone."""
-        x = x.astype(jnp.float32)
+        """Of the tokens of `x` alone, which nothing reaches through the indexer."""
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
         q = (x @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
         k = jax.nn.standardize(x @ params["k"], epsilon=1e-6)
         k = (k * params["k_scale"] + params["k_bias"])[..., None, :]

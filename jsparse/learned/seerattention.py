@@ -1,13 +1,15 @@
 """SeerAttention: a gate that has learnt the map of attention. Gao et al. 2024, arXiv:2410.13276."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.map_scores import map_maxima
 from jsparse.attention.planned import Queries, planned
 from jsparse.core import blocks, selection
@@ -15,8 +17,9 @@ from jsparse.core.pooling import max_blocks, mean_blocks, min_blocks
 from jsparse.core.rotary import rotary, unrotated
 from jsparse.types import BlockMask, Mask, Method, TileGrid
 
-# x [*batch, length, heads, dim], block -> [*batch, blocks, heads, dim]
-Pool = Callable[[Array, int], Array]
+# x [*batch, length, heads, dim], block -> [*batch, blocks, heads, dim]; keys in a cache, which has
+# room for more, come with length [*batch] besides: how many of them are true
+Pool = Callable[..., Array]
 
 
 class SeerAttentionInfo(NamedTuple):
@@ -82,7 +85,7 @@ def seerattention(
     *,
     block_size: int = 64,
     threshold: float | Float[Array, "*heads"] = 2e-3,
-    density: float | None = None,
+    density: float | Float[Array, "*heads"] | None = None,
     gate_dim: int = 128,
     q_pools: Sequence[Pool] = (mean_blocks,),
     k_pools: Sequence[Pool] = (max_blocks, min_blocks, mean_blocks),
@@ -101,8 +104,8 @@ def seerattention(
       block_size: Tokens per block, on both sides; 64 in the paper.
       threshold: Least share of a row that a tile must have to be kept, in [0, 1], a number or one
         per query head; 5e-4 to 5e-3 in the authors' examples.
-      density: In the threshold's place, the share of causal tiles to keep, in (0, 1]: as many of
-        each row.
+      density: In the threshold's place, the share of causal tiles to keep, in (0, 1], a number or
+        one per query head: as many of each row.
       gate_dim: Width of the gate's queries and keys, even; 128 in the paper.
       q_pools: What is made of a block of queries, side by side; functions as those of
         `jsparse.core.pooling`.
@@ -139,24 +142,24 @@ def seerattention(
             "k": normal(of_k, (num_kv_heads, len(k_pools) * dim, gate_dim)),
         }
 
-    def pooled(x, pools, weights, start):
+    def pooled(x, pools, weights, start, **length):
         """Blocks of tokens as the gate sees them; the first token stands at `start`."""
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
         if rope_base is not None:
             places = jnp.broadcast_to(start, x.shape[:-3])[..., None] + jnp.arange(x.shape[-3])
             x = unrotated(x, places, base=rope_base)
-        found = jnp.concatenate([pool(x, block_size) for pool in pools], axis=-1)
+        found = jnp.concatenate([pool(x, block_size, **length) for pool in pools], axis=-1)
         found = jnp.einsum("...bhd,hde->...bhe", found, weights)
         if rope_base is None:
             return found
         return rotary(found, places[..., ::block_size], base=rope_base)
 
     @jax.jit
-    def gate(params, q, k, positions):
+    def gate(params, q, k, positions, length):
         offset = Queries.of(q, k, positions).offset
         start = k.shape[-3] - q.shape[-3] if offset is None else offset
         of_q = pooled(q, q_pools, params["q"], start)
-        of_k = pooled(k, k_pools, params["k"], 0)
+        of_k = pooled(k, k_pools, params["k"], 0, **({} if length is None else {"length": length}))
         group = q.shape[-2] // k.shape[-2]
         of_q = of_q.reshape(*of_q.shape[:-2], -1, group, gate_dim)
         logits = jnp.einsum("...qkge,...ske->...kgqs", of_q, of_k) * gate_dim**-0.5
@@ -164,20 +167,36 @@ def seerattention(
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         checks.per_head(q.shape[-2], threshold=threshold)
+        if density is not None:
+            checks.per_head(q.shape[-2], density=density)
         grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
-        visible, forced = blocks.candidates(mask, grid, q.shape[:-3], q.shape[-2])
-        logits = jnp.where(visible, gate(params, q, k, positions), -jnp.inf)
+        visible, _ = blocks.candidates(mask, grid, q.shape[:-3], q.shape[-2])
+        offset = Queries.of(q, k, positions).offset
+        length = None
+        if offset is not None and mask is not None:
+            length = _true_keys(visible, offset + grid.q_len, grid)
+        logits = jnp.where(visible, gate(params, q, k, positions, length), -jnp.inf)
         last_rows = jnp.arange(grid.q_blocks)[:, None] >= grid.q_blocks - dense_rows
-        forced = (forced & _last(visible)) | last_rows
-        keep = _selected(logits, visible, forced)
+        columns = -(-(grid.kv_len if length is None else length) // block_size)
+        keep = _selected(logits, visible, _last(visible) | last_rows, columns)
         tiles = BlockMask.from_dense(keep, **grid._asdict(), width=width)
         return tiles, SeerAttentionInfo(logits)
 
-    def _selected(logits, visible, forced) -> Bool[Array, "*batch heads q_blocks kv_blocks"]:
+    def _count(columns, most) -> Int[Array, "..."]:
+        """Tiles per row of each sequence and head: of so many columns, `most` at most."""
+        # by table, as f32 rounds some of the products up
+        numbers = jnp if _compat.is_traced(density) else np
+        # of a triangle, so many columns per row are about that share
+        share = 1 - (1 - numbers.asarray(density, float)) ** 0.5
+        counts = (numbers.arange(most + 1)[:, None] * share.reshape(-1)).astype(int)
+        return jnp.maximum(1, jnp.asarray(counts, jnp.int32)[columns])
+
+    def _selected(
+        logits, visible, forced, columns
+    ) -> Bool[Array, "*batch heads q_blocks kv_blocks"]:
         chosen = jax.lax.stop_gradient(logits)
         if density is not None:
-            # of a triangle, so many columns per row are about that share
-            count = max(1, int((1 - (1 - density) ** 0.5) * logits.shape[-1]))
+            count = _count(columns, logits.shape[-1])[..., None, None]
             return selection.top_k(chosen, count, visible=visible) | (visible & forced)
         # a row that sees nothing has no share to divide
         shares = jax.nn.softmax(jnp.where(visible, chosen, jnp.finfo(jnp.float32).min), axis=-1)
@@ -185,6 +204,20 @@ def seerattention(
         return selection.above(shares, limit, visible=visible, forced=forced)
 
     return planned(plan, init=init)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _true_keys(
+    visible: Bool[Array, "*batch heads q_blocks kv_blocks"], end: Int[Array, "..."], grid: TileGrid
+) -> Int[Array, "*batch"]:
+    """How many keys there are: those up to the last query, and further blocks that are seen.
+
+    What follows them is the room of a cache.
+    """
+    seen = jnp.where(visible.any((-3, -2)), jnp.arange(1, grid.kv_blocks + 1), 0).max(-1)
+    end = jnp.broadcast_to(end, seen.shape)
+    further = seen > -(-end // grid.block_kv)
+    return jnp.minimum(jnp.where(further, seen * grid.block_kv, end), grid.kv_len)
 
 
 def _last(visible: Bool[Array, "*rows kv_blocks"]) -> Bool[Array, "*rows kv_blocks"]:

@@ -28,6 +28,25 @@ def test_blocks_are_pooled_over_the_tokens_they_have(length, block, batch):
     np.testing.assert_array_equal(pooling.max_blocks(on_device(x), block), largest)
 
 
+def test_blocks_of_arrays_with_room_are_pooled_over_true_tokens():
+    x = RNG.normal(size=(4, 24, 2, 5)).astype(np.float32)
+    lengths = on_device([24, 13, 8, 0], jnp.int32)
+    for name in ("sum", "mean", "max", "min"):
+        pool = getattr(pooling, f"{name}_blocks")
+        roomy = np.where(
+            np.arange(24)[:, None, None] < np.array(lengths)[:, None, None, None], x, 9
+        )
+        roomy[3] = np.nan
+        found = np.asarray(pool(on_device(roomy), 8, lengths))
+        assert found.shape == (4, 3, 2, 5)
+        for n, length in enumerate(lengths.tolist()):
+            blocks_of = -(-length // 8)
+            if length:
+                alone = pool(on_device(x[n, :length]), 8)
+                np.testing.assert_array_equal(found[n, :blocks_of], alone)
+            assert not found[n, blocks_of:].any()
+
+
 def test_pooling_sums_16_bits_in_32():
     x = jnp.full((4096, 1, 1), 1.0, jnp.bfloat16)
     assert pooling.sum_blocks(x, 4096)[0, 0, 0] == 4096

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.masks.any_head import any_head
 from jsparse.types import Frame, TileGrid
 from tests.inputs import on_device
 
@@ -62,6 +63,10 @@ def definitions(q_len, kv_len):
         "head_windows_of_blocks": (
             m.head_windows(num_sink=[2], window=[10], block_size=4),
             lambda i, j, p: (j < 2) | (4 * (p // 4 - j // 4) < 10),
+        ),
+        "any_head": (
+            any_head(m.causal() & m.head_windows(num_sink=[5, 2], window=[3, 9])),
+            lambda i, j, p: (j <= p) & ((j < 5) | (p - j < 9)),
         ),
         "sinks": (m.sinks(5), lambda i, j, p: (j < 5) & (i >= 0)),
         "global": (m.global_tokens(3), lambda i, j, p: (j < 3) | (p < 3)),

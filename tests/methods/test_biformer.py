@@ -173,6 +173,8 @@ def test_bad_calls():
     q, k, v = qkv(20)
     with pytest.raises(ValueError, match=r"grid=\(4, 4\) has 16 tokens"):
         routed(q, k, v, (4, 4))
+    with pytest.raises(ValueError, match="q has 12 tokens and k 20; regions .* all tokens"):
+        routed(q[:12], k, v, None)
     with pytest.raises(ValueError, match="kernel=4 must be odd"):
         js.nn.RegionAttention(16, num_heads=2, kernel=4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="features=15 must be a multiple of 2"):

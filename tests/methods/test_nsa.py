@@ -225,6 +225,42 @@ def test_a_mask_hides_windows_of_which_it_hides_a_key():
     assert not np.allclose(changed[21:51], out[21:51])
 
 
+@pytest.mark.parametrize("told", ["documents", "heads"])
+def test_blocks_that_a_mask_hides_whole_take_no_place_of_others(told):
+    length = 150
+    q, k, v = qkv(length, heads=4, kv_heads=2)
+    ids = np.repeat([0, 1, -1], [37, 100, 13])
+    windows = [150, 40, 30, 70]
+    masks = {
+        "documents": js.masks.segments(on_device(ids)),
+        # heads of a group choose from what either sees
+        "heads": js.masks.head_windows(num_sink=[0, 0, 0, 0], window=windows),
+    }
+
+    def sees(head, row, token):
+        if told == "heads":
+            return row - token < windows[head]
+        return ids[row] == ids[token] >= 0
+
+    method = js.nsa(compression=js.windows.mean(), **SMALL)
+    params, x = params_of(method), hidden(length)
+    run = jax.jit(lambda q, k, v: method.attend(params, q, k, v, x=x, mask=masks[told]))
+    out, _ = run(q, k, v)
+    plan, _ = method.plan(params, q, k, v=v, mask=masks[told])
+    means = {"phi_k": phi("mean", ()), "phi_v": phi("mean", ())}
+    sizes = {"size": 8, "stride": 4, "block": 16, **SIZES}
+    outputs, chosen = oracle.branches(q, k, v, **means, **sizes, sees=sees)
+    for (row, head), blocks in chosen.items():
+        count = int(plan.kv_num_blocks[head, row])
+        assert plan.kv_indices[head, row, :count].tolist() == blocks
+    np.testing.assert_allclose(out, oracle.mix(outputs, x, params["gates"]), atol=5e-6)
+    # in the second document the first block of all is hidden, and four others are chosen
+    if told == "documents":
+        assert chosen[130, 0][0] > 1
+        assert len(chosen[130, 0]) == 4
+        assert not chosen[145, 0]
+
+
 def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
     length, max_len = 60, 72
     q, k, v = qkv(length, batch=(2,))

@@ -88,6 +88,81 @@ def test_how_many_tiles_a_density_is():
         assert expected.sum() / (512 * 513 / 2) == pytest.approx(exact, abs=1e-4)
 
 
+@pytest.mark.parametrize("density", [0.4, [0.2, 0.4, 0.6, 1.0]], ids=["one", "per head"])
+def test_the_room_of_a_cache_changes_nothing(density):
+    """Neither the gate nor the count of tiles, and each sequence has its own length."""
+    density = on_device(density, jnp.float32) if isinstance(density, list) else density
+    method = js.seerattention(**SMALL, density=density, dense_rows=0)
+    params = params_of(method)
+    q, k, _ = qkv(27, 64, batch=(3,))
+    starts, lengths = [37, 0, 18], [64, 27, 45]
+    positions = on_device(np.array(starts)[:, None] + np.arange(27), jnp.int32)
+    mask = js.masks.causal(offset=positions[:, 0])
+    alone = []
+    for n, length in enumerate(lengths):
+        tiles, info = method.plan(params, q[n], k[n, :length], mask=CAUSAL)
+        alone.append((np.asarray(tiles.to_dense()), np.asarray(info.gate_logits)))
+
+    @jax.jit
+    def run(params, k):
+        return method.plan(params, q, k, mask=mask, positions=positions)
+
+    for room in (64, 72, 128):
+        past = np.arange(64)[:, None, None] < np.array(lengths)[:, None, None, None]
+        keys = np.pad(np.where(past, k, 0), [(0, 0), (0, room - 64), (0, 0), (0, 0)])
+        tiles, info = run(params, on_device(keys))
+        for n, (kept, logits) in enumerate(alone):
+            columns = logits.shape[-1]
+            np.testing.assert_allclose(info.gate_logits[n, ..., :columns], logits, atol=1e-5)
+            assert jnp.isneginf(info.gate_logits[n, ..., columns:]).all()
+            np.testing.assert_array_equal(tiles.to_dense()[n, ..., :columns], kept)
+            assert not tiles.to_dense()[n, ..., columns:].any()
+
+    def loss(params):
+        logits = run(params, on_device(keys))[1].gate_logits
+        return jnp.where(jnp.isneginf(logits), 0, logits).sum()
+
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def test_keys_that_no_mask_hides_count_wherever_queries_stand():
+    q, k, _ = qkv(16, 64)
+    method = js.seerattention(**SMALL, density=0.4, dense_rows=0)
+    params, positions = params_of(method), jnp.arange(24, 40)
+    # keys that follow the queries are not the room of a cache where these see them
+    all_ahead = js.masks.causal(offset=100)
+    expected, info = method.plan(params, q, k, positions=positions)
+    for mask in (js.masks.full(), all_ahead):
+        tiles, found = method.plan(params, q, k, mask=mask, positions=positions)
+        np.testing.assert_array_equal(found.gate_logits, info.gate_logits)
+        np.testing.assert_array_equal(tiles.to_dense(), expected.to_dense())
+    assert info.gate_logits[..., 5:].all()
+
+
+def test_heads_have_densities_of_their_own():
+    q, k, _ = qkv(96)
+    settings = [0.1, 0.3, 0.6, 1.0]
+    sizes = {**SMALL, "dense_rows": 0}
+    together = js.seerattention(**sizes, density=on_device(settings, jnp.float32))
+    params = params_of(together)
+    for mask in (CAUSAL, None):
+        tiles = together.plan(params, q, k, mask=mask)[0].to_dense()
+        for head, density in enumerate(settings):
+            alone = js.seerattention(**sizes, density=density).plan(params, q, k, mask=mask)[0]
+            np.testing.assert_array_equal(tiles[head], alone.to_dense()[head])
+    wrong = js.seerattention(**sizes, density=on_device(settings[:3], jnp.float32))
+    with pytest.raises(ValueError, match=r"density has shape \(3,\)"):
+        wrong.plan(params, q, k)
+
+
+def test_the_last_tile_is_kept_without_a_mask_too():
+    q, k, _ = qkv(96)
+    method = js.seerattention(**SMALL, density=0.1, dense_rows=0)
+    tiles = method.plan(params_of(method), q, k)[0].to_dense()
+    assert tiles[..., -1].all()
+    assert tiles.sum(-1).max() <= 2
+
+
 def test_keeping_all_is_dense_by_either_setting():
     q, k, v = qkv(70)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")

@@ -72,19 +72,25 @@ def select(q, weights, k, *, top_k, block, block_top_k):
     return chosen
 
 
-def loss(q, weights, k, queries, keys, chosen):
-    """KL of true attention, over the chosen tokens, to the indexer's softmax: mean over queries."""
+def loss(q, weights, k, queries, keys, chosen, sees=lambda head, row, token: True):
+    """KL of true attention, over the chosen tokens, to the indexer's softmax: mean over queries.
+
+    Heads attend to those of the tokens that they see.
+    """
     index_scores = scores(q, weights, k)
     queries, keys = np.float64(queries), np.float64(keys)
     group, total = queries.shape[1] // keys.shape[1], 0.0
     for row, tokens in enumerate(chosen):
         target = np.zeros(len(tokens))
         for h in range(queries.shape[1]):
-            logits = keys[tokens, h // group] @ queries[row, h]
+            own = [n for n, token in enumerate(tokens) if sees(h, row, token)]
+            logits = keys[np.array(tokens)[own], h // group] @ queries[row, h]
             weights_ = np.exp(logits * queries.shape[-1] ** -0.5)
-            target += weights_ / weights_.sum()
+            if own:
+                target[own] += weights_ / weights_.sum()
         target /= target.sum()
         shares = np.exp(index_scores[row, tokens] - index_scores[row, tokens].max())
         shares /= shares.sum()
-        total += (target * np.log(target / shares)).sum()
+        some = target > 0
+        total += (target[some] * np.log(target[some] / shares[some])).sum()
     return total / len(chosen)

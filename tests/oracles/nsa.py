@@ -34,8 +34,14 @@ def block_scores(probs, blocks, size, stride, block):
     return scores
 
 
-def branches(q, k, v, *, phi_k, phi_v, size, stride, block, top_k, num_init, num_local, window):
-    """The three outputs [q_len, heads, v_dim] and the chosen blocks of (query, kv head)."""
+def branches(
+    q, k, v, *, phi_k, phi_v, size, stride, block, top_k, num_init, num_local, window,
+    sees=lambda head, row, token: True,
+):  # fmt: skip
+    """The three outputs [q_len, heads, v_dim] and the chosen blocks of (query, kv head).
+
+    `sees` hides keys besides; a window goes with any of its keys, a block with all of them.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[:2]
@@ -45,21 +51,26 @@ def branches(q, k, v, *, phi_k, phi_v, size, stride, block, top_k, num_init, num
     for row, g in np.ndindex(q_len, kv_heads):
         t = row + kv_len - q_len
         own = t // block
-        seen = [i for i in range(len(k_cmp)) if i * stride + size - 1 <= t]
         importance = np.zeros(len(k_cmp))
         members = range(g * group, (g + 1) * group)
         for h in members:
+            seen = [
+                i for i in range(len(k_cmp))
+                if all(s <= t and sees(h, row, s) for s in range(i * stride, i * stride + size))
+            ]  # fmt: skip
             logits = np.array([scale * q[row, h] @ k_cmp[i, g] for i in seen])
             outputs[0, row, h], weights = softmax_rows(logits, v_cmp[seen, g])
             importance[seen] += weights
         scores = block_scores(importance, own + 1, size, stride, block)
-        forced = [j for j in range(own + 1) if j < num_init or j > own - num_local]
-        free = sorted((j for j in range(own + 1) if j not in forced), key=lambda j: -scores[j])
+        some = {s // block for h in members for s in range(t + 1) if sees(h, row, s)}
+        forced = [j for j in sorted(some) if j < num_init or j > own - num_local]
+        free = sorted(sorted(some - {*forced}), key=lambda j: -scores[j])
         chosen[row, g] = sorted([*forced, *free[: top_k - len(forced)]])[:top_k]
         of_blocks = [s for s in range(t + 1) if s // block in chosen[row, g]]
         local = range(max(0, t - window + 1), t + 1)
         for h in members:
             for branch, keys in ((1, of_blocks), (2, list(local))):
+                keys = [s for s in keys if sees(h, row, s)]
                 logits = scale * k[keys, g] @ q[row, h]
                 outputs[branch, row, h], _ = softmax_rows(logits, v[keys, g])
     return outputs, chosen
