@@ -12,6 +12,7 @@ from jsparse.checks.attention import calibrations as calibrations
 from jsparse.checks.attention import concrete_levels as concrete_levels
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
+from jsparse.checks.attention import each_runs_once as each_runs_once
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
 from jsparse.checks.attention import interval_bounds as interval_bounds

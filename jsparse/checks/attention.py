@@ -436,6 +436,17 @@ def some_layers(found: Any) -> None:
         raise ValueError("The model has no js.nn.SparseAttention layer; build it with those.")
 
 
+def each_runs_once(calls: Any) -> None:
+    """What is listed by layer was noted down in one call of each."""
+    for number, of_layer in enumerate(calls):
+        if len(of_layer) != 1:
+            raise ValueError(
+                f"Layer {number} of js.nn.attention_layers(model) ran {len(of_layer)} times; there "
+                "is one entry per layer, so each must run once. Pass one sequence, and a model, or "
+                "the part of it, in which each does."
+            )
+
+
 def no_dropout(rate: float, deterministic: bool) -> None:
     """Attention dropout is not asked for."""
     if rate and not deterministic:

@@ -1,7 +1,8 @@
 """Reaching into a built model: its attention layers, and the same model with another attention."""
 
+import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 from jaxtyping import Array
@@ -16,12 +17,21 @@ M = TypeVar("M", bound=nnx.Module)
 def attention_layers(model: nnx.Module) -> list[SparseAttention]:
     """The model's `SparseAttention` layers, in the order of their paths.
 
+    Numbers in a path count as numbers: `layer2` comes before `layer10`. Whatever lists something by
+    layer, such as a table of `jsparse plan`, has this order, not that in which the layers run.
+
     Raises:
       ValueError: if there are none.
     """
     found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, SparseAttention)]
     checks.some_layers(found)
-    return [module for _, module in sorted(found, key=lambda item: item[0])]
+    return [module for _, module in sorted(found, key=lambda item: _in_order(item[0]))]
+
+
+def _in_order(path: tuple[Any, ...]) -> list[list[str | int]]:
+    """What a path is sorted by: in every part, text and numbers by turns."""
+    parts = (re.split(r"(\d+)", str(part)) for part in path)
+    return [[int(x) if n % 2 else x for n, x in enumerate(part)] for part in parts]
 
 
 def with_attention(model: M, attention: AttentionFn | None) -> M:
