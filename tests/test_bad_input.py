@@ -98,6 +98,10 @@ CASES = {
         lambda: js.xattention(threshold=jnp.full((3,), 0.5)).plan((), Q, K),
         r"threshold has shape \(3,\); expected a number, or one per query head, \(4,\)",
     ),
+    "density per head": (
+        lambda: js.mean_pooled(density=jnp.full((2, 1), 0.5)).plan((), Q, K),
+        r"density has shape \(2, 1\); expected a number, or one per query head, \(4,\)",
+    ),
     "threshold text": (
         lambda: js.xattention(threshold="most"),
         "threshold='most' must be a number",
