@@ -109,6 +109,22 @@ CASES = {
     "offset": (lambda: js.masks.causal(offset=1.5), "offset holds float64"),
     "window offset": (lambda: js.masks.sliding_window(left=1, offset=0.5), "offset holds float64"),
     "lengths": (lambda: js.masks.lengths(jnp.ones(2)), "q_lengths holds float32"),
+    "large segment ids": (
+        lambda: js.masks.segments(np.array([2**32 + 7, 7])),
+        r"q_ids holds 4294967303, which int32 does not; .*return_inverse=True\)\[1\]",
+    ),
+    "unsigned segment ids": (
+        lambda: js.masks.segments(jnp.zeros(2, int), np.array([2**31 + 5, 1], np.uint32)),
+        "kv_ids holds 2147483653, which int32 does not",
+    ),
+    "large offset": (
+        lambda: js.masks.causal(offset=np.array([2**32])),
+        "offset holds 4294967296, which int32 does not; it counts tokens",
+    ),
+    "large bounds": (
+        lambda: js.masks.intervals(np.full((1, 2, 1), 2**32), causal=True, q_len=2),
+        "startend_row_indices holds 4294967296, .*is q_len",
+    ),
     "prefix": (lambda: js.masks.prefix_lm(2.5), "prefix_len holds float64"),
     "kv head columns": (
         lambda: js.sparse_attention(

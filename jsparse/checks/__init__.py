@@ -129,3 +129,4 @@ from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
 from jsparse.checks.values import some as some
 from jsparse.checks.values import unit_interval as unit_interval
+from jsparse.checks.values import within_int32 as within_int32
