@@ -132,6 +132,10 @@ CASES = {
         ),
         "heads=4 must be a multiple of 3",
     ),
+    "no parameters": (
+        lambda: js.sparse_attention(Q, K, V, js.nsa()),
+        "this method has parameters: make them by method.init.*pass them as params=",
+    ),
     "merge": (lambda: js.merge([]), "merge got no parts"),
 }
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
 from jsparse.types import Mask, Method
@@ -32,6 +34,17 @@ class Queries(NamedTuple):
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
     """The parameters of a method that has none."""
     return ()
+
+
+def has_parameters(
+    method: Method, *, num_heads: int, num_kv_heads: int, dim: int, features: int
+) -> bool:
+    """Whether `method.init` makes any for these sizes; it is traced, nothing is computed."""
+    if method.init is no_params:
+        return False
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "dim": dim, "features": features}
+    key = jax.eval_shape(jax.random.key, 0)
+    return bool(jax.tree.leaves(jax.eval_shape(lambda key: method.init(key, **sizes), key)))
 
 
 def planned(

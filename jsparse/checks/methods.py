@@ -53,6 +53,25 @@ def room_for_both_ends(block_top_k: Any) -> None:
         )
 
 
+def parameters_given(needed: bool) -> None:
+    """A method that has parameters is called with some."""
+    if needed:
+        raise ValueError(
+            "params=(), and this method has parameters: make them by method.init(key, num_heads=, "
+            "num_kv_heads=, dim=, features=) and pass them as params= to js.sparse_attention or "
+            "js.nn.attention_fn. js.nn.SparseAttention(method=...) makes its own."
+        )
+
+
+def nothing_to_learn(number: int, needed: bool) -> None:
+    """A method that a built layer takes needs no parameters that the layer does not have."""
+    if needed:
+        raise ValueError(
+            f"methods[{number}] has parameters, which the layer does not have; build the model "
+            "with js.nn.SparseAttention(method=...), which makes them."
+        )
+
+
 def a_state(state: Any, expected: Any) -> None:
     """A cache carries the state of the layer's method."""
     if jax.tree.structure(state) != jax.tree.structure(expected):

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jsparse import checks
+from jsparse.attention.planned import has_parameters
 from jsparse.nn.attention import AttentionFn, SparseAttention
 from jsparse.types import Method
 
@@ -48,21 +49,25 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
     return copy
 
 
-def with_methods(model: M, methods: Sequence[Method]) -> M:
+def with_methods(model: M, methods: Sequence[Method | None]) -> M:
     """The same model, parameters shared, each layer with a method of its own.
 
     Args:
       model: A model that has `SparseAttention` layers; it is left as it was.
       methods: Without parameters, one per layer in the order of `attention_layers`, such as
-        `jsparse.planning.methods_of` makes from a table.
+        `jsparse.planning.methods_of` makes from a table; None for dense attention.
 
     Raises:
-      ValueError: if there are not as many methods as layers.
+      ValueError: if there are not as many methods as layers, or one has parameters.
     """
     copy = nnx.merge(*nnx.split(model))
     layers = attention_layers(copy)
     checks.layer_methods(len(methods), len(layers))
-    for layer, method in zip(layers, methods, strict=True):
+    for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
+        if method is not None:
+            sizes = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
+            widths = {"dim": layer.head_dim, "features": layer.in_features}
+            checks.nothing_to_learn(number, has_parameters(method, **sizes, **widths))
         layer.method, layer.method_params = method, None
     return copy
 

@@ -334,6 +334,16 @@ def test_what_the_method_says_of_a_call_can_be_added_to_a_loss():
             NotImplementedError,
             "precision='highest'",
         ),
+        (
+            lambda: nnx_attention(js.nn.attention_fn(js.flashmoba(taps=3)))(inputs()),
+            ValueError,
+            "this method has parameters: make them by method.init",
+        ),
+        (
+            lambda: js.nn.with_methods(layer(), [js.nsa()]),
+            ValueError,
+            r"methods\[0\] has parameters, .*js\.nn\.SparseAttention\(method=",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):
