@@ -46,6 +46,22 @@ CASES = {
     "bias": (lambda: js.attend(Q, K, V, bias=jnp.zeros((31, 32))), "bias has shape"),
     "sinks": (lambda: js.attend(Q, K, V, sinks=jnp.zeros(3)), "one logit per query head"),
     "softcap": (lambda: js.attend(Q, K, V, softcap=-1.0), "softcap=-1.0"),
+    "softcap of none": (
+        lambda: js.attend(Q, K, V, softcap=float("inf")),
+        "softcap=inf must be finite; None is for no cap",
+    ),
+    "few positions": (
+        lambda: js.sparse_attention(Q, K, V, js.streaming(), positions=jnp.arange(9)),
+        r"positions has shape \(9,\); expected one per query, \[\*batch, 32\]",
+    ),
+    "positions in reverse": (
+        lambda: js.sparse_attention(Q, K, V, js.streaming(), positions=jnp.arange(32)[::-1]),
+        "must be consecutive in each sequence",
+    ),
+    "positions of floats": (
+        lambda: js.sparse_attention(Q, K, V, js.blasst(), positions=jnp.arange(32.0)),
+        "positions holds float32",
+    ),
     "scale": (lambda: js.attend(Q, K, V, scale=jnp.ones(4)), "scale has shape"),
     "score_mod": (
         lambda: js.attend(Q, K, V, score_mod=lambda s, b, h, i, j: s[None]),

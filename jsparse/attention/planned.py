@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
 from jsparse.types import Mask, Method
@@ -25,10 +26,17 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(cls, q: Any, k: Any, positions: Any) -> "Queries":
-        """From queries and their positions among the keys, None being the last ones."""
+        """From queries and their positions among the keys, None being the last ones.
+
+        Raises:
+          ValueError: if positions are not one per query, or known ones are not consecutive.
+        """
         q_len, heads = q.shape[-3:-1]
         kv_len, kv_heads = k.shape[-3:-1]
-        return cls(q_len, kv_len, heads, kv_heads, None if positions is None else positions[..., 0])
+        if positions is None:
+            return cls(q_len, kv_len, heads, kv_heads, None)
+        checks.positions_fit(positions, q_len)
+        return cls(q_len, kv_len, heads, kv_heads, positions[..., 0])
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:

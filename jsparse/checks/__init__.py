@@ -39,10 +39,12 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import pooled_operands as pooled_operands
+from jsparse.checks.attention import positions_fit as positions_fit
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
 from jsparse.checks.attention import skip_thresholds as skip_thresholds
+from jsparse.checks.attention import soft_cap as soft_cap
 from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans

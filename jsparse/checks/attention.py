@@ -10,7 +10,14 @@ import numpy as np
 
 from jsparse import _compat
 from jsparse.checks.debug import when_known
-from jsparse.checks.values import at_most, integers, non_negative, positive, unit_interval
+from jsparse.checks.values import (
+    at_most,
+    integers,
+    non_negative,
+    positive,
+    positive_number,
+    unit_interval,
+)
 
 
 def tile_grid(grid: Any) -> None:
@@ -352,6 +359,29 @@ def factor_or_calibration(calibration: Any, *factors: Any) -> None:
         raise ValueError(
             "calibration and a scale factor both say what the threshold is; pass one of them."
         )
+
+
+def soft_cap(softcap: Any) -> None:
+    """A cap of logits is a finite number above 0."""
+    positive_number(softcap=softcap)
+    if not math.isfinite(softcap):
+        raise ValueError(f"softcap={softcap!r} must be finite; None is for no cap.")
+
+
+def positions_fit(positions: Any, q_len: int) -> None:
+    """A position for each query, known ones consecutive: methods read where one query stands."""
+    integers(positions=positions)
+    if not positions.ndim or positions.shape[-1] != q_len:
+        raise ValueError(
+            f"positions has shape {positions.shape}; expected one per query, [*batch, {q_len}]."
+        )
+    if q_len > 1 and not _compat.is_traced(positions):
+        found = np.asarray(positions)
+        if (np.diff(found) != 1).any():
+            raise ValueError(
+                f"positions={found} must be consecutive in each sequence; put queries in the order "
+                "of their tokens, and hide keys by mask."
+            )
 
 
 def sinks_shape(sinks: Any, heads: int) -> None:
