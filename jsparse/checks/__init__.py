@@ -15,6 +15,7 @@ from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import each_runs_once as each_runs_once
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
+from jsparse.checks.attention import groups_of_both_sides as groups_of_both_sides
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
 from jsparse.checks.attention import level_range as level_range

@@ -193,6 +193,17 @@ def list_heads(count: int, heads: int, kv_heads: int) -> None:
         )
 
 
+def groups_of_both_sides(of_q: tuple[int, ...], of_kv: tuple[int, ...]) -> None:
+    """Queries and keys are grouped for the same heads and sequences, or one side for all."""
+    try:
+        np.broadcast_shapes(of_q[:-1], of_kv[:-1])
+    except ValueError:
+        raise ValueError(
+            f"q_ids has shape {of_q} and kv_ids {of_kv}; axes but the last must be the same, or 1 "
+            "on one side."
+        ) from None
+
+
 def plan_lengths(plan: Any, q_len: int, kv_len: int) -> None:
     """The plan was made for these lengths."""
     if (plan.q_len, plan.kv_len) != (q_len, kv_len):
