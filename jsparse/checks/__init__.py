@@ -10,6 +10,7 @@ from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
 from jsparse.checks.attention import calibrations as calibrations
 from jsparse.checks.attention import concrete_levels as concrete_levels
+from jsparse.checks.attention import countable as countable
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
 from jsparse.checks.attention import each_runs_once as each_runs_once

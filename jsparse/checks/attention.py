@@ -213,6 +213,15 @@ def plan_lengths(plan: Any, q_len: int, kv_len: int) -> None:
         )
 
 
+def countable(traced: bool) -> None:
+    """The tiles to explain are known."""
+    if traced:
+        raise ValueError(
+            "explain counts tiles, and these are traced with the plan or the mask; call it outside "
+            "of jit."
+        )
+
+
 def batch_fits(name: str, batch_shape: tuple[int, ...], to: tuple[int, ...]) -> None:
     """Batch axes broadcast to those of q."""
     try:
