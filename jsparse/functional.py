@@ -59,6 +59,8 @@ def sparse_attention(
       ValueError: if arguments do not fit each other; the sentence names the remedy.
     """
     _check_parameters(method, params, q, k, v, x)
+    if mask is not None:
+        checks.mask_type(mask)
     given = {"x": x, "positions": positions, "mask": mask, "state": state, "key": key, **options}
     checks.both_or_neither(extra_k=extra_k, extra_v=extra_v)
     if extra_k is None or extra_v is None:
@@ -73,7 +75,8 @@ def sparse_attention(
 
 
 def _check_parameters(method: Method, params: Any, q: Any, k: Any, v: Any, x: Any) -> None:
-    """A method is given parameters where it has some."""
+    """A method is one, and is given parameters where it has some."""
+    checks.method_type(method)
     if not jax.tree.leaves(params):
         checks.attention_inputs(q, k, v)
         heads, dim = q.shape[-2:]

@@ -31,6 +31,32 @@ CASES = {
     "plan type": (lambda: js.attend(Q, K, V, jnp.ones((2, 2), bool)), "must be one of BlockMask"),
     "no plans": (lambda: js.attend(Q, K, V, ()), "empty tuple"),
     "mask array": (lambda: js.attend(Q, K, V, mask=jnp.ones((32, 32), bool)), "js.masks.dense"),
+    "mask and array": (
+        lambda: js.masks.causal() & jnp.ones((32, 32), bool),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "mask or array": (lambda: js.masks.causal() | np.ones((32, 32), bool), "mask is ndarray"),
+    "tiles of an array": (
+        lambda: js.block_mask(jnp.ones((32, 32), bool), 32, 32),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "tiles of None": (lambda: js.block_mask(None, 32, 32), "mask is NoneType"),
+    "method with an array": (
+        lambda: js.sparse_attention(Q, K, V, js.xattention(), mask=jnp.ones((32, 32), bool)),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "factory": (
+        lambda: js.sparse_attention(Q, K, V, js.pbs_attn),
+        r"method is function; .*js\.pbs_attn\(\)",
+    ),
+    "method None": (
+        lambda: js.sparse_attention(Q, K, V, None),
+        r"method is NoneType; .*js\.xattention\(\).*js\.attend",
+    ),
+    "method of dot_product_attention": (
+        lambda: js.dot_product_attention(Q, K, V, method=js.xattention),
+        r"method is function; .*js\.xattention\(\)",
+    ),
     "mask length": (
         lambda: js.attend(Q, K, V, mask=js.masks.segments(jnp.zeros(31, int))),
         "covers 31 tokens; the input has 32",

@@ -79,6 +79,7 @@ from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states
 from jsparse.checks.methods import keys_for_all_queries as keys_for_all_queries
 from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
+from jsparse.checks.methods import method_type as method_type
 from jsparse.checks.methods import nothing_to_learn as nothing_to_learn
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax

@@ -53,6 +53,17 @@ def room_for_both_ends(block_top_k: Any) -> None:
         )
 
 
+def method_type(method: Any) -> None:
+    """A method is what a factory made, not the factory."""
+    if not hasattr(method, "attend"):
+        name = getattr(method, "__name__", "")
+        factory = name if name.isidentifier() else "xattention"
+        raise ValueError(
+            f"method is {type(method).__name__}; it must be made by a factory, e.g. "
+            f"js.{factory}(). To attend without a method call js.attend."
+        )
+
+
 def parameters_given(needed: bool) -> None:
     """A method that has parameters is called with some."""
     if needed:

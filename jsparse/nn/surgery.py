@@ -65,6 +65,7 @@ def with_methods(model: M, methods: Sequence[Method | None]) -> M:
     checks.layer_methods(len(methods), len(layers))
     for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
         if method is not None:
+            checks.method_type(method)
             sizes = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
             widths = {"dim": layer.head_dim, "features": layer.in_features}
             checks.nothing_to_learn(number, has_parameters(method, **sizes, **widths))
