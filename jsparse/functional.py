@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.attention.planned import has_parameters
 from jsparse.core.merging import merge
 from jsparse.masks import causal, dense, lengths, sliding_window
 from jsparse.types import Mask, Method
@@ -57,6 +58,9 @@ def sparse_attention(
     Raises:
       ValueError: if arguments do not fit each other; the sentence names the remedy.
     """
+    _check_parameters(method, params, q, k, v, x)
+    if mask is not None:
+        checks.mask_type(mask)
     given = {"x": x, "positions": positions, "mask": mask, "state": state, "key": key, **options}
     checks.both_or_neither(extra_k=extra_k, extra_v=extra_v)
     if extra_k is None or extra_v is None:
@@ -68,6 +72,17 @@ def sparse_attention(
     further = attend(q, extra_k, extra_v, return_lse=True, **of_both)
     out, lse = merge([(own, own_lse), further])
     return (out, lse) if options.get("return_lse", False) else out
+
+
+def _check_parameters(method: Method, params: Any, q: Any, k: Any, v: Any, x: Any) -> None:
+    """A method is one, and is given parameters where it has some."""
+    checks.method_type(method)
+    if not jax.tree.leaves(params):
+        checks.attention_inputs(q, k, v)
+        heads, dim = q.shape[-2:]
+        sizes = {"num_heads": heads, "num_kv_heads": k.shape[-2], "dim": dim}
+        features = heads * dim if x is None else x.shape[-1]
+        checks.parameters_given(has_parameters(method, **sizes, features=features))
 
 
 def dot_product_attention(
@@ -109,7 +124,7 @@ def dot_product_attention(
       return_residual: Also return the log-sum-exp, [batch, q_len, heads], which has no gradient;
         that of `js.attend` has one.
       plan: Which tiles are computed; see `js.attend`. Rows that it leaves empty give zeros.
-      method: What chooses the tiles; see `js.sparse_attention`.
+      method: What chooses the tiles, without parameters; see `js.sparse_attention`.
 
     Raises:
       ValueError: if arguments do not fit each other, or both `plan` and `method` are given.
@@ -164,7 +179,12 @@ def dot_product_attention(
     if method is None:
         out, lse = attend(q, k, v, plan, mask=whole, return_lse=True, **options)
     else:
-        (out, lse), _ = method.attend((), q, k, v, mask=whole, return_lse=True, **options)
+        _check_parameters(method, (), q, k, v, None)
+        found, _ = method.attend((), q, k, v, mask=whole, return_lse=return_residual, **options)
+        if not return_residual:
+            # not asked for: methods of several softmaxes have none
+            return found.reshape(*shape[:-1], v.shape[-1])
+        out, lse = found
     lse = jnp.swapaxes(lse, -1, -2)
     if plan is None and method is None:
         out, lse = _fill_empty_rows(out, lse, v, query_seq_lengths)

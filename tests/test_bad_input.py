@@ -31,6 +31,32 @@ CASES = {
     "plan type": (lambda: js.attend(Q, K, V, jnp.ones((2, 2), bool)), "must be one of BlockMask"),
     "no plans": (lambda: js.attend(Q, K, V, ()), "empty tuple"),
     "mask array": (lambda: js.attend(Q, K, V, mask=jnp.ones((32, 32), bool)), "js.masks.dense"),
+    "mask and array": (
+        lambda: js.masks.causal() & jnp.ones((32, 32), bool),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "mask or array": (lambda: js.masks.causal() | np.ones((32, 32), bool), "mask is ndarray"),
+    "tiles of an array": (
+        lambda: js.block_mask(jnp.ones((32, 32), bool), 32, 32),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "tiles of None": (lambda: js.block_mask(None, 32, 32), "mask is NoneType"),
+    "method with an array": (
+        lambda: js.sparse_attention(Q, K, V, js.xattention(), mask=jnp.ones((32, 32), bool)),
+        "mask is .*Array.*; .*js.masks.dense",
+    ),
+    "factory": (
+        lambda: js.sparse_attention(Q, K, V, js.pbs_attn),
+        r"method is function; .*js\.pbs_attn\(\)",
+    ),
+    "method None": (
+        lambda: js.sparse_attention(Q, K, V, None),
+        r"method is NoneType; .*js\.xattention\(\).*js\.attend",
+    ),
+    "method of dot_product_attention": (
+        lambda: js.dot_product_attention(Q, K, V, method=js.xattention),
+        r"method is function; .*js\.xattention\(\)",
+    ),
     "mask length": (
         lambda: js.attend(Q, K, V, mask=js.masks.segments(jnp.zeros(31, int))),
         "covers 31 tokens; the input has 32",
@@ -46,6 +72,22 @@ CASES = {
     "bias": (lambda: js.attend(Q, K, V, bias=jnp.zeros((31, 32))), "bias has shape"),
     "sinks": (lambda: js.attend(Q, K, V, sinks=jnp.zeros(3)), "one logit per query head"),
     "softcap": (lambda: js.attend(Q, K, V, softcap=-1.0), "softcap=-1.0"),
+    "softcap of none": (
+        lambda: js.attend(Q, K, V, softcap=float("inf")),
+        "softcap=inf must be finite; None is for no cap",
+    ),
+    "few positions": (
+        lambda: js.sparse_attention(Q, K, V, js.streaming(), positions=jnp.arange(9)),
+        r"positions has shape \(9,\); expected one per query, \[\*batch, 32\]",
+    ),
+    "positions in reverse": (
+        lambda: js.sparse_attention(Q, K, V, js.streaming(), positions=jnp.arange(32)[::-1]),
+        "must be consecutive in each sequence",
+    ),
+    "positions of floats": (
+        lambda: js.sparse_attention(Q, K, V, js.blasst(), positions=jnp.arange(32.0)),
+        "positions holds float32",
+    ),
     "scale": (lambda: js.attend(Q, K, V, scale=jnp.ones(4)), "scale has shape"),
     "score_mod": (
         lambda: js.attend(Q, K, V, score_mod=lambda s, b, h, i, j: s[None]),
@@ -98,6 +140,10 @@ CASES = {
         lambda: js.xattention(threshold=jnp.full((3,), 0.5)).plan((), Q, K),
         r"threshold has shape \(3,\); expected a number, or one per query head, \(4,\)",
     ),
+    "density per head": (
+        lambda: js.mean_pooled(density=jnp.full((2, 1), 0.5)).plan((), Q, K),
+        r"density has shape \(2, 1\); expected a number, or one per query head, \(4,\)",
+    ),
     "threshold text": (
         lambda: js.xattention(threshold="most"),
         "threshold='most' must be a number",
@@ -105,12 +151,32 @@ CASES = {
     "offset": (lambda: js.masks.causal(offset=1.5), "offset holds float64"),
     "window offset": (lambda: js.masks.sliding_window(left=1, offset=0.5), "offset holds float64"),
     "lengths": (lambda: js.masks.lengths(jnp.ones(2)), "q_lengths holds float32"),
+    "large segment ids": (
+        lambda: js.masks.segments(np.array([2**32 + 7, 7])),
+        r"q_ids holds 4294967303, which int32 does not; .*return_inverse=True\)\[1\]",
+    ),
+    "unsigned segment ids": (
+        lambda: js.masks.segments(jnp.zeros(2, int), np.array([2**31 + 5, 1], np.uint32)),
+        "kv_ids holds 2147483653, which int32 does not",
+    ),
+    "large offset": (
+        lambda: js.masks.causal(offset=np.array([2**32])),
+        "offset holds 4294967296, which int32 does not; it counts tokens",
+    ),
+    "large bounds": (
+        lambda: js.masks.intervals(np.full((1, 2, 1), 2**32), causal=True, q_len=2),
+        "startend_row_indices holds 4294967296, .*is q_len",
+    ),
     "prefix": (lambda: js.masks.prefix_lm(2.5), "prefix_len holds float64"),
     "kv head columns": (
         lambda: js.sparse_attention(
             Q, K, V, js.flashmask(startend_row_indices=jnp.full((3, 32, 1), 32))
         ),
         "heads=4 must be a multiple of 3",
+    ),
+    "no parameters": (
+        lambda: js.sparse_attention(Q, K, V, js.nsa()),
+        "this method has parameters: make them by method.init.*pass them as params=",
     ),
     "merge": (lambda: js.merge([]), "merge got no parts"),
 }

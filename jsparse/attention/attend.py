@@ -64,6 +64,7 @@ def attend(
         scalars; `batch` counts the flattened batch axes. Arrays it closes over have gradients.
       sinks: A learned logit per head that takes probability and gives no value.
       softcap: Caps logits smoothly to (-softcap, softcap) by `softcap * tanh(logits / softcap)`.
+        Finite and above 0; None for no cap.
       scale: Factor on the logits, default `dim ** -0.5`. An array has a gradient.
       return_lse: Also return the log-sum-exp of each row's logits, sink included. Differentiable.
       implementation: "reference", "xla", "mosaic" or "triton"; default the fastest that can do it.
@@ -138,7 +139,7 @@ def prepare(
         checks.number(scale=scale)
         static_scale = float(scale)
     if softcap is not None:
-        checks.positive_number(softcap=softcap)
+        checks.soft_cap(softcap)
         softcap = float(softcap)
     rule = LogitRule(q_len, kv_len, static_scale, softcap, score_mod)
     operands = Operands(*_one_batch((q, k, v)), bias=bias, scale=traced_scale, captured=captured)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.attend import choose, prepare, with_plan
 from jsparse.attention.problem import Plan, Problem
 from jsparse.types import BlockMask, Frame, Mask, entry
+from jsparse.types.pytree import flatten_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +127,16 @@ def explain(
       q: Queries.
       k: Keys.
       v: Values.
-      plan: As for `js.attend`; concrete, since its tiles are counted.
-      mask: As for `js.attend`.
+      plan: As for `js.attend`; concrete, since its tiles are counted. Inside of `jit` a `BlockMask`
+        or None.
+      mask: As for `js.attend`; concrete as well.
       **options: `bias`, `score_mod`, `softcap`, `scale` of `js.attend`.
 
     Returns:
       An `Explanation`, or for a tuple of plans `Explanations`, which has one for each part.
 
     Raises:
-      ValueError: if arguments do not fit each other, as `js.attend` would.
+      ValueError: if arguments do not fit each other, as `js.attend` would, or tiles are traced.
       NotImplementedError: if no implementation can do this job here.
     """
     if isinstance(plan, Sequence):
@@ -147,10 +149,21 @@ def _explain(
     q: Array, k: Array, v: Array, plan: Any, mask: Mask | None, options: Any
 ) -> Explanation:
     problem = prepare(q, k, v, plan, mask=mask, **options)
+    if not _compat.is_traced((plan, mask)):
+        # inside of `jit` what is known would be traced where its axes are flattened
+        shape = problem.batch_shape
+        with _compat.at_once():
+            problem = problem._replace(
+                plan=None if plan is None else flatten_batch(plan, shape),
+                mask=None if mask is None else flatten_batch(mask, shape),
+            )
     chosen, lowered, refused = choose(problem)
     if lowered is None:
         raise NotImplementedError(" ".join(refused.values()))
-    exact, *besides = (_counted(part, chosen, refused) for part in lowered.parts)
+    for part in lowered.parts:
+        checks.countable(_compat.is_traced((part.plan, part.mask)))
+    with _compat.at_once():
+        exact, *besides = (_counted(part, chosen, refused) for part in lowered.parts)
     return dataclasses.replace(
         exact,
         summaries=sum(part.computed for part in besides),

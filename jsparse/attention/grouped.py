@@ -109,10 +109,10 @@ def lower(problem: Problem, least_side: int) -> Lowered:
     operands, groups, mask, rule, batch_shape, *_ = problem
     assert isinstance(groups, TokenGroups)
     heads = operands.q.shape[-2]
-    repeats = heads // groups.list_heads if groups.list_heads > 1 else 1
 
     def per_head(x: Array) -> Array:
-        return jnp.repeat(x, repeats, axis=-2)
+        # one of the sides may be the same for all heads
+        return jnp.repeat(x, heads // x.shape[-2], axis=-2) if x.shape[-2] > 1 else x
 
     q_order, kv_order = groups.q_order, groups.kv_order
     visible: Mask = Runs(*map(per_head, groups.kv_runs()))

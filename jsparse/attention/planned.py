@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
+from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
 from jsparse.types import Mask, Method
@@ -23,15 +26,33 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(cls, q: Any, k: Any, positions: Any) -> "Queries":
-        """From queries and their positions among the keys, None being the last ones."""
+        """From queries and their positions among the keys, None being the last ones.
+
+        Raises:
+          ValueError: if positions are not one per query, or known ones are not consecutive.
+        """
         q_len, heads = q.shape[-3:-1]
         kv_len, kv_heads = k.shape[-3:-1]
-        return cls(q_len, kv_len, heads, kv_heads, None if positions is None else positions[..., 0])
+        if positions is None:
+            return cls(q_len, kv_len, heads, kv_heads, None)
+        checks.positions_fit(positions, q_len)
+        return cls(q_len, kv_len, heads, kv_heads, positions[..., 0])
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
     """The parameters of a method that has none."""
     return ()
+
+
+def has_parameters(
+    method: Method, *, num_heads: int, num_kv_heads: int, dim: int, features: int
+) -> bool:
+    """Whether `method.init` makes any for these sizes; it is traced, nothing is computed."""
+    if method.init is no_params:
+        return False
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "dim": dim, "features": features}
+    key = jax.eval_shape(jax.random.key, 0)
+    return bool(jax.tree.leaves(jax.eval_shape(lambda key: method.init(key, **sizes), key)))
 
 
 def planned(

@@ -10,10 +10,13 @@ from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
 from jsparse.checks.attention import calibrations as calibrations
 from jsparse.checks.attention import concrete_levels as concrete_levels
+from jsparse.checks.attention import countable as countable
 from jsparse.checks.attention import default_tile as default_tile
 from jsparse.checks.attention import dense_tiles as dense_tiles
+from jsparse.checks.attention import each_runs_once as each_runs_once
 from jsparse.checks.attention import factor_or_calibration as factor_or_calibration
 from jsparse.checks.attention import features as features
+from jsparse.checks.attention import groups_of_both_sides as groups_of_both_sides
 from jsparse.checks.attention import interval_bounds as interval_bounds
 from jsparse.checks.attention import jax_alone as jax_alone
 from jsparse.checks.attention import level_range as level_range
@@ -38,10 +41,12 @@ from jsparse.checks.attention import plan_or_method as plan_or_method
 from jsparse.checks.attention import plan_type as plan_type
 from jsparse.checks.attention import pooled_columns as pooled_columns
 from jsparse.checks.attention import pooled_operands as pooled_operands
+from jsparse.checks.attention import positions_fit as positions_fit
 from jsparse.checks.attention import same_grid as same_grid
 from jsparse.checks.attention import same_number_of_heads as same_number_of_heads
 from jsparse.checks.attention import sinks_shape as sinks_shape
 from jsparse.checks.attention import skip_thresholds as skip_thresholds
+from jsparse.checks.attention import soft_cap as soft_cap
 from jsparse.checks.attention import some_layers as some_layers
 from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
@@ -75,8 +80,11 @@ from jsparse.checks.methods import forced_blocks as forced_blocks
 from jsparse.checks.methods import hidden_states as hidden_states
 from jsparse.checks.methods import keys_for_all_queries as keys_for_all_queries
 from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
+from jsparse.checks.methods import method_type as method_type
+from jsparse.checks.methods import nothing_to_learn as nothing_to_learn
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
+from jsparse.checks.methods import parameters_given as parameters_given
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens
@@ -131,3 +139,4 @@ from jsparse.checks.values import scalar as scalar
 from jsparse.checks.values import shares as shares
 from jsparse.checks.values import some as some
 from jsparse.checks.values import unit_interval as unit_interval
+from jsparse.checks.values import within_int32 as within_int32

@@ -10,7 +10,14 @@ import numpy as np
 
 from jsparse import _compat
 from jsparse.checks.debug import when_known
-from jsparse.checks.values import at_most, integers, non_negative, positive, unit_interval
+from jsparse.checks.values import (
+    at_most,
+    integers,
+    non_negative,
+    positive,
+    positive_number,
+    unit_interval,
+)
 
 
 def tile_grid(grid: Any) -> None:
@@ -186,12 +193,32 @@ def list_heads(count: int, heads: int, kv_heads: int) -> None:
         )
 
 
+def groups_of_both_sides(of_q: tuple[int, ...], of_kv: tuple[int, ...]) -> None:
+    """Queries and keys are grouped for the same heads and sequences, or one side for all."""
+    try:
+        np.broadcast_shapes(of_q[:-1], of_kv[:-1])
+    except ValueError:
+        raise ValueError(
+            f"q_ids has shape {of_q} and kv_ids {of_kv}; axes but the last must be the same, or 1 "
+            "on one side."
+        ) from None
+
+
 def plan_lengths(plan: Any, q_len: int, kv_len: int) -> None:
     """The plan was made for these lengths."""
     if (plan.q_len, plan.kv_len) != (q_len, kv_len):
         raise ValueError(
             f"The plan was made for q_len={plan.q_len}, kv_len={plan.kv_len}; q and k have "
             f"{q_len} and {kv_len}. Make a plan for these lengths."
+        )
+
+
+def countable(traced: bool) -> None:
+    """The tiles to explain are known."""
+    if traced:
+        raise ValueError(
+            "explain counts tiles, and these are traced with the plan or the mask; call it outside "
+            "of jit."
         )
 
 
@@ -354,6 +381,29 @@ def factor_or_calibration(calibration: Any, *factors: Any) -> None:
         )
 
 
+def soft_cap(softcap: Any) -> None:
+    """A cap of logits is a finite number above 0."""
+    positive_number(softcap=softcap)
+    if not math.isfinite(softcap):
+        raise ValueError(f"softcap={softcap!r} must be finite; None is for no cap.")
+
+
+def positions_fit(positions: Any, q_len: int) -> None:
+    """A position for each query, known ones consecutive: methods read where one query stands."""
+    integers(positions=positions)
+    if not positions.ndim or positions.shape[-1] != q_len:
+        raise ValueError(
+            f"positions has shape {positions.shape}; expected one per query, [*batch, {q_len}]."
+        )
+    if q_len > 1 and not _compat.is_traced(positions):
+        found = np.asarray(positions)
+        if (np.diff(found) != 1).any():
+            raise ValueError(
+                f"positions={found} must be consecutive in each sequence; put queries in the order "
+                "of their tokens, and hide keys by mask."
+            )
+
+
 def sinks_shape(sinks: Any, heads: int) -> None:
     """One sink logit per query head."""
     if getattr(sinks, "shape", None) != (heads,):
@@ -434,6 +484,17 @@ def some_layers(found: Any) -> None:
     """A model has attention layers to reach."""
     if not found:
         raise ValueError("The model has no js.nn.SparseAttention layer; build it with those.")
+
+
+def each_runs_once(calls: Any) -> None:
+    """What is listed by layer was noted down in one call of each."""
+    for number, of_layer in enumerate(calls):
+        if len(of_layer) != 1:
+            raise ValueError(
+                f"Layer {number} of js.nn.attention_layers(model) ran {len(of_layer)} times; there "
+                "is one entry per layer, so each must run once. Pass one sequence, and a model, or "
+                "the part of it, in which each does."
+            )
 
 
 def no_dropout(rate: float, deterministic: bool) -> None:

@@ -75,6 +75,36 @@ def an_indexer_for(indexed: Any, q: Any, k: Any) -> None:
         )
 
 
+def method_type(method: Any) -> None:
+    """A method is what a factory made, not the factory."""
+    if not hasattr(method, "attend"):
+        name = getattr(method, "__name__", "")
+        factory = name if name.isidentifier() else "xattention"
+        raise ValueError(
+            f"method is {type(method).__name__}; it must be made by a factory, e.g. "
+            f"js.{factory}(). To attend without a method call js.attend."
+        )
+
+
+def parameters_given(needed: bool) -> None:
+    """A method that has parameters is called with some."""
+    if needed:
+        raise ValueError(
+            "params=(), and this method has parameters: make them by method.init(key, num_heads=, "
+            "num_kv_heads=, dim=, features=) and pass them as params= to js.sparse_attention or "
+            "js.nn.attention_fn. js.nn.SparseAttention(method=...) makes its own."
+        )
+
+
+def nothing_to_learn(number: int, needed: bool) -> None:
+    """A method that a built layer takes needs no parameters that the layer does not have."""
+    if needed:
+        raise ValueError(
+            f"methods[{number}] has parameters, which the layer does not have; build the model "
+            "with js.nn.SparseAttention(method=...), which makes them."
+        )
+
+
 def a_state(state: Any, expected: Any) -> None:
     """A cache carries the state of the layer's method."""
     if jax.tree.structure(state) != jax.tree.structure(expected):

@@ -53,6 +53,18 @@ def integers(**arrays: Any) -> None:
             raise ValueError(f"{name} holds {dtype}; it must hold integers, cast it to int32.")
 
 
+def within_int32(remedy: str, **arrays: Any) -> None:
+    """Concrete integers are such as int32 holds; traced ones are taken for it."""
+    for name, array in arrays.items():
+        # what int32 holds anyway is not read: that would wait for the device
+        if _compat.is_traced(array) or np.can_cast(array.dtype, np.int32):
+            continue
+        found = np.asarray(array)
+        outside = found[(found < np.iinfo(np.int32).min) | (found > np.iinfo(np.int32).max)]
+        if outside.size:
+            raise ValueError(f"{name} holds {outside[0]}, which int32 does not; {remedy}")
+
+
 def broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
     """An operand broadcasts to the logits, axis by axis."""
     if len(shape) != len(to) or any(a not in (1, b) for a, b in zip(shape, to, strict=True)):

@@ -216,8 +216,8 @@ class Reordered(Mask):
     """
 
     mask: Mask
-    q_order: Int[Array, "*batch order_heads q_len"] | None = array_field(core_ndim=2)
-    kv_order: Int[Array, "*batch order_heads kv_len"] | None = array_field(core_ndim=2)
+    q_order: Int[Array, "*q_batch q_heads q_len"] | None = array_field(core_ndim=2)
+    kv_order: Int[Array, "*kv_batch kv_heads kv_len"] | None = array_field(core_ndim=2)
     lengths: tuple[int, int] | None = static_field(default=None)
 
     @property

@@ -41,10 +41,12 @@ def block_mask(
         where they are traced, the bound that its static numbers give (all kv blocks at worst).
 
     Raises:
-      ValueError: if a length or tile size is not positive, or a mask's array has another length.
+      ValueError: if a length or tile size is not positive, a mask's array has another length, or
+        `mask` is none.
     """
     grid = TileGrid(q_len, kv_len, block_q, block_kv)
     checks.tile_grid(grid)
+    checks.mask_type(mask)
     batch_shape = mask.batch_shape
     flat = mask.flatten_batch(batch_shape)
     if width is None:

@@ -107,6 +107,8 @@ def blasst(
     checks.factor_or_calibration(calibration, scale_factor, decode_scale_factor)
 
     def threshold_of(q, k, positions):
+        if positions is not None:
+            checks.positions_fit(positions, q.shape[-3])
         heads, decode = q.shape[-2], q.shape[-3] == 1
         fixed, factor = threshold, scale_factor
         if decode:

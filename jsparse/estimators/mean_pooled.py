@@ -36,7 +36,10 @@ def mean_pooled_scores(
 
 
 def mean_pooled(
-    *, block_size: int = 128, density: float | Float[Array, ""] = 0.25, width: int | None = None
+    *,
+    block_size: int = 128,
+    density: float | Float[Array, "*heads"] = 0.25,
+    width: int | None = None,
 ) -> Method:
     """Keeps, per query block, the best kv blocks by the product of block means.
 
@@ -45,7 +48,8 @@ def mean_pooled(
 
     Args:
       block_size: Tokens per block, on both sides.
-      density: Share of its visible blocks that each row keeps, rounded up; in (0, 1].
+      density: Share of its visible blocks that each row keeps, rounded up; in (0, 1]; a
+        number or one per query head.
       width: Most blocks a row can hold; default all. Rows that need more are marked `overflowed`.
 
     Differs from the paper:
@@ -53,16 +57,18 @@ def mean_pooled(
       be compared at equal density; first and diagonal blocks are forced under a mask.
 
     Raises:
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range, or there are not as many as query heads.
     """
     checks.positive(block_size=block_size)
     checks.fractions(density=density)
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
+        checks.per_head(q.shape[-2], density=density)
         block_scores = mean_pooled_scores(q, k, block_size=block_size)
         grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
         visible, forced = blocks.candidates(mask, grid, q.shape[:-3], q.shape[-2])
-        count = jnp.ceil(density * visible.sum(-1, keepdims=True)).astype(jnp.int32)
+        per_head = jnp.asarray(density, jnp.float32)[..., None, None]
+        count = jnp.ceil(per_head * visible.sum(-1, keepdims=True)).astype(jnp.int32)
         count = jnp.maximum(count, forced.sum(-1, keepdims=True))
         keep = selection.top_k(block_scores, count, visible=visible, forced=forced)
         tiles = BlockMask.from_dense(keep, **grid._asdict(), width=width)

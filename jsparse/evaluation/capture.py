@@ -37,12 +37,14 @@ class Profiled(NamedTuple):
 def capture(model: Any, *inputs: Any) -> list[Captured]:
     """Runs a model on one sequence and collects q, k, v of every attention layer.
 
+    In the order of `js.nn.attention_layers`, whatever the order in which they run.
+
     Args:
       model: A Flax NNX model with `js.nn.SparseAttention` layers.
       *inputs: What it is called with; the batch axis, if any, is 1.
 
     Raises:
-      ValueError: if the model has no such layer.
+      ValueError: if the model has no such layer, or one does not run exactly once.
     """
     from flax import nnx
 
@@ -52,20 +54,23 @@ def capture(model: Any, *inputs: Any) -> list[Captured]:
 
     @jax.jit
     def run(state, *inputs):
-        tensors: list[tuple[Array, Array, Array]] = []
         copy = nnx.merge(graph, state)
-        for layer in attention_layers(copy):
-            layer.attention = recording(layer.attention or layer._method, tensors)
+        layers = attention_layers(copy)
+        tensors: list[list[tuple[Array, Array, Array]]] = [[] for _ in layers]
+        for layer, own in zip(layers, tensors, strict=True):
+            layer.attention = recording(layer.attention or layer._method, own)
         copy(*inputs)
+        checks.each_runs_once(tensors)
         return tensors
 
-    return [Captured(*map(_unbatched, tensors)) for tensors in run(state, *inputs)]
+    return [Captured(*map(_unbatched, of_layer)) for (of_layer,) in run(state, *inputs)]
 
 
 def profile(model: Any, loss: Callable[..., Array], *inputs: Any) -> list[Profiled]:
     """Collects q, k, v of every attention layer and how a loss depends on each layer's output.
 
-    One forward and one backward pass; gradients by the model's parameters are not computed.
+    One forward and one backward pass; gradients by the model's parameters are not computed. Layers
+    are in the order of `js.nn.attention_layers`.
 
     Args:
       model: A Flax NNX model with `js.nn.SparseAttention` layers.
@@ -73,7 +78,7 @@ def profile(model: Any, loss: Callable[..., Array], *inputs: Any) -> list[Profil
       *inputs: What it is given; the batch axis, if any, is 1.
 
     Raises:
-      ValueError: if the model has no such layer.
+      ValueError: if the model has no such layer, or one does not run exactly once.
     """
     from flax import nnx
 
@@ -82,11 +87,15 @@ def profile(model: Any, loss: Callable[..., Array], *inputs: Any) -> list[Profil
     graph, state = nnx.split(model)
 
     def run(probes, state, *inputs):
-        tensors: list[tuple[Array, Array, Array]] = []
         copy = nnx.merge(graph, state)
-        for layer in attention_layers(copy):
-            layer.attention = probing(layer.attention or layer._method, tensors, probes)
-        return loss(copy, *inputs), tensors
+        layers = attention_layers(copy)
+        tensors: list[list[tuple[Array, Array, Array]]] = [[] for _ in layers]
+        for number, (layer, own) in enumerate(zip(layers, tensors, strict=True)):
+            own_probes = probes[number : number + 1]
+            layer.attention = probing(layer.attention or layer._method, own, own_probes)
+        value = loss(copy, *inputs)
+        checks.each_runs_once(tensors)
+        return value, [of_layer for (of_layer,) in tensors]
 
     _, tensors = jax.eval_shape(run, (), state, *inputs)
     probes = [jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype) for q, _, v in tensors]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jsparse import checks
 from jsparse.attention.length_switch import dense
 from jsparse.core.reordering import Orders
 from jsparse.evaluation.metrics import pairs_attended, pairs_visible, visible_density
@@ -85,7 +86,7 @@ def density_report(
 
 
 def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityReport]:
-    """Runs a model and reports on each attention layer, in the order in which they run.
+    """Runs a model and reports on each attention layer, in the order of `js.nn.attention_layers`.
 
     A model that is not asked is not touched: nothing is kept, nothing is computed besides.
 
@@ -95,15 +96,13 @@ def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityR
       **options: The same, by keyword.
 
     Raises:
-      ValueError: if the model has no such layer.
+      ValueError: if the model has no such layer, or one does not run exactly once.
     """
     from flax import nnx
 
     from jsparse.nn import attention_layers
 
-    found: list[DensityReport] = []
-
-    def reporting(layer: Any):
+    def reporting(layer: Any, found: list[DensityReport]):
         run = layer.attention or layer._method
 
         def attention(q, k, v, *, mask, x, positions):
@@ -114,7 +113,10 @@ def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityR
         return attention
 
     copy = nnx.merge(*nnx.split(model))
-    for layer in attention_layers(copy):
-        layer.attention = reporting(layer)
+    layers = attention_layers(copy)
+    reports: list[list[DensityReport]] = [[] for _ in layers]
+    for layer, found in zip(layers, reports, strict=True):
+        layer.attention = reporting(layer, found)
     copy(*inputs, **options)
-    return found
+    checks.each_runs_once(reports)
+    return [report for (report,) in reports]

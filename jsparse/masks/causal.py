@@ -42,7 +42,7 @@ def causal(*, offset: Int[Array, "*batch"] | int | None = None) -> Mask:
         position in its cache). Default `kv_len - q_len`: the last query sees the last key.
 
     Raises:
-      ValueError: if `offset` is not an integer.
+      ValueError: if `offset` is not an integer, or a concrete one is too large for int32.
     """
     return Causal(as_int32(offset=offset))
 
@@ -52,5 +52,7 @@ def as_int32(**values: Any) -> Int[Array, "*batch"] | None:
     ((name, value),) = values.items()
     if value is None:
         return None
-    checks.integers(**{name: np.asarray(value) if isinstance(value, (int, float)) else value})
+    value = np.asarray(value) if isinstance(value, (int, float)) else value
+    checks.integers(**{name: value})
+    checks.within_int32("it counts tokens, of which there may be 2**31 - 1.", **{name: value})
     return jnp.asarray(value, jnp.int32)

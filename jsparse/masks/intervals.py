@@ -97,10 +97,13 @@ def intervals(
       q_len: Number of queries.
 
     Raises:
-      ValueError: if the bounds are not integers, or there are not 1, 2 or 4 of them as `causal`
-        asks.
+      ValueError: if the bounds are not integers, known ones are too large for int32, or there are
+        not 1, 2 or 4 of them as `causal` asks.
     """
     checks.integers(startend_row_indices=startend_row_indices)
+    checks.within_int32(
+        "a bound that hides all later queries is q_len.", startend_row_indices=startend_row_indices
+    )
     checks.positive(q_len=q_len)
     bounds = startend_row_indices.shape[-1]
     checks.interval_bounds(bounds, causal)

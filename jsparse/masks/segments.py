@@ -50,8 +50,13 @@ def segments(
       kv_ids: The segment of each key, default that of the queries.
 
     Raises:
-      ValueError: if ids are not integers.
+      ValueError: if ids are not integers, or concrete ones are too large for int32.
     """
     kv_ids = q_ids if kv_ids is None else kv_ids
     checks.integers(q_ids=q_ids, kv_ids=kv_ids)
+    remedy = (
+        "number the segments by np.unique(ids, return_inverse=True)[1], over queries and keys "
+        "together, and leave padding negative."
+    )
+    checks.within_int32(remedy, q_ids=q_ids, kv_ids=kv_ids)
     return Segments(jnp.asarray(q_ids, jnp.int32), jnp.asarray(kv_ids, jnp.int32))

@@ -31,7 +31,15 @@ def attention_fn(
         has one bool per pair of tokens.
       params: The method's parameters.
       implementation: See `js.attend`.
+
+    Raises:
+      ValueError: if `method` or `mask` is of another type; from the function that is made, if the
+        method has parameters and `params` are none.
     """
+    if method is not None:
+        checks.method_type(method)
+    if mask is not None:
+        checks.mask_type(mask)
 
     def attention(
         query: Array,

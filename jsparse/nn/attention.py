@@ -106,6 +106,7 @@ class SparseAttention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else None
         params = ()
         if method is not None:
+            checks.method_type(method)
             params = method.init(
                 rngs.params(),
                 num_heads=num_heads,
@@ -151,6 +152,8 @@ class SparseAttention(nnx.Module):
           The output, `[*batch, length, features]`; with a cache `(output, cache)`.
         """
         checks.features(x.shape[-1], self.in_features)
+        if mask is not None:
+            checks.mask_type(mask)
         batch_shape, length = x.shape[:-2], x.shape[-2]
         if positions is None:
             start = jnp.zeros(batch_shape, jnp.int32) if cache is None else cache.length

@@ -1,12 +1,14 @@
 """Reaching into a built model: its attention layers, and the same model with another attention."""
 
+import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 from jaxtyping import Array
 
 from jsparse import checks
+from jsparse.attention.planned import has_parameters
 from jsparse.nn.attention import AttentionFn, SparseAttention
 from jsparse.types import Method
 
@@ -16,12 +18,21 @@ M = TypeVar("M", bound=nnx.Module)
 def attention_layers(model: nnx.Module) -> list[SparseAttention]:
     """The model's `SparseAttention` layers, in the order of their paths.
 
+    Numbers in a path count as numbers: `layer2` comes before `layer10`. Whatever lists something by
+    layer, such as a table of `jsparse plan`, has this order, not that in which the layers run.
+
     Raises:
       ValueError: if there are none.
     """
     found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, SparseAttention)]
     checks.some_layers(found)
-    return [module for _, module in sorted(found, key=lambda item: item[0])]
+    return [module for _, module in sorted(found, key=lambda item: _in_order(item[0]))]
+
+
+def _in_order(path: tuple[Any, ...]) -> list[list[str | int]]:
+    """What a path is sorted by: in every part, text and numbers by turns."""
+    parts = (re.split(r"(\d+)", str(part)) for part in path)
+    return [[int(x) if n % 2 else x for n, x in enumerate(part)] for part in parts]
 
 
 def with_attention(model: M, attention: AttentionFn | None) -> M:
@@ -38,21 +49,26 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
     return copy
 
 
-def with_methods(model: M, methods: Sequence[Method]) -> M:
+def with_methods(model: M, methods: Sequence[Method | None]) -> M:
     """The same model, parameters shared, each layer with a method of its own.
 
     Args:
       model: A model that has `SparseAttention` layers; it is left as it was.
       methods: Without parameters, one per layer in the order of `attention_layers`, such as
-        `jsparse.planning.methods_of` makes from a table.
+        `jsparse.planning.methods_of` makes from a table; None for dense attention.
 
     Raises:
-      ValueError: if there are not as many methods as layers.
+      ValueError: if there are not as many methods as layers, or one has parameters.
     """
     copy = nnx.merge(*nnx.split(model))
     layers = attention_layers(copy)
     checks.layer_methods(len(methods), len(layers))
-    for layer, method in zip(layers, methods, strict=True):
+    for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
+        if method is not None:
+            checks.method_type(method)
+            sizes = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
+            widths = {"dim": layer.head_dim, "features": layer.in_features}
+            checks.nothing_to_learn(number, has_parameters(method, **sizes, **widths))
         layer.method, layer.method_params = method, None
     return copy
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from jsparse import checks
 from jsparse.types.pytree import flatten_batch, pytree_dataclass
 
 Index = Any  # int32 array of any shape, or a Python int
@@ -156,9 +157,11 @@ class Mask:
         return [value for value in values if isinstance(value, Mask)]
 
     def __and__(self, other: "Mask") -> "Mask":
+        checks.mask_type(other)
         return And(self, other)
 
     def __or__(self, other: "Mask") -> "Mask":
+        checks.mask_type(other)
         return Or(self, other)
 
     def __invert__(self) -> "Mask":

@@ -17,19 +17,19 @@ class TokenGroups:
     Group `g` owns the queries `q_order[..., q_offsets[g] : q_offsets[g + 1]]` and the keys
     `kv_order[..., kv_offsets[g] : kv_offsets[g + 1]]`; offsets are true lengths, so groups may be
     empty or uneven. Tokens after the last offset belong to no group. The heads axis is 1, kv_heads
-    or heads.
+    or heads; that of the other side is the same or 1.
     """
 
-    q_order: Int[Array, "*batch list_heads q_len"] = array_field(core_ndim=2)
-    kv_order: Int[Array, "*batch list_heads kv_len"] = array_field(core_ndim=2)
-    q_offsets: Int[Array, "*batch list_heads groups_plus_1"] = array_field(core_ndim=2)
-    kv_offsets: Int[Array, "*batch list_heads groups_plus_1"] = array_field(core_ndim=2)
+    q_order: Int[Array, "*q_batch q_heads q_len"] = array_field(core_ndim=2)
+    kv_order: Int[Array, "*kv_batch kv_heads kv_len"] = array_field(core_ndim=2)
+    q_offsets: Int[Array, "*q_batch q_heads groups_plus_1"] = array_field(core_ndim=2)
+    kv_offsets: Int[Array, "*kv_batch kv_heads groups_plus_1"] = array_field(core_ndim=2)
 
     @classmethod
     def from_ids(
         cls,
-        q_ids: Int[Array, "*batch list_heads q_len"],
-        kv_ids: Int[Array, "*batch list_heads kv_len"],
+        q_ids: Int[Array, "*q_batch q_heads q_len"],
+        kv_ids: Int[Array, "*kv_batch kv_heads kv_len"],
         *,
         groups: int,
     ) -> "TokenGroups":
@@ -38,10 +38,12 @@ class TokenGroups:
         Order inside a group is the original order.
 
         Raises:
-          ValueError: if ids are not integers or `groups` is not positive.
+          ValueError: if ids are not integers, `groups` is not positive, or the two sides' heads or
+            batch axes do not broadcast to each other's.
         """
         checks.positive(groups=groups)
         checks.integers(q_ids=q_ids, kv_ids=kv_ids)
+        checks.groups_of_both_sides(q_ids.shape, kv_ids.shape)
         q_order, q_offsets = _sort_by_group(q_ids, groups)
         kv_order, kv_offsets = _sort_by_group(kv_ids, groups)
         return cls(q_order, kv_order, q_offsets, kv_offsets)
@@ -63,13 +65,13 @@ class TokenGroups:
 
     @property
     def list_heads(self) -> int:
-        """How many groupings there are per sequence: 1, kv_heads or heads."""
-        return self.q_order.shape[-2]
+        """How many groupings there are per sequence: 1, kv_heads or heads; a side may share."""
+        return max(self.q_order.shape[-2], self.kv_order.shape[-2])
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """The batch axes of the groupings."""
-        return self.q_order.shape[:-2]
+        """The batch axes of the groupings, of both sides together."""
+        return jnp.broadcast_shapes(self.q_order.shape[:-2], self.kv_order.shape[:-2])
 
     def q_ids(self) -> Int[Array, "*batch list_heads q_len"]:
         """The group of each query, -1 for none."""

@@ -112,9 +112,35 @@ def test_a_plan_and_a_method_decide():
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+def test_a_method_of_several_softmaxes_is_asked_for_no_residual():
+    q, k, v = qkv(40, batch=(1,))
+    nsa = js.nsa(**{"compression_size": 8, "stride": 4, "block_kv": 8, "top_k": 3, "window": 6})
+    params = nsa.init(jax.random.key(0), num_heads=4, num_kv_heads=2, dim=16, features=8)
+    given = {"x": jnp.ones((1, 40, 8)), "mask": js.masks.causal(offset=0)}
+
+    def attend(_, q, k, v, *, mask, **options):
+        return nsa.attend(params, q, k, v, **given, **options)
+
+    method = nsa._replace(init=lambda key, **sizes: (), attend=attend)
+    out = js.dot_product_attention(q, k, v, method=method, is_causal=True)
+    expected = js.sparse_attention(q, k, v, nsa, params=params, **given)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    with pytest.raises(ValueError, match="no log-sum-exp together"):
+        js.dot_product_attention(q, k, v, method=method, return_residual=True)
+
+
+def test_the_residual_of_a_method_is_its_log_sum_exp():
+    q, k, v = qkv(64, batch=(1,))
+    method = js.mean_pooled(block_size=16, density=0.5)
+    _, residual = js.dot_product_attention(q, k, v, method=method, return_residual=True)
+    _, lse = js.sparse_attention(q, k, v, method, return_lse=True)
+    np.testing.assert_allclose(residual, jnp.swapaxes(lse, -1, -2), atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"method": js.seerattention()}, "this method has parameters: make them by method.init"),
         ({"mask": jnp.zeros((1, 1, 24, 40))}, "must hold bools"),
         ({"mask": jnp.zeros((1, 1, 24, 39), bool)}, "does not broadcast"),
         ({"bias": jnp.zeros((3, 24, 40))}, "bias has shape"),

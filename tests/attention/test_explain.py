@@ -1,5 +1,6 @@
 """explain counts what attend computes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,42 @@ def test_an_overflowed_plan_is_named():
     found = js.explain(q, k, v, plan)
     assert found.overflowed
     assert "too narrow" in str(found)
+
+
+MASK = js.masks.causal() & js.masks.segments(jnp.repeat(jnp.arange(2), 150))
+PLAN = js.block_mask(MASK, 300, 300, block_q=64, block_kv=64)
+
+
+@pytest.mark.parametrize("mask", [None, js.masks.causal(), MASK], ids=["none", "static", "arrays"])
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["default", "plan"])
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad], ids=["jit", "grad"])
+def test_what_is_known_is_counted_while_q_is_traced(transform, plan, mask):
+    found = []
+
+    def call(q, k, v):
+        found.append(js.explain(q, k, v, plan, mask=mask))
+        return q.sum()
+
+    operands = qkv(300)
+    transform(call)(*operands)
+    assert found == [js.explain(*operands, plan, mask=mask)]
+
+
+@pytest.mark.parametrize("traced", ["mask", "plan", "groups"])
+def test_traced_tiles_are_not_counted(traced):
+    q, k, v = qkv(64)
+
+    def call(ids):
+        mask = js.masks.segments(ids)
+        plans = {
+            "mask": lambda: None,
+            "plan": lambda: js.block_mask(mask, 64, 64),
+            "groups": lambda: js.TokenGroups.from_ids(ids[None], ids[None], groups=2),
+        }
+        js.explain(q, k, v, plans[traced](), mask=mask if traced == "mask" else None)
+
+    with pytest.raises(ValueError, match="call it outside of jit"):
+        jax.jit(call)(jnp.zeros(64, int))
 
 
 def test_a_problem_that_no_implementation_takes():

@@ -102,6 +102,26 @@ def test_everything_at_once_against_float64_and_the_reference(list_heads):
     exact.close(*map(jax.tree.leaves, (gradients, expected)), TOLERANCE)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("shared", ["queries", "keys", "sequences"])
+@pytest.mark.parametrize("list_heads", [KV_HEADS, HEADS])
+def test_one_side_may_be_grouped_for_all_heads_or_sequences(list_heads, shared, implementation):
+    q, k, v = qkv(Q_LEN, KV_LEN, heads=HEADS, kv_heads=KV_HEADS, batch=(2,))
+    q_ids, kv_ids = random_ids(list_heads)
+    if shared == "queries":
+        q_ids = q_ids[:, :1]
+    elif shared == "keys":
+        kv_ids = kv_ids[:, :1]
+    else:
+        q_ids = q_ids[0]
+    groups, mask = groups_of(q_ids, kv_ids), js.masks.causal()
+    assert (groups.batch_shape, groups.list_heads) == ((2,), list_heads)
+    out = js.attend(q, k, v, groups, mask=mask, implementation=implementation)
+    pairs = js.masks.dense(on_device(same_group(q_ids, kv_ids)))
+    expected = js.attend(q, k, v, mask=mask & pairs, implementation="reference")
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE)
+
+
 def test_tokens_of_no_group_and_concrete_groups():
     """Lists of concrete groups are as wide as they need to be; results are the same."""
     q, k, v = qkv(Q_LEN, KV_LEN)

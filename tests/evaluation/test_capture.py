@@ -14,6 +14,7 @@ from jsparse.evaluation import (
     Captured,
     Profiled,
     capture,
+    density_of_layers,
     load_captured,
     load_profiled,
     profile,
@@ -90,6 +91,59 @@ def test_a_profile_has_the_gradient_of_the_loss_by_each_output(tmp_path):
         for x_of, y_of in zip(layer, again, strict=True):
             np.testing.assert_array_equal(x_of, y_of)
     assert load_captured(tmp_path / "profile.safetensors")[1].q.shape == (20, 4, 4)
+
+
+class Named(nnx.Module):
+    """Layers in attributes, each with a width of its own, which run in an order of their own."""
+
+    def __init__(self, runs, names):
+        for name in names:
+            width = 2 * (1 + names.index(name))
+            layer = js.nn.SparseAttention(8, num_heads=1, head_dim=width, rngs=nnx.Rngs(0))
+            setattr(self, name, layer)
+        self.runs = tuple(runs)
+
+    def __call__(self, x):
+        for name in self.runs:
+            x = x + getattr(self, name)(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("names", "runs"),
+    [
+        ([f"layer{n}" for n in range(11)], [f"layer{n}" for n in range(11)]),
+        (["decoder", "encoder"], ["encoder", "decoder"]),
+    ],
+    ids=["numbered", "not in order"],
+)
+def test_whatever_lists_layers_lists_them_in_one_order(names, runs):
+    model, x = Named(runs, names), jnp.ones((1, 4, 8))
+    widths = [2 * n for n in range(1, len(names) + 1)]
+    assert [layer.head_dim for layer in js.nn.attention_layers(model)] == widths
+    assert [layer.q.shape[-1] for layer in capture(model, x)] == widths
+    profiled = profile(model, lambda model, x: model(x).sum(), x)
+    assert [layer.d_out.shape[-1] for layer in profiled] == widths
+    methods = [js.streaming(num_sink=0, window=n + 1) for n in range(len(names))]
+    changed = js.nn.with_methods(model, methods)
+    for name, method in zip(names, methods, strict=True):
+        assert getattr(changed, name).method is method
+    # the first layer's queries see themselves alone, the next one's the key before too
+    pairs = [float(report.pairs.mean()) for report in density_of_layers(changed, x)]
+    np.testing.assert_allclose(pairs[:2], [4 / 16, 7 / 16], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("runs", "times"), [("aab", 2), ("b", 0)])
+def test_a_layer_that_does_not_run_once_has_no_entry_of_its_own(runs, times):
+    model, x = Named(runs, ["a", "b"]), jnp.ones((1, 4, 8))
+    calls = {
+        "capture": lambda: capture(model, x),
+        "profile": lambda: profile(model, lambda model, x: model(x).sum(), x),
+        "density": lambda: density_of_layers(model, x),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=f"Layer 0 of .* ran {times} times; .* run once"):
+            call()
 
 
 def test_a_profile_without_gradients_or_with_others_is_refused(tmp_path):

@@ -86,17 +86,18 @@ class Model(nnx.Module):
 def test_layers_of_a_model_report_and_the_model_stays_as_it_was():
     model, x = Model(), jax.random.normal(jax.random.key(1), (2, 60, 32))
     before = jax.tree.structure(nnx.state(model))
-    first, second = nnx.jit(lambda m, x: density_of_layers(m, x, mask=CAUSAL))(model, x)
+    # in the order of their names, though the sparse one runs first
+    dense, sparse = nnx.jit(lambda m, x: density_of_layers(m, x, mask=CAUSAL))(model, x)
     assert jax.tree.structure(nnx.state(model)) == before
     assert model.sparse.attention is None
-    assert 0.1 < first.tiles.min() < first.tiles.max() < 0.95
-    np.testing.assert_allclose(second.tiles, np.ones((2, 4)))
+    assert 0.1 < sparse.tiles.min() < sparse.tiles.max() < 0.95
+    np.testing.assert_allclose(dense.tiles, np.ones((2, 4)))
     tensors = []
     probe = js.nn.with_attention(model, js.nn.recording(model.sparse._method, tensors))
     probe(x, mask=CAUSAL)
     report = jax.jit(lambda *x: js.density_report(model.sparse.method, *x, mask=CAUSAL))
     expected = report(*tensors[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sparse, expected)
 
 
 def test_a_layer_whose_method_has_parameters_reports():

@@ -370,8 +370,27 @@ def test_what_the_method_says_of_a_call_can_be_added_to_a_loss():
             NotImplementedError,
             "precision='highest'",
         ),
+        (lambda: layer(method=js.pbs_attn), ValueError, r"method is function; .*js\.pbs_attn\(\)"),
+        (
+            lambda: layer(method=js.pbs_attn())(inputs(), mask=jnp.ones((40, 40), bool)),
+            ValueError,
+            r"mask is .*Array.*; .*js\.masks\.dense",
+        ),
+        (lambda: js.nn.attention_fn(js.pbs_attn), ValueError, "method is function"),
+        (lambda: js.nn.attention_fn(mask=jnp.ones(1, bool)), ValueError, "mask is .*Array"),
+        (lambda: js.nn.with_methods(layer(), [js.pbs_attn]), ValueError, "method is function"),
+        (
+            lambda: nnx_attention(js.nn.attention_fn(js.flashmoba(taps=3)))(inputs()),
+            ValueError,
+            "this method has parameters: make them by method.init",
+        ),
+        (
+            lambda: js.nn.with_methods(layer(), [js.nsa()]),
+            ValueError,
+            r"methods\[0\] has parameters, .*js\.nn\.SparseAttention\(method=",
+        ),
     ],
 )
-def test_bad_input_is_named(call, error, message):
+def test_bad_input_is_named(call, error, message, without_shape_checks):
     with pytest.raises(error, match=message):
         call()

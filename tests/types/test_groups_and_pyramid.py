@@ -71,6 +71,10 @@ def lists():
         (lambda: groups_of(np.zeros((1, 4)), np.zeros((1, 4), int)), "q_ids holds float"),
         (lambda: groups_of(np.zeros((1, 4), int), np.zeros((1, 4), int), 0), "groups=0"),
         (
+            lambda: groups_of(np.zeros((2, 4), int), np.zeros((3, 4), int)),
+            r"q_ids has shape \(2, 4\) and kv_ids \(3, 4\); axes but the last must be the same",
+        ),
+        (
             lambda: js.BlockPyramid.from_levels(lists(), jnp.zeros((1, 4, 2), int)),
             "levels has shape",
         ),
