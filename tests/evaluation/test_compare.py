@@ -1,5 +1,6 @@
 """Known figures are found, and a stopped run goes on where it was."""
 
+import functools
 import json
 import sys
 
@@ -83,6 +84,36 @@ def test_a_model_is_scored_under_its_own_mask():
     compare([layer], which=which, score=score, repeats=1)
     expected = js.attend(*layer, mask=narrow, implementation="reference")
     np.testing.assert_allclose(found[0], expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "jitted", "known"),
+    [
+        (js.masks.causal(), False, True),
+        (js.masks.causal() & js.masks.sliding_window(left=5), False, False),
+        (js.masks.causal(), True, False),
+    ],
+    ids=["as timed", "another mask", "part of a program"],
+)
+def test_what_the_model_ran_need_not_run_once_more(mask, jitted, known):
+    (layer,) = captured(1)
+    runs = []
+
+    def under(mask, q, k, v):
+        runs.append(isinstance(q, jax.core.Tracer))
+        return js.attend(q, k, v, mask=mask, return_lse=True)
+
+    module = sys.modules["jsparse.evaluation.compare"]
+    inside = module._Inside(under, js.masks.causal(), layer)
+
+    def model(q, k, v):
+        return inside(q, k, v, mask=mask, x=None, positions=None)
+
+    (jax.jit(model) if jitted else model)(*layer)
+    assert inside.compiled == known
+    assert runs == [jitted]
+    module._timed(functools.partial(under, mask), [layer], 2, compiled=inside.compiled)
+    assert len(runs) == (3 if known else 4)
 
 
 def test_what_is_decided_on_the_way_is_no_plan_and_saves_half_of_what_it_skips():
