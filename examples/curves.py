@@ -13,7 +13,10 @@ from jsparse import checks
 FOLDER = Path(__file__).parent / "trained_sparse"
 RUNS, RECALL = "<!-- runs -->", "<!-- recall -->"
 # what a run says of itself once it is over, and what it gathers on the way
-_FOUND = {"curve", "density", "held_out_bits_per_byte", "held_out_bits_per_byte_dense", "seconds"}
+_FOUND = {
+    *("curve", "curve_dense", "density", "held_out_bits_per_byte"),
+    *("held_out_bits_per_byte_dense", "seconds"),
+}
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jsparse", "font.size": 9}
 _MARKS = "osD^v<>pX"
 
@@ -146,8 +149,9 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
                 label = f"{name}, {record['density']['pairs']:.0%} of the pairs"
                 axes.plot(*zip(*points, strict=True), marker=mark, label=label)
                 if record["distilled"]:
-                    dense = record["held_out_bits_per_byte_dense"]
-                    axes.axhline(dense, color="#7a8694", linestyle=":", label="dense")
+                    axes.axhline(
+                        record["curve_dense"], color="#7a8694", linestyle=":", label="dense"
+                    )
             axes.set(title=title, xlabel="steps", ylabel="held-out bits per byte at 4096")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)

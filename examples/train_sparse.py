@@ -372,6 +372,8 @@ def run(arguments: argparse.Namespace) -> None:
         dense = js.nn.with_attention(model, to_all)
         bits = held_out_bits(dense, held_out, CONTEXT, END)
         record["held_out_bits_per_byte_dense"] = round(bits, 4)
+        # of the text of the curve's points, which is a part of that
+        record["curve_dense"] = round(held_out_bits(dense, held_out, CONTEXT, POINT), 4)
     record["seconds"] = recorder.seconds
     curves.write(path, record)
     curves.draw(arguments.output)

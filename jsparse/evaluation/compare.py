@@ -349,11 +349,16 @@ def _kind(operands: Any) -> Any:
 def _tiles(
     plan: BlockMask | Sequence[BlockMask], orders: Orders, mask: Mask, heads: int
 ) -> np.ndarray:
-    """How much of each tile is computed, tokens in their own places, of what can be seen there."""
-    shares = tile_shares(plan, heads)
+    """How much of each tile is computed, tokens in their own places, of what can be seen there.
+
+    Tiles of few queries are taken together, as many as are as tall as wide.
+    """
+    shares, grid = tile_shares(plan, heads), widest_part(plan).grid
     if not orders.moved:
-        return shares
-    grid = widest_part(plan).grid
+        together = max(1, grid.block_kv // grid.block_q)
+        missing = (0, 0), (0, -shares.shape[1] % together), (0, 0)
+        padded = np.pad(shares, missing, constant_values=np.nan)
+        return np.nanmean(padded.reshape(heads, -1, together, shares.shape[-1]), axis=2)
     visible, _ = candidates(mask, grid, (), heads)
     return in_place(shares, orders, grid) * np.asarray(visible)
 

@@ -174,6 +174,16 @@ def test_settings_cover_every_causal_method_that_has_nothing_to_learn():
     assert names.count("streaming") == 3
 
 
+def test_tiles_of_single_queries_are_shown_together():
+    layer, method = captured(1)[0], js.flashmoba(block_kv=128, top_k=1)
+    setting = Setting(ROWS["flashmoba"], 1)
+    (tiles,) = compare([layer], which=[setting], repeats=1).tiles[setting.label]
+    plan, _ = method.plan((), layer.q, layer.k, mask=js.masks.causal())
+    each = np.asarray(plan.to_dense())
+    rows = [each[:, first : first + 128].mean(1) for first in (0, 128, 256)]
+    np.testing.assert_allclose(tiles, np.stack(rows, 1), rtol=1e-6)
+
+
 def test_block_reaches_methods_that_have_one():
     layer = captured(1)[0]
     chosen = {s.row.name: s for s in settings(block=64)}
