@@ -146,17 +146,16 @@ def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     ],
     ids=["window", "dilated", "global", "not", "lengths"],
 )
-@pytest.mark.parametrize("method", [None, js.mean_pooled(block_size=8, density=1.0)])
-def test_decoding_with_a_mask_is_the_whole(mask, method):
-    module, x = layer(method=method), inputs(16)
+def test_decoding_with_a_mask_is_the_whole(mask):
+    module, x = layer(method=js.mean_pooled(block_size=8, density=1.0)), inputs(16)
     whole = module(x, mask=CAUSAL & mask)
-    for room in (16, 40):
-        cache, parts, start = module.init_cache((2,), room), [], 0
-        for length in (1, 10, 1, 4):
-            out, cache = module(x[:, start : start + length], mask=mask, cache=cache)
-            parts.append(out)
-            start += length
-        np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
+    # more room than tokens, and a prompt, a step, some more
+    cache, parts, start = module.init_cache((2,), 40), [], 0
+    for length in (11, 1, 4):
+        out, cache = module(x[:, start : start + length], mask=mask, cache=cache)
+        parts.append(out)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=5e-6)
 
 
 def test_sequences_with_a_mask_decode_at_their_own_positions():
