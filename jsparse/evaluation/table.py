@@ -141,7 +141,7 @@ def of_trained_models(comparison: Comparison) -> str:
     """What is to be known of methods that models are trained with; empty where there are none."""
     shown = {result.method for result in comparison.results}
     names = [row.name for row in METHODS if row.name in shown and not row.training_free]
-    return f"Made to be trained with, which nothing here was: {', '.join(names)}." if names else ""
+    return f"For models that are trained with them: {', '.join(names)}." if names else ""
 
 
 def print_table(comparison: Comparison, score_name: str = "score") -> None:
