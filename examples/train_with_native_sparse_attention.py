@@ -158,13 +158,13 @@ kinds = np.zeros(CONTEXT)
 row = np.asarray(shown.tokens[0])
 kinds[row < recall.KEYS] = 1
 kinds[(row >= recall.KEYS) & (row < recall.KEYS + recall.VALUES)] = 2
-figure, axis = plt.subplots(figsize=(11, 1.5), layout="constrained")
+figure, axis = plt.subplots(figsize=(11, 1.8), layout="constrained")
 colors = ListedColormap(["#eef1f5", "#17497c", "#b3541e"])
 axis.imshow(kinds[None], cmap=colors, aspect="auto", interpolation="none")
 for asked, planted in zip(np.asarray(shown.asked[0]), np.asarray(shown.planted[0]), strict=True):
     axis.annotate(
         "", (planted, -0.5), (asked, -0.5), arrowprops={"arrowstyle": "->", "color": "#7a8694",
-        "connectionstyle": "arc3,rad=0.25"}, annotation_clip=False,
+        "connectionstyle": "arc3,rad=0.12"}, annotation_clip=False,
     )  # fmt: skip
 axis.set(yticks=[], xlabel="token: keys blue, values orange; arrows lead to where the answer is")
 axis.set_ylim(0.5, -1.6)

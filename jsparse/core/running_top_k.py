@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import _compat, checks
+from jsparse.core.largest import largest
 from jsparse.types import BlockMask, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 from jsparse.types.pytree import entry, flatten_batch
@@ -142,7 +143,7 @@ class _Kept(NamedTuple):
         """The best of these and of others in higher columns, as many as there is room for here."""
         width = self.keys.shape[1]
         both = [jnp.concatenate(pair, axis=1) for pair in zip(self, higher, strict=True)]
-        best = _best(both[0], width)
+        best = largest(both[0], width)
         place = dense_to_lists(best, width)
         keys, columns = (jnp.take_along_axis(x, place, axis=1) for x in both)
         return _Kept.of(keys, columns, jnp.arange(width) < best.sum(1, keepdims=True))
@@ -150,7 +151,7 @@ class _Kept(NamedTuple):
     def before(self, others: "_Kept") -> "_Kept":
         """All of these and the best of others, as many as there is room for here."""
         room = (self.columns < 0).sum(1, keepdims=True)
-        others = _Kept.of(*others, _best(others.keys, room))
+        others = _Kept.of(*others, largest(others.keys, room))
         columns, keys = (
             jnp.concatenate([getattr(x, name) for x in (self, others)], axis=1)
             for name in ("columns", "keys")
@@ -160,26 +161,3 @@ class _Kept(NamedTuple):
         sorted_by_column = jax.lax.sort((columns, keys), num_keys=1)
         columns, keys = (x[:, : self.keys.shape[1]] for x in sorted_by_column)
         return _Kept.of(keys, columns, columns < _LAST)
-
-
-def _best(keys: Int[Array, "rows columns"], count: Array | int) -> Bool[Array, "rows columns"]:
-    """Which keys are the `count` largest of their row, the first ones where some are equal.
-
-    The least of these is found by halving what it may be: on a CPU, to count the numbers of a row
-    32 times over takes a fraction of the time of sorting them.
-    """
-
-    def halve(_, bounds):
-        low, high = bounds
-        # rounded up, and without the sum, which may not fit
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        enough = (keys >= middle).sum(1, keepdims=True) >= count
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    shape = len(keys), 1
-    bounds = jnp.full(shape, NOTHING, jnp.int32), jnp.full(shape, _LAST, jnp.int32)
-    least, _ = _compat.fori_loop(0, 32, halve, bounds)
-    equal = keys == least
-    room = count - (keys > least).sum(1, keepdims=True)
-    best = (keys > least) | (equal & (jnp.cumsum(equal, axis=1) <= room))
-    return best & (keys > NOTHING)

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jsparse.core.largest import largest, largest_with_mass
+from pallas_kernels.sortable import NOTHING, sortable
+
 
 @jax.jit
 def top_k(
@@ -26,9 +29,15 @@ def top_k(
       visible: Which blocks may be chosen. Default all.
       forced: Blocks that outrank all scores where they are visible.
     """
-    visible, forced = _full(scores, visible, True), _full(scores, forced, False)
-    rank = _rank(scores, visible, forced)
-    return visible & (rank < jnp.maximum(k, 1))
+    visible, k = _full(scores, visible, True), jnp.maximum(jnp.asarray(k, jnp.int32), 1)
+    if forced is None:
+        return largest(_keys(scores, visible), k)
+    forced = visible & forced
+    room = k - forced.sum(-1, keepdims=True, dtype=jnp.int32)
+    # all that are forced and some of the others, or some of those that are forced and no other
+    others = room > 0
+    rest = largest(_keys(scores, visible & (forced != others)), jnp.where(others, room, k))
+    return rest | (forced & others)
 
 
 @jax.jit
@@ -53,16 +62,11 @@ def top_p(
     """
     visible, forced = _full(scores, visible, True), _full(scores, forced, False)
     mass = jnp.where(visible, scores, 0.0).astype(jnp.float32)
-    order = _order(scores, visible, forced)
-    ranked = jnp.take_along_axis(mass, order, axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked
-    need = jnp.asarray(p) * mass.sum(-1, keepdims=True)
-    # `not >=` rather than `<`: a row with a NaN keeps everything
-    wanted = ~(before >= need) | (jnp.asarray(p) >= 1.0)
-    wanted = wanted.at[..., 0].set(True)
-    rank = jnp.argsort(order, axis=-1)
-    chosen = jnp.take_along_axis(wanted, rank, axis=-1)
-    return visible & (chosen | forced)
+    free = visible & ~forced
+    taken = jnp.where(forced, mass, 0.0).sum(-1, keepdims=True)
+    need = jnp.asarray(p) * mass.sum(-1, keepdims=True) - taken
+    chosen = largest_with_mass(_keys(scores, free), jnp.where(free, mass, 0.0), need)
+    return _or_best(visible & (chosen | forced | (jnp.asarray(p) >= 1.0)), scores, visible)
 
 
 @jax.jit
@@ -75,22 +79,20 @@ def above(
 ) -> Bool[Array, "*rows blocks"]:
     """Chooses blocks whose score is at least `threshold`, forced ones, and the best of each row."""
     visible, forced = _full(scores, visible, True), _full(scores, forced, False)
-    best = _rank(scores, visible, forced) == 0
-    return visible & (~(scores < threshold) | forced | best)
+    return _or_best(visible & (~(scores < threshold) | forced), scores, visible)
 
 
 def _full(scores: Array, given: Array | None, default: bool) -> Array:
     return jnp.broadcast_to(default if given is None else given, scores.shape)
 
 
-def _rank(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blocks"]:
-    """Place of each block in `_order`."""
-    return jnp.argsort(_order(scores, visible, forced), axis=-1)
+def _keys(scores: Array, chosen: Array) -> Int[Array, "*rows blocks"]:
+    """Integers in the order of the scores; of what is not to be chosen none."""
+    return jnp.where(chosen, sortable(scores.astype(jnp.float32)), NOTHING)
 
 
-def _order(scores: Array, visible: Array, forced: Array) -> Int[Array, "*rows blocks"]:
-    """The blocks: forced ones, then the others, both by falling score; then what is not visible."""
-    broken = jnp.isnan(scores)
-    tier = jnp.where(visible, 2 * ~forced + ~broken, 4)
-    value = jnp.where(broken, 0.0, -scores)
-    return jnp.lexsort((value, tier), axis=-1)
+def _or_best(chosen: Array, scores: Array, visible: Array) -> Bool[Array, "*rows blocks"]:
+    """What was chosen, or the best block of rows in which that is none."""
+    best = jnp.argmax(_keys(scores, visible), axis=-1, keepdims=True)
+    others = chosen.any(-1, keepdims=True)
+    return chosen | (visible & ~others & (jnp.arange(scores.shape[-1]) == best))
