@@ -3,10 +3,13 @@
     python -m benchmarks.trainable           # some minutes
     python -m benchmarks.trainable --quick   # two short lengths, writes nothing
 
-Each query has the same budget at every length, choosing included: what grows faster than the length
-is the looking at what stands for blocks, `nsa`'s windows above all. Each method is checked against
-`reference` at the first length. `ms` is the least time on the clock, `cpu_ms` that of all cores at
-work; `exponent` is of the length, since the one before.
+Each query attends to as many keys at every length. What grows faster than the length is choosing
+them, which looks at all that stands for blocks: it is timed by itself as well, and `nsa`'s windows,
+which it attends to besides, are in that. `rest` is what is left of the gradients without choosing.
+Clusters of the routing transformer are of one size, so there are more in longer texts. Each method
+is checked against `reference` at the first length. `ms` is the least time on the clock, `cpu_ms`
+that of all cores at work; `exponent` is of the length, since the one before; the whole from the
+first to the last stands in the summary.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,28 +40,41 @@ INDEXER = {"index_heads": 4, "index_dim": 32, "rotary_dim": 16}
 
 
 class Case(NamedTuple):
-    """A method of a budget, and the longest length that it is tried at."""
+    """A method for each length, and the longest length that it is tried at."""
 
-    method: js.Method | None
+    method: Callable[[int], js.Method] | None
     longest: int = LENGTHS[-1]
 
 
 def cases(budget: int) -> dict[str, Case]:
     """Methods that choose so many keys per query, dense attention as far as it is bearable."""
+    blocks = budget // 64
+    nsa = js.nsa(block_kv=64, top_k=blocks, window=budget // 2)
+    flashmoba = js.flashmoba(block_kv=64, top_k=blocks)
+    hisa = js.hisa(top_k=budget, block_kv=64, block_top_k=2 * blocks, **INDEXER)
+    # density is of causal tiles, of which a row has half as many as there are
+    gates = {"block_size": 64, "gate_dim": 32, "dense_rows": 0}
     return {
         "dense": Case(None, 8192),
-        "nsa": Case(js.nsa(block_kv=64, top_k=budget // 64, window=budget // 2)),
-        "flashmoba": Case(js.flashmoba(block_kv=64, top_k=budget // 64)),
-        "hisa": Case(js.hisa(top_k=budget, block_kv=64, block_top_k=budget // 32, **INDEXER)),
+        "nsa": Case(lambda length: nsa),
+        "flashmoba": Case(lambda length: flashmoba),
+        "hisa": Case(lambda length: hisa),
+        "seerattention": Case(
+            lambda length: js.seerattention(density=min(1.0, 2 * budget / length), **gates)
+        ),
+        "routing_transformer": Case(
+            lambda length: js.routing_transformer(clusters=length // budget, window=budget)
+        ),
     }
 
 
-def call_of(method: js.Method | None, length: int, *, gradient: bool, implementation: str):
+def call_of(case: Case, length: int, *, kind: str, implementation: str):
     """The compiled call, with its inputs."""
     rng = np.random.default_rng(0)
     shapes = [(length, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     x = jnp.asarray(rng.normal(size=(length, FEATURES)), jnp.float32)
+    method = None if case.method is None else case.method(length)
     params: Any = ()
     if method is not None:
         sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "dim": DIM, "features": FEATURES}
@@ -69,38 +86,65 @@ def call_of(method: js.Method | None, length: int, *, gradient: bool, implementa
         given = {"params": params, "x": x, "mask": MASK, "implementation": implementation}
         return js.sparse_attention(q, k, v, method, **given)
 
-    function = run
-    if gradient:
-        function = jax.grad(lambda *given: jnp.square(run(*given)).sum(), argnums=(0, 1, 2, 3))
+    def choose(params, q, k, v, x):
+        return method.plan(params, q, k, v=v, x=x, mask=MASK)[0]
+
+    functions = {
+        "choice": choose,
+        "forward": run,
+        "gradient": jax.grad(lambda *given: jnp.square(run(*given)).sum(), argnums=(0, 1, 2, 3)),
+    }
     given = params, q, k, v, x
-    return functools.partial(jax.jit(function).lower(*given).compile(), *given)
+    return functools.partial(jax.jit(functions[kind]).lower(*given).compile(), *given)
+
+
+def exponent(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Of the length, in the processor time of two rows."""
+    growth = after["cpu_ms"] / before["cpu_ms"]
+    return math.log(growth) / math.log(after["length"] / before["length"])
 
 
 def measure(name: str, case: Case, lengths: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
-    """A row for each length, and for the output alone and all gradients."""
+    """A row for each length: of choosing, of the output alone, of all gradients, of the rest."""
     rows: list[dict[str, Any]] = []
-    for gradient in (False, True):
-        options = {"gradient": gradient}
-        first = call_of(case.method, lengths[0], **options, implementation="reference")
+    for kind in ("choice", "forward", "gradient"):
+        if kind == "choice" and case.method is None:
+            continue
         before: dict[str, Any] | None = None
         for length in lengths:
             if length > case.longest:
                 break
-            call = call_of(case.method, length, **options, implementation="xla")
-            if length == lengths[0]:
+            call = call_of(case, length, kind=kind, implementation="xla")
+            if length == lengths[0] and kind != "choice":
+                first = call_of(case, length, kind=kind, implementation="reference")
                 check({"reference": not_zero(first()), "xla": not_zero(call())})
-            times = timed({name: call}, repeats)[name]
-            row = {
-                **{"method": name, "kind": "gradient" if gradient else "forward"},
-                **{"length": length, **times, "cpu_us_per_token": 1e3 * times["cpu_ms"] / length},
-                "exponent": None,
-            }
-            if before is not None:
-                growth = row["cpu_ms"] / before["cpu_ms"]
-                row["exponent"] = math.log(growth) / math.log(length / before["length"])
-            rows.append(row)
-            before = row
+            before = row_of(name, kind, length, timed({name: call}, repeats)[name], before)
+            rows.append(before)
+    choices = {row["length"]: row for row in rows if row["kind"] == "choice"}
+    before = None
+    for row in [row for row in rows if row["kind"] == "gradient" and choices]:
+        less = choices[row["length"]]
+        times = {key: row[key] - less[key] for key in ("ms", "cpu_ms")}
+        before = row_of(name, "rest", row["length"], times, before)
+        rows.append(before)
     return rows
+
+
+def row_of(
+    name: str, kind: str, length: int, times: dict[str, float], before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Times with what they are of, and their growth since the row before."""
+    row = {"method": name, "kind": kind, "length": length, **times}
+    row["cpu_us_per_token"] = 1e3 * times["cpu_ms"] / length
+    row["exponent"] = None if before is None else exponent(before, row)
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The exponent of the length from the first to the last, by kind."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    ends = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    return {kind: exponent(those[0], those[-1]) for kind, those in ends.items()}
 
 
 def not_zero(found: Any) -> list[jax.Array]:
@@ -118,15 +162,18 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths, budget = (QUICK, 256) if arguments.quick else (LENGTHS, 512)
     console, start = Console(), time.perf_counter()
-    result: dict[str, Any] = {"machine": machine(), "budget": budget, "rows": []}
+    result: dict[str, Any] = {"machine": machine(), "budget": budget, "exponents": {}, "rows": []}
     for name, case in cases(budget).items():
         rows = measure(name, case, lengths, arguments.repeats)
         result["rows"] += rows
+        result["exponents"][name] = summary(rows)
         table = Table(*rows[0], title=f"{name}, {budget} keys per query")
         for row in rows:
             cells = (f"{x:.4g}" if isinstance(x, float) else str(x or "") for x in row.values())
             table.add_row(*cells)
         console.print(table)
+        exponents = ", ".join(f"{kind} {x:.2f}" for kind, x in result["exponents"][name].items())
+        console.print(f"{name}: time goes with the length to the power of: {exponents}")
         if not arguments.quick:
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"{time.perf_counter() - start:.0f} s")

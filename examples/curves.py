@@ -15,7 +15,7 @@ RUNS, RECALL = "<!-- runs -->", "<!-- recall -->"
 # what a run says of itself once it is over, and what it gathers on the way
 _FOUND = {
     *("curve", "curve_dense", "density", "held_out_bits_per_byte"),
-    *("held_out_bits_per_byte_dense", "seconds"),
+    *("held_out_bits_per_byte_dense", "measured", "seconds"),
 }
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "jsparse", "font.size": 9}
 _MARKS = "osD^v<>pX"

@@ -42,7 +42,8 @@ from jsparse import checks
 from jsparse.cli import one_line_errors
 from jsparse.core import clustering
 from jsparse.evaluation import capture, density_of_layers
-from jsparse.learned.hisa import index_loss
+from jsparse.evaluation.metrics import list_overlap
+from jsparse.learned.hisa import index_loss, select_tokens
 from jsparse.learned.seerattention import gate_loss, gate_targets
 from jsparse.routing.routing_transformer import RoutingTransformerInfo
 
@@ -98,6 +99,48 @@ def begin_at_keys(model: LanguageModel, tokens: jax.Array) -> None:
         )
 
 
+def compare_selections(
+    model: LanguageModel,
+    tokens: jax.Array,
+    *,
+    top_k: int,
+    block_kv: int,
+    block_top_k: int,
+    **_: Any,
+) -> dict[str, list[float]]:
+    """What the first stage of `hisa` costs: its tokens beside those that one stage chooses.
+
+    For each layer: entries of both lists over those of either, means over queries; and which share
+    of dense attention lies on the tokens of each, means over queries and heads.
+    """
+    found: dict[str, list[float]] = {"overlap": [], "mass_two_stages": [], "mass_one_stage": []}
+    copy = nnx.merge(*nnx.split(model))
+
+    def looking(layer):
+        method = layer.method
+
+        def attention(q, k, v, *, mask, x, positions):
+            out, info = method.attend(layer.params(), q, k, v, x=x, mask=mask)
+            sizes = {"top_k": top_k, "block_kv": block_kv, "mask": mask}
+            two, one = (
+                select_tokens(info.indexed, block_top_k=blocks, **sizes)
+                for blocks in (block_top_k, None)
+            )
+            found["overlap"].append(list_overlap(two, one).mean())
+            _, dense = js.attend(q, k, v, mask=mask, return_lse=True)
+            for name, plan in (("mass_two_stages", two), ("mass_one_stage", one)):
+                _, lse = js.attend(q, k, v, plan, mask=mask, return_lse=True)
+                found[name].append(jnp.exp(lse - dense).mean())
+            return out
+
+        return attention
+
+    for layer in js.nn.attention_layers(copy):
+        layer.attention = looking(layer)
+    copy(tokens)
+    return {name: [round(float(x), 4) for x in shares] for name, shares in found.items()}
+
+
 class Setting(NamedTuple):
     """How a method is trained.
 
@@ -107,6 +150,7 @@ class Setting(NamedTuple):
       learn: What attends in its place while it is trained, where it learns by a loss of its own.
       beside: What is minimised besides, of what the method says of a call.
       begin: What is done to a model, of a text of 4096 bytes, before the method's first step.
+      measure: What is looked at in the end, `measure(model, tokens, **arguments)`, of 4096 bytes.
       sparse_from: The shortest input that the method is for; attention to others is dense.
       distilled: Whether a trained model stays as it is and only the method's parameters learn.
       course: What it is trained on.
@@ -117,6 +161,7 @@ class Setting(NamedTuple):
     learn: Learn | None = None
     beside: Callable[[Any], jax.Array | float] | None = None
     begin: Callable[[LanguageModel, jax.Array], None] | None = None
+    measure: Callable[..., dict[str, list[float]]] | None = None
     sparse_from: int = 512
     distilled: bool = False
     course: Course = SCRATCH
@@ -151,6 +196,7 @@ SETTINGS = {
             **{"index_heads": 4, "index_dim": 32, "rotary_dim": 16},
         },
         learn=learn_tokens,
+        measure=compare_selections,
         # as it is published: the indexer learns beside dense attention first
         sparse_from=2048,
     ),
@@ -364,6 +410,8 @@ def run(arguments: argparse.Namespace) -> None:
     training.run(windows_of(text), recorder.keep)
     tokens = jnp.asarray(data.windows(held_out, CONTEXT, 1, seed=2), jnp.int32)
     record["density"] = density(model, tokens)
+    if setting.measure is not None:
+        record["measured"] = setting.measure(model, tokens, **setting.arguments)
     record["held_out_bits_per_byte"] = {
         str(context): round(held_out_bits(model, held_out, context, END), 4)
         for context in (512, CONTEXT)

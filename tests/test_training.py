@@ -271,6 +271,24 @@ def test_what_is_far_back_is_found(name, tmp_path):
     assert record["recall_without_choice"] < 0.5
 
 
+def test_two_stages_that_look_into_every_block_choose_as_one_does():
+    sizes = {"top_k": 6, "block_kv": 8}
+    model = LanguageModel(
+        SMALL, method=js.hisa(**sizes, block_top_k=2, **INDEXER), rngs=nnx.Rngs(0)
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 48)), jnp.int32)
+    some, every = (
+        train_sparse.compare_selections(model, tokens, **sizes, block_top_k=blocks)
+        for blocks in (2, 6)
+    )
+    assert every["overlap"] == [1.0] * SMALL.layers
+    assert every["mass_two_stages"] == every["mass_one_stage"] == some["mass_one_stage"]
+    for share, two, one in zip(*some.values(), strict=True):
+        assert share < 1.0
+        assert 0 < two < 1.0
+        assert 0 < one < 1.0
+
+
 def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
     found = curves.runs(curves.FOLDER)
     trained = {"nsa", "flashmoba", "hisa", "seerattention", "routing-transformer"}
@@ -293,6 +311,8 @@ def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
         assert recalled[name]["recall_without_choice"] <= 0.1
         assert recalled[name]["density"]["tiles"] <= 0.35
     page = (curves.FOLDER / "README.md").read_text()
+    for shares in found["hisa"]["measured"].values():
+        assert f"{100 * sum(shares) / len(shares):.1f} %" in page
     remedy = "run `python -m examples.curves`"
     assert curves.between(page, curves.RUNS) == curves.section(found), remedy
     assert curves.between(page, curves.RECALL) == curves.recall_table(recalled), remedy
