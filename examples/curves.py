@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent / "trained_sparse"
 RUNS, RECALL = "<!-- runs -->", "<!-- recall -->"
 # what a run says of itself once it is over, and what it gathers on the way
 _FOUND = {
+    *("questions", "recall", "recall_without_choice"),
     *("curve", "curve_dense", "density", "held_out_bits_per_byte"),
     *("held_out_bits_per_byte_dense", "measured", "seconds"),
 }
