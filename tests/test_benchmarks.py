@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import attention, compile_report, gpu, plots
+from benchmarks import attention, compile_report, gpu, neighborhood, plots, selection, trainable
 from benchmarks.compile_report import Report
 
 VERSIONS = {"jax": "0.10.2", "ptxas": "13.0.88"}
@@ -313,3 +313,31 @@ def test_a_peer_that_is_not_installed_is_missing_and_not_an_error():
         raise ModuleNotFoundError("No module named 'tokamax'")
 
     assert gpu.attempt(call) == {"missing": "No module named 'tokamax'"}
+
+
+def test_choosing_costs_a_tenth_of_dense_attention_at_most():
+    found = json.loads(selection.RESULTS.read_text())["selection"]
+    for length in selection.LENGTHS:
+        methods = [row["method"] for row in found if row["tokens"] == length]
+        assert methods == [row.name for row in selection.estimators()], (
+            "python -m benchmarks.selection"
+        )
+    for row in found:
+        if row["tokens"] == selection.LENGTHS[-1]:
+            assert row["time_share"] <= selection.BOUND, row["method"]
+
+
+def test_attention_to_a_video_takes_what_the_simulator_says():
+    found = json.loads(neighborhood.RESULTS.read_text())
+    assert len(found["neighborhoods"]) > 1
+    for row in found["neighborhoods"]:
+        assert abs(row["speed_over_bound"] - 1) <= 0.25, row
+
+
+def test_at_a_fixed_budget_time_grows_as_the_length_but_for_choosing():
+    found = json.loads(trainable.RESULTS.read_text())
+    assert set(found["exponents"]) == set(trainable.cases(found["budget"]))
+    for name, exponents in found["exponents"].items():
+        if name != "dense":
+            assert exponents["rest"] <= 1.25, name
+            assert exponents["gradient"] < found["exponents"]["dense"]["gradient"], name

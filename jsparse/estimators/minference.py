@@ -283,8 +283,14 @@ def _select(
     # neither a column nor a distance goes past the last query's own key
     index = jnp.arange(grid.kv_len)
     reached = index < first[..., None, None] + grid.q_len
+    # where more are forced than fit, the first of them are taken: a query's own key is never lost
     columns, distances = (
-        selection.top_k(x, jnp.asarray(most)[:, None], visible=reached, forced=index < least)
+        selection.top_k(
+            jnp.where(index < least, jnp.inf, x),
+            jnp.asarray(most)[:, None],
+            visible=reached,
+            forced=index < least,
+        )
         for x, most, least in zip(
             (info.vertical, info.slash), (budget.columns, budget.distances), forced, strict=True
         )

@@ -128,6 +128,23 @@ def test_heads_of_all_patterns_equal_the_oracle():
     np.testing.assert_allclose(out, oracle.attention(q, k, v, pairs), atol=2e-5)
 
 
+def test_of_more_forced_distances_than_fit_the_nearest_are_taken():
+    # every query's largest logit is with the key 75 before it, one of those that are forced
+    length, block = 256, 16
+    rng = np.random.default_rng(3)
+    k = rng.normal(size=(length, 1, 64)).astype(np.float32)
+    q = 4 * np.roll(k, 75, axis=0)
+    pattern = VerticalSlash(30, 50)
+    method = js.minference(patterns=pattern, block_size=block)
+    plan = jax.jit(lambda q, k: method.plan((), q, k, mask=CAUSAL))
+    (tiles, _), info = plan(on_device(q), on_device(k))
+    distances = oracle.best(np.asarray(info.slash[0]), pattern.slash_size, fewest=50, forced=100)
+    assert distances == set(range(50))
+    expected = oracle.aligned_pairs(set(), distances, length, length, block)
+    expected = expected.reshape(length // block, block, length // block, block).any((1, 3))
+    np.testing.assert_array_equal(tiles.to_dense()[0], expected)
+
+
 def test_budgets_of_everything_are_dense():
     """All columns, all distances, all tiles, all keys: a head each."""
     q, k, v = qkv(300)
