@@ -329,8 +329,8 @@ def test_choosing_costs_a_tenth_of_dense_attention_at_most():
 
 def test_attention_to_a_video_takes_what_the_simulator_says():
     found = json.loads(neighborhood.RESULTS.read_text())
-    assert len(found["neighborhoods"]) > 1
-    for row in found["neighborhoods"]:
+    assert len(found["attend"]) == len(found["plan"]) > 1
+    for row in found["attend"]:
         assert abs(row["speed_over_bound"] - 1) <= 0.25, row
 
 
