@@ -21,6 +21,7 @@ class Device(NamedTuple):
     source: str
 
 
+_A100 = "NVIDIA A100 data sheet, https://www.nvidia.com/en-us/data-center/a100/"
 # by the name that JAX gives the device
 DEVICES = {
     "NVIDIA H200": Device(
@@ -32,6 +33,13 @@ DEVICES = {
         989e12,
         3.35e12,
         "NVIDIA H100 data sheet, SXM, https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, 2.039e12, _A100),
+    "NVIDIA A100-SXM4-40GB": Device(312e12, 1.555e12, _A100),
+    "NVIDIA B200": Device(
+        2250e12,
+        8e12,
+        "NVIDIA HGX B200 data sheet, an eighth, https://www.nvidia.com/en-us/data-center/hgx/",
     ),
 }
 
