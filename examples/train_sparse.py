@@ -268,13 +268,6 @@ def to_all(q, k, v, *, mask, x, positions):
     return js.attend(q, k, v, mask=mask)
 
 
-def make_dense(model: LanguageModel, layers: list[int]) -> None:
-    """Takes the method away from some layers."""
-    for layer in layers:
-        attention = model.blocks[layer].attention
-        attention.method, attention.method_params = None, nnx.data(())
-
-
 def density(model: LanguageModel, tokens: jax.Array) -> dict[str, float]:
     """What layers compute of the visible tiles and pairs, means over all heads."""
     reports = nnx.jit(density_of_layers)(model, tokens)
@@ -374,11 +367,12 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.output / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    method, layers = setting.method(), range(Config().layers)
+    methods = [None if layer in arguments.dense_layers else method for layer in layers]
     if setting.distilled:
-        model = load(arguments.checkpoint, method=setting.method())
+        model = load(arguments.checkpoint, method=methods)
     else:
-        model = LanguageModel(method=setting.method(), rngs=nnx.Rngs(arguments.seed))
-    make_dense(model, arguments.dense_layers)
+        model = LanguageModel(method=methods, rngs=nnx.Rngs(arguments.seed))
     training = Training(
         model,
         course,

@@ -157,13 +157,10 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     moved = {name for name, x in parameters(model).items() if (x != before[name]).any()}
     assert moved == {name for name in before if "method_params" in name}
     # a layer without the method has nothing to learn from
-    train_sparse.make_dense(model, [0])
-    assert js.nn.attention_layers(model)[0].method is None
-    total, bits = loss(model, on_device(TEXT, jnp.int32))
-    train_sparse.make_dense(model, [1])
-    assert float(total) > float(bits)
-    total, bits = loss(model, on_device(TEXT, jnp.int32))
-    assert float(total) == float(bits)
+    for methods, learns in (([None, method], True), ([None, None], False)):
+        model = js.nn.with_methods(model, methods)
+        total, bits = loss(model, on_device(TEXT, jnp.int32))
+        assert (float(total) > float(bits)) == learns
 
 
 def test_clusters_begin_among_keys_and_move_while_training(tmp_path):

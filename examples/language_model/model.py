@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,10 +13,13 @@ from flax import nnx
 
 import jsparse as js
 import jsparse.nn
+from jsparse import checks
 
 VOCABULARY = 256
 # what training moves
 KEPT = nnx.Any(nnx.Param, js.nn.Statistic)
+# of all layers, or of each; None attends to all
+Methods = js.Method | None | Sequence[js.Method | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +66,7 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """Maps bytes to logits over the next byte; input and output embeddings are tied."""
 
-    def __init__(
-        self, config: Config | None = None, *, method: js.Method | None = None, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Config | None = None, *, method: Methods = None, rngs: nnx.Rngs):
         self.config = config = config or Config()
         self.embedding = nnx.Embed(
             VOCABULARY,
@@ -72,9 +74,8 @@ class LanguageModel(nnx.Module):
             embedding_init=nnx.initializers.normal(config.width**-0.5),
             rngs=rngs,
         )
-        self.blocks = nnx.List(
-            [Block(config, method=method, rngs=rngs) for _ in range(config.layers)]
-        )
+        methods = _per_layer(method, config.layers)
+        self.blocks = nnx.List([Block(config, method=own, rngs=rngs) for own in methods])
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
 
     def __call__(self, tokens, caches=None):
@@ -88,6 +89,14 @@ class LanguageModel(nnx.Module):
                 new_caches.append(cache)
         logits = self.embedding.attend(self.norm(x))
         return logits if caches is None else (logits, new_caches)
+
+
+def _per_layer(method: Methods, layers: int) -> list[js.Method | None]:
+    # a method is a tuple itself
+    if method is None or isinstance(method, js.Method):
+        return [method] * layers
+    checks.layer_methods(len(method), layers)
+    return list(method)
 
 
 def bits_per_byte(model: LanguageModel, tokens) -> jax.Array:
@@ -127,7 +136,7 @@ def save(model: LanguageModel, path: str | Path) -> None:
     safetensors.numpy.save_file(tensors, str(path), metadata=metadata)
 
 
-def load(path: str | Path, *, method: js.Method | None = None) -> LanguageModel:
+def load(path: str | Path, *, method: Methods = None) -> LanguageModel:
     """Reads what `save` wrote; parameters of a method that the file lacks stay as they are made.
 
     Raises:

@@ -162,6 +162,10 @@ def _flatten_plan(plan: P, batch_shape: tuple[int, ...], heads: int, kv_heads: i
     checks.batch_fits("plan", lists.batch_shape, batch_shape)
     if isinstance(lists, BlockMask):
         checks.listed_entries(lists)
+    if isinstance(plan, TokenGroups):
+        checks.grouped_tokens(plan)
+    if isinstance(plan, BlockPyramid) and plan.levels is not None:
+        checks.listed_levels(plan)
     return flatten_batch(plan, batch_shape)
 
 

@@ -108,6 +108,7 @@ def lower(problem: Problem, least_side: int) -> Lowered:
     """
     operands, groups, mask, rule, batch_shape, *_ = problem
     assert isinstance(groups, TokenGroups)
+    groups = groups.without_missing_tokens()
     heads = operands.q.shape[-2]
 
     def per_head(x: Array) -> Array:

@@ -5,7 +5,6 @@ from jsparse.checks.attention import axes_need_a_grid as axes_need_a_grid
 from jsparse.checks.attention import batch_fits as batch_fits
 from jsparse.checks.attention import bias_array as bias_array
 from jsparse.checks.attention import block_lists as block_lists
-from jsparse.checks.attention import blocks_exist as blocks_exist
 from jsparse.checks.attention import both_or_neither as both_or_neither
 from jsparse.checks.attention import cache_room as cache_room
 from jsparse.checks.attention import calibrations as calibrations
@@ -52,8 +51,11 @@ from jsparse.checks.attention import some_plans as some_plans
 from jsparse.checks.attention import square_plans as square_plans
 from jsparse.checks.attention import tile_grid as tile_grid
 from jsparse.checks.attention import whole_grid as whole_grid
+from jsparse.checks.debug import blocks_exist as blocks_exist
 from jsparse.checks.debug import debug_checks as debug_checks
+from jsparse.checks.debug import grouped_tokens as grouped_tokens
 from jsparse.checks.debug import listed_entries as listed_entries
+from jsparse.checks.debug import listed_levels as listed_levels
 from jsparse.checks.debug import listed_pages as listed_pages
 from jsparse.checks.files import applicable_methods as applicable_methods
 from jsparse.checks.files import captured_inputs as captured_inputs

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import _compat
-from jsparse.checks.debug import when_known
 from jsparse.checks.values import (
     at_most,
     integers,
@@ -57,23 +56,6 @@ def block_lists(kv_indices: Any, kv_num_blocks: Any, grid: Any) -> None:
             f"kv_indices has {kv_indices.shape[-2]} rows; q_len={grid.q_len} in tiles of "
             f"{grid.block_q} makes {grid.q_blocks}."
         )
-
-
-def blocks_exist(outside: Any, kv_indices: Any, kv_blocks: int) -> None:
-    """Lists name no block past the last one; traced ones may, except under `debug_checks`."""
-    shape = outside.shape
-
-    def report(some: Any, index: Any, entry: Any) -> None:
-        if some:
-            place = ", ".join(str(int(i)) for i in np.unravel_index(int(index), shape))
-            raise ValueError(
-                f"kv_indices[{place}] holds block {int(entry)}; there are {kv_blocks}, counted "
-                "from 0. Check kv_len and block_kv, and that kv_num_blocks leaves out the padding."
-            )
-
-    if outside.size:
-        index = jnp.argmax(outside.reshape(-1))
-        when_known(report, outside.any(), index, jnp.asarray(kv_indices).reshape(-1)[index])
 
 
 def same_grid(left: Any, right: Any) -> None:

@@ -100,8 +100,8 @@ def nothing_to_learn(number: int, needed: bool) -> None:
     """A method that a built layer takes needs no parameters that the layer does not have."""
     if needed:
         raise ValueError(
-            f"methods[{number}] has parameters, which the layer does not have; build the model "
-            "with js.nn.SparseAttention(method=...), which makes them."
+            f"methods[{number}] has parameters, which the layer does not have; pass rngs=, from "
+            "which they are made, or build the model with js.nn.SparseAttention(method=...)."
         )
 
 

@@ -89,7 +89,8 @@ def tile_lists(plan: Plan | Sequence[Plan]) -> tuple[BlockMask, ...]:
     if isinstance(plan, BlockMask):
         return (plan,)
     if isinstance(plan, TokenGroups):
-        return (grouped.tile_list(plan, grouped.tile_side(plan, 1)),)
+        groups = plan.without_missing_tokens()
+        return (grouped.tile_list(groups, grouped.tile_side(groups, 1)),)
     if isinstance(plan, BlockPyramid):
         return pyramid.tile_lists(plan)
     return tuple(tiles for part in plan for tiles in tile_lists(part))

@@ -104,20 +104,22 @@ class SparseAttention(nnx.Module):
         self.v_proj = linear(in_features, num_kv_heads * head_dim)
         self.out_proj = linear(num_heads * head_dim, in_features)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else None
-        params = ()
-        if method is not None:
-            checks.method_type(method)
-            params = method.init(
-                rngs.params(),
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                dim=head_dim,
-                features=in_features,
-            )
-        self.method_params = nnx.data(_variables(params))
+        self.method_params = nnx.data(self.new_params(method, rngs))
         self.attention: AttentionFn | None = None
         self.observe: Callable[[Any], None] | None = None
         self.use_running_average = True
+
+    def new_params(self, method: Method | None, rngs: nnx.Rngs) -> Any:
+        """The parameters of a method for this layer's sizes, as `method_params` has them."""
+        if method is None:
+            return ()
+        checks.method_type(method)
+        return _variables(method.init(rngs.params(), **self.sizes()))
+
+    def sizes(self) -> dict[str, int]:
+        """What a method's parameters are made for."""
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        return {**heads, "dim": self.head_dim, "features": self.in_features}
 
     def init_cache(
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32

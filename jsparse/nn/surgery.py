@@ -49,27 +49,32 @@ def with_attention(model: M, attention: AttentionFn | None) -> M:
     return copy
 
 
-def with_methods(model: M, methods: Sequence[Method | None]) -> M:
+def with_methods(model: M, methods: Sequence[Method | None], *, rngs: nnx.Rngs | None = None) -> M:
     """The same model, parameters shared, each layer with a method of its own.
 
     Args:
       model: A model that has `SparseAttention` layers; it is left as it was.
-      methods: Without parameters, one per layer in the order of `attention_layers`, such as
-        `jsparse.planning.methods_of` makes from a table; None for dense attention.
+      methods: One per layer in the order of `attention_layers`, such as
+        `jsparse.planning.methods_of` makes from a table; None for dense attention. A layer that is
+        given the method that it has keeps its parameters.
+      rngs: Where parameters of new methods come from. Without, those are without parameters.
 
     Raises:
-      ValueError: if there are not as many methods as layers, or one has parameters.
+      ValueError: if there are not as many methods as layers, or one has parameters and there are no
+        `rngs`.
     """
     copy = nnx.merge(*nnx.split(model))
     layers = attention_layers(copy)
     checks.layer_methods(len(methods), len(layers))
     for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
+        if method is layer.method:
+            continue
         if method is not None:
             checks.method_type(method)
-            sizes = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
-            widths = {"dim": layer.head_dim, "features": layer.in_features}
-            checks.nothing_to_learn(number, has_parameters(method, **sizes, **widths))
-        layer.method, layer.method_params = method, None
+            needed = rngs is None and has_parameters(method, **layer.sizes())
+            checks.nothing_to_learn(number, needed)
+        layer.method = method
+        layer.method_params = None if rngs is None else nnx.data(layer.new_params(method, rngs))
     return copy
 
 

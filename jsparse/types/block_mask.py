@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import _compat, checks
+from jsparse.types.integers import as_int32
 from jsparse.types.inverse_list import InverseList, invert
 from jsparse.types.mask import TileGrid
 from jsparse.types.pytree import array_field, pytree_dataclass, static_field
@@ -67,14 +68,13 @@ class BlockMask:
         grid = TileGrid(q_len, kv_len, block_q, block_kv)
         checks.tile_grid(grid)
         checks.block_lists(kv_indices, kv_num_blocks, grid)
-        counts = jnp.asarray(kv_num_blocks, jnp.int32)
-        lists = jnp.asarray(kv_indices, jnp.int32)
+        counts, lists = as_int32(kv_num_blocks), as_int32(kv_indices)
         width = lists.shape[-1]
         if width == 0:  # a list needs room for one entry to be read at all
             lists = jnp.zeros((*lists.shape[:-1], 1), jnp.int32)
         counted = jnp.arange(lists.shape[-1]) < jnp.minimum(counts, width)[..., None]
         outside = counted & (lists >= grid.kv_blocks)
-        checks.blocks_exist(outside, lists, grid.kv_blocks)
+        checks.blocks_exist(outside, lists, kv_indices, grid.kv_blocks)
         lost = ((counts > width) | outside.any(-1)).any(-1)
         overflowed = lost if overflowed is None else overflowed | lost
         lists, counts = _ascending_and_unique(lists, counted, grid.kv_blocks)

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.types.block_mask import BlockMask
+from jsparse.types.integers import as_int32
 from jsparse.types.pytree import array_field, pytree_dataclass, static_field
 
 
@@ -65,7 +66,7 @@ class BlockPyramid:
             used = jnp.where(block_mask.entries(), levels, 0)
             top_level = max(0, int(used.max(initial=0)))
         checks.level_range(levels, top_level, block_mask)
-        return cls(block_mask, levels=jnp.asarray(levels, jnp.int32), top_level=top_level)
+        return cls(block_mask, levels=as_int32(levels), top_level=top_level)
 
     @classmethod
     def from_pooled(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import checks
+from jsparse.types.integers import as_int32
 from jsparse.types.pytree import pytree_dataclass
 
 
@@ -48,7 +49,7 @@ class PagedKV:
           ValueError: if shapes or dtypes do not fit each other.
         """
         checks.page_table(k, v, page_table, lengths)
-        table, lengths = (jnp.asarray(x, jnp.int32) for x in (page_table, lengths))
+        table, lengths = map(as_int32, (page_table, lengths))
         return cls(k, v, table, lengths, jnp.zeros(lengths.shape, bool))
 
     @property

@@ -1,12 +1,14 @@
 """Groups of tokens: attention inside a group and nowhere else."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jsparse import checks
+from jsparse import _compat, checks
+from jsparse.types.integers import as_int32
 from jsparse.types.pytree import array_field, pytree_dataclass
 
 
@@ -18,6 +20,10 @@ class TokenGroups:
     `kv_order[..., kv_offsets[g] : kv_offsets[g + 1]]`; offsets are true lengths, so groups may be
     empty or uneven. Tokens after the last offset belong to no group. The heads axis is 1, kv_heads
     or heads; that of the other side is the same or 1.
+
+    An entry of an order that names no token counts as padding, and so does one whose token a group
+    has already; a token that no entry names belongs to no group. Offsets count as if cut to the
+    number of tokens, and none below the one before it.
     """
 
     q_order: Int[Array, "*q_batch q_heads q_len"] = array_field(core_ndim=2)
@@ -44,8 +50,8 @@ class TokenGroups:
         checks.positive(groups=groups)
         checks.integers(q_ids=q_ids, kv_ids=kv_ids)
         checks.groups_of_both_sides(q_ids.shape, kv_ids.shape)
-        q_order, q_offsets = _sort_by_group(q_ids, groups)
-        kv_order, kv_offsets = _sort_by_group(kv_ids, groups)
+        q_order, q_offsets = _sort_by_group(as_int32(q_ids), groups)
+        kv_order, kv_offsets = _sort_by_group(as_int32(kv_ids), groups)
         return cls(q_order, kv_order, q_offsets, kv_offsets)
 
     @property
@@ -75,15 +81,29 @@ class TokenGroups:
 
     def q_ids(self) -> Int[Array, "*batch list_heads q_len"]:
         """The group of each query, -1 for none."""
-        return _group_of(self.q_order, self.q_offsets)
+        return _group_of(as_int32(self.q_order), as_int32(self.q_offsets))
 
     def kv_ids(self) -> Int[Array, "*batch list_heads kv_len"]:
         """The group of each key, -1 for none."""
-        return _group_of(self.kv_order, self.kv_offsets)
+        return _group_of(as_int32(self.kv_order), as_int32(self.kv_offsets))
+
+    def without_missing_tokens(self) -> "TokenGroups":
+        """The groups as they count: orders that are permutations, offsets that are in range.
+
+        Groups that are so already are only read.
+        """
+        sides = (self.q_order, self.q_offsets), (self.kv_order, self.kv_offsets)
+        (q_order, q_offsets), (kv_order, kv_offsets) = (
+            _permuted(as_int32(order), as_int32(offsets)) for order, offsets in sides
+        )
+        return dataclasses.replace(
+            self, q_order=q_order, kv_order=kv_order, q_offsets=q_offsets, kv_offsets=kv_offsets
+        )
 
     def q_inverse(self) -> Int[Array, "*batch list_heads q_len"]:
-        """Where each query stands in `q_order`."""
-        return jnp.argsort(self.q_order, axis=-1)
+        """Where each query stands in `q_order`; `q_len` for one that does not."""
+        order = as_int32(self.q_order)
+        return _first_places(order, jnp.ones(order.shape, bool))
 
     def kv_runs(
         self,
@@ -113,10 +133,50 @@ def _sort_by_group(ids: Array, groups: int) -> tuple[Array, Array]:
     return order, _searchsorted(ids, jnp.arange(groups + 1, dtype=ids.dtype), side="left")
 
 
+@jax.jit
+def _permuted(order: Array, offsets: Array) -> tuple[Array, Array]:
+    """An order and offsets as they count."""
+
+    # nothing is closed over, which may not be mapped
+    @jax.custom_batching.sequential_vmap
+    def cleaned(order: Array, offsets: Array) -> tuple[Array, Array]:
+        length, groups = order.shape[-1], offsets.shape[-1] - 1
+        within = (offsets == _in_range(offsets, length)).all()
+        # each token has a place, of as many as there are tokens: there is no other entry
+        permutation = (_first_places(order, jnp.ones(order.shape, bool)) < length).all()
+        return _compat.cond(
+            within & permutation,
+            lambda: (order, offsets),
+            lambda: _sort_by_group(_group_of(order, offsets), groups),
+        )
+
+    return cleaned(order, offsets)
+
+
+def _in_range(offsets: Array, length: int) -> Array:
+    """Offsets as they count."""
+    return jax.lax.cummax(jnp.clip(offsets, 0, length), axis=offsets.ndim - 1)
+
+
+@jax.jit
 def _group_of(order: Array, offsets: Array) -> Array:
-    place = jnp.argsort(order, axis=-1)
-    group = _searchsorted(offsets, place, side="right") - 1
+    """The group of each token, -1 for none."""
+    offsets, places = _in_range(offsets, order.shape[-1]), jnp.arange(order.shape[-1])
+    # a token may stand in a group and behind the last one, too
+    grouped = (places >= offsets[..., :1]) & (places < offsets[..., -1:])
+    group = _searchsorted(offsets, _first_places(order, grouped), side="right") - 1
     return jnp.where(group < offsets.shape[-1] - 1, group, -1)
+
+
+def _first_places(order: Array, counted: Array) -> Int[Array, "..."]:
+    """Where each token stands first among the entries that count; past the end where nowhere."""
+    length = order.shape[-1]
+    # negative ones would count from the end
+    tokens = jnp.where(counted & (order >= 0), order, length).reshape(-1, length)
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    rows = jnp.arange(len(tokens))[:, None]
+    found = jnp.full_like(tokens, length).at[rows, tokens].min(places, mode="drop")
+    return found.reshape(order.shape)
 
 
 def _searchsorted(rows: Array, values: Array, *, side: str) -> Int[Array, "..."]:

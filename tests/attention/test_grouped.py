@@ -1,5 +1,6 @@
 """Attention inside groups of tokens, by lists of tiles."""
 
+import dataclasses
 import functools
 
 import jax
@@ -137,6 +138,105 @@ def test_tokens_of_no_group_and_concrete_groups():
         q[None], *(np.repeat(x, 2, 1)[None] for x in (k, v)), same_group(*ids), scale=0.25
     )
     exact.close((out[None], lse[None]), expected, TOLERANCE)
+
+
+def ids_by_the_rule(order, offsets):
+    """The group of each token, entry by entry."""
+    order, offsets = np.asarray(order), np.asarray(offsets)
+    ids = np.full(order.shape, -1)
+    for row in np.ndindex(order.shape[:-1]):
+        begin = 0
+        for group, (first, last) in enumerate(zip(offsets[row], offsets[row][1:], strict=False)):
+            begin = max(begin, first)
+            for token in order[row][begin : max(last, 0)]:
+                if 0 <= token < len(ids[row]) and ids[row][token] < 0:
+                    ids[row][token] = group
+            begin = max(begin, last)
+    return ids
+
+
+def with_entry(groups, name, place, value):
+    return dataclasses.replace(groups, **{name: getattr(groups, name).at[place].set(value)})
+
+
+# offsets of head 0 of sequence 1 of these are 0, 4, 9, 13, 16 and the number of tokens, 20
+BAD_GROUPS = {
+    "key past the end": ("kv_order", 3, 999, r"kv_order\[1, 0, 3\]=999 names no token: .* 20,"),
+    "negative key": ("kv_order", 5, -1, r"kv_order\[1, 0, 5\]=-1 names no token"),
+    "query past the end": ("q_order", 0, 20, r"q_order\[1, 0, 0\]=20 names no token"),
+    "key twice": ("kv_order", 6, 3, r"kv_order\[1, 0, 6\]=3 stands at place 3 too"),
+    "query twice": ("q_order", 17, 0, r"q_order\[1, 0, 17\]=0 stands at place 0 too"),
+    "offset past the end": ("kv_offsets", 2, 77, r"kv_offsets\[1, 0, 2\]=77 must .* tokens, 20,"),
+    "offset that falls": ("q_offsets", 2, 3, r"q_offsets\[1, 0, 2\]=3 .* the one before it, 4\."),
+    "negative offset": ("q_offsets", 0, -5, r"q_offsets\[1, 0, 0\]=-5 must be between 0"),
+    "last offset past the end": ("q_offsets", 5, 21, r"q_offsets\[1, 0, 5\]=21 must"),
+}
+
+
+@functools.cache
+def sorted_groups():
+    ids = np.repeat(np.arange(5), [4, 5, 4, 3, 4])
+    ids = np.broadcast_to(ids, (2, 2, 20))
+    return js.TokenGroups.from_ids(on_device(ids), on_device(ids), groups=5)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def attended(q, k, v, groups, implementation):
+    return js.attend(q, k, v, groups, implementation=implementation, return_lse=True)
+
+
+@pytest.mark.parametrize("name", BAD_GROUPS)
+def test_what_names_no_token_or_place_counts_as_padding_and_is_named(name):
+    q, k, v = qkv(20, heads=2, kv_heads=2, dim=8, batch=(2,))
+    field, place, value, message = BAD_GROUPS[name]
+    groups = with_entry(sorted_groups(), field, (1, 0, place), value)
+    ids = [
+        ids_by_the_rule(groups.q_order, groups.q_offsets),
+        ids_by_the_rule(groups.kv_order, groups.kv_offsets),
+    ]
+    for found, expected in zip((groups.q_ids(), groups.kv_ids()), ids, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    pairs = (ids[0][..., :, None] == ids[1][..., None, :]) & (ids[0][..., :, None] >= 0)
+    expected = exact.attention(q, k, v, pairs, scale=8**-0.5)
+    as_padded = js.TokenGroups.from_ids(*map(on_device, ids), groups=5)
+    for plan in (groups, as_padded):
+        for implementation in ("reference", "xla"):
+            exact.close(attended(q, k, v, plan, implementation), expected, TOLERANCE)
+    with js.debug_checks():
+        with pytest.raises(ValueError, match=message):
+            js.attend(q, k, v, groups)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            jax.block_until_ready(attended(q, k, v, groups, "reference"))
+        jax.block_until_ready(attended(q, k, v, as_padded, "reference"))
+
+
+def test_tokens_that_are_not_listed_are_no_error_behind_the_last_group():
+    """Orders of fewer tokens than there are are padded there, with whatever it is."""
+    q, k, v = qkv(20, heads=2, kv_heads=2, dim=8, batch=(2,))
+    groups = with_entry(sorted_groups(), "kv_offsets", (1, 0, 5), 17)
+    groups = with_entry(groups, "kv_order", (1, 0, slice(17, None)), on_device([-1, 3, 99]))
+    ids = np.array(sorted_groups().kv_ids())
+    ids[1, 0, 17:] = -1
+    expected = js.TokenGroups.from_ids(sorted_groups().q_ids(), on_device(ids), groups=5)
+    expected = attended(q, k, v, expected, "reference")
+    for implementation in ("reference", "xla"):
+        exact.close(attended(q, k, v, groups, implementation), expected, TOLERANCE)
+    with js.debug_checks():
+        jax.block_until_ready(attended(q, k, v, groups, "reference"))
+
+
+def test_bad_groups_under_vmap_and_over_devices():
+    q, k, v = qkv(20, heads=2, kv_heads=2, dim=8, batch=(2,))
+    groups = with_entry(sorted_groups(), "kv_order", (1, 0, 3), 999)
+    expected = attended(q, k, v, groups, "reference")
+    mapped = jax.vmap(functools.partial(attended, implementation="xla"))
+    spec = jax.sharding.PartitionSpec("parts")
+    mesh = jax.make_mesh((1,), ("parts",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared = jax.shard_map(
+        functools.partial(attended, implementation="xla"), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    for run in (mapped, shared):
+        exact.close(jax.jit(run)(q, k, v, groups), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("side", [32, 64])

@@ -352,6 +352,18 @@ def changed(row, place, page):
     return dataclasses.replace(CACHE, page_table=CACHE.page_table.at[row, place].set(page))
 
 
+def test_integers_that_int32_lacks_are_no_page(without_shape_checks):
+    """A cast would make page 0 of it, which is somebody's."""
+    table, lengths = np.int64(CACHE.page_table), np.int64(CACHE.lengths)
+    table[0, 1], table[3, 2] = 2**32, -(2**32)
+    wide = js.PagedKV.from_table(CACHE.k, CACHE.v, table, lengths)
+    np.testing.assert_array_equal(wide.listed(), with_holes(CACHE).listed())
+    lengths[2] = 2**32
+    longer = js.PagedKV.from_table(CACHE.k, CACHE.v, table, lengths)
+    with js.debug_checks(), pytest.raises(ValueError, match=r"lengths\[2\]=\d+ must be .* 40"):
+        js.attend_paged(Q, longer)
+
+
 BAD = {
     r"page_table\[3, 2\]=24 names no page: there are 24": changed(3, 2, PAGES),
     r"page_table\[0, 4\]=-1 names no page": changed(0, 4, -1),

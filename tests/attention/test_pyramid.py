@@ -1,5 +1,6 @@
 """Attention to tiles and to what stands for the rest, by lists of tiles."""
 
+import dataclasses
 import functools
 
 import jax
@@ -348,6 +349,27 @@ def test_no_array_of_all_pairs(form):
     memory = run.lower(tokens, tokens, tokens, entries, entries).compile().memory_analysis()
     # one bool per pair would be 64 such arrays
     assert memory.temp_size_in_bytes < 24 * length * heads * dim * 4
+
+
+@pytest.mark.parametrize("level", [7, -1])
+def test_debug_checks_name_the_first_entry_without_a_level(level):
+    q, k, v = qkv(8, 16, dim=8)
+    tiles = on_device(np.ones((1, 2, 4), bool))
+    lists = js.BlockMask.from_dense(tiles, q_len=8, kv_len=16, block_q=4, block_kv=4)
+    good = js.BlockPyramid.from_levels(lists, lists.kv_indices * 0, top_level=1)
+    bad = dataclasses.replace(good, levels=good.levels.at[0, 1, 2].set(level))
+    run = jax.jit(lambda plan: js.attend(q, k, v, plan, implementation="reference"))
+    message = rf"levels\[0, 1, 2\]={level} is no level: .* 0 to top_level=1"
+    with js.debug_checks():
+        with pytest.raises(ValueError, match=message):
+            js.attend(q, k, v, bad)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            jax.block_until_ready(run(bad))
+        jax.block_until_ready(run(good))
+        # of an entry that does not count, no level is read
+        counts = lists.kv_num_blocks.at[0, 1].set(2)
+        shorter = dataclasses.replace(bad.block_mask, kv_num_blocks=counts)
+        jax.block_until_ready(run(dataclasses.replace(bad, block_mask=shorter)))
 
 
 def test_traced_levels_out_of_range_are_padding():

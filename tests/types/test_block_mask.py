@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import jsparse as js
 from tests.inputs import on_device
 
-SIZES = {"q_len": 40, "kv_len": 50, "block_q": 8, "block_kv": 8}
+TILES = {"block_q": 8, "block_kv": 8}
+SIZES = {"q_len": 40, "kv_len": 50, **TILES}
 
 
 def random_tiles(seed=0, shape=(2, 3, 5, 7), density=0.4):
@@ -96,6 +97,27 @@ def test_small_integers_hold_lists_too(without_shape_checks):
     lists, counts = on_device([[[4, 0]] * 5], jnp.int8), jnp.full((1, 5), 2, jnp.uint8)
     plan = js.BlockMask.from_lists(lists, counts, **SIZES)
     assert plan.kv_indices[0, 0].tolist() == [0, 4]
+
+
+def test_integers_that_int32_lacks_name_no_block(without_shape_checks):
+    """A cast would make block 0 of the first, and block 1 of the second."""
+    for entry in (2**32, 2**32 + 1):
+        lists = np.array([[[2, entry], [0, 1]]])
+        with pytest.raises(ValueError, match=rf"kv_indices\[0, 0, 1\] holds block {entry};"):
+            js.BlockMask.from_lists(lists, np.full((1, 2), 2), q_len=16, kv_len=24, **TILES)
+        # behind the count it is padding, as what is negative is anywhere
+        for row, count in (([2, entry], 1), ([2, -entry], 2)):
+            lists = np.array([[row, [0, 1]]])
+            counts = np.array([[count, 2]])
+            plan = js.BlockMask.from_lists(lists, counts, q_len=16, kv_len=24, **TILES)
+            assert plan.kv_num_blocks.tolist() == [[1, 2]]
+            assert plan.to_dense().tolist() == [[[False, False, True], [True, True, False]]]
+    counts = np.array([[2**32, 2]])
+    plan = js.BlockMask.from_lists(
+        np.array([[[0, 1], [0, 1]]]), counts, q_len=16, kv_len=24, **TILES
+    )
+    assert plan.overflowed.all()
+    assert plan.kv_num_blocks.tolist() == [[2, 2]]
 
 
 def test_a_list_that_lacks_tiles_says_so():

@@ -42,6 +42,20 @@ def test_the_inverse_puts_tokens_back():
     np.testing.assert_array_equal(jnp.take_along_axis(grouped, plan.q_inverse(), axis=-1), x)
 
 
+def test_integers_that_int32_lacks_are_no_group_token_or_level(without_shape_checks):
+    ids = np.array([[0, 2**32, 1, -(2**32), 1]])
+    plan = js.TokenGroups.from_ids(ids, ids, groups=2)
+    assert plan.q_ids().tolist() == [[0, -1, 1, -1, 1]]
+    orders = np.array([[2**32, 1, 2, 3, 4]])
+    offsets = np.array([[0, 2, 2**32 + 3]])
+    wide = js.TokenGroups(orders, orders, offsets, offsets)
+    assert wide.kv_ids().tolist() == [[-1, 0, 1, 1, 1]]
+    assert wide.without_missing_tokens().kv_ids().tolist() == [[-1, 0, 1, 1, 1]]
+    levels = np.where(np.eye(4, dtype=bool)[None, :, :1], 2**32, 0)
+    plan = jax.jit(lambda lists: js.BlockPyramid.from_levels(lists, levels, top_level=1))(lists())
+    assert (plan.levels > 1).tolist() == [[[True], [False], [False], [False]]]
+
+
 def test_groups_under_jit_and_vmap():
     ids = on_device(np.random.default_rng(2).integers(0, 3, (4, 1, 12)))
     build = jax.jit(lambda i: js.TokenGroups.from_ids(i, i, groups=3))
