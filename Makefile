@@ -19,6 +19,9 @@ JAX_NEWEST := $(shell sed -n 's/^jax==//p' requirements/newest.txt)
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# packages hold many times the modules that are imported; the first import compiles those, and
+# compileall, on all cores, what the many processes of a test run share
+export PIP_COMPILE := 0
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help demo notebook test test-all test-newest check format bench gpu gpu-compile clean
@@ -53,6 +56,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml $(PIN)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report,test,lint]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 # where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
@@ -98,6 +102,7 @@ $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	sh .ci/find-python.sh > /dev/null
 	"$$(sh .ci/find-python.sh)" -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[report,test]'
+	$(NEWEST_VENV)/bin/python -m compileall -qq -j 0 $(NEWEST_VENV)/lib
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test

@@ -42,6 +42,8 @@ class Row(NamedTuple):
         None where there is none.
       kinds: What those values are, where they are not numbers.
       by_kv_head: Whether what a query head keeps depends on which kv head it shares.
+      at_most_kv_heads: The argument that can be no more than there are kv heads, if each is to do
+        its part; None where there is none.
       by_last_queries: Whether the last queries, or all tokens, decide for all rows, so that which
         tiles a row gets depends on tokens after it; what is in them does not.
       by_running_maximum: Whether it leaves out only tiles that are far below the largest logit
@@ -72,6 +74,7 @@ class Row(NamedTuple):
     per_head: str | None = None
     kinds: tuple[type, ...] = ()
     by_kv_head: bool = False
+    at_most_kv_heads: str | None = None
     by_last_queries: bool = False
     by_running_maximum: bool = False
     by_gates: bool = False
@@ -135,6 +138,7 @@ METHODS: tuple[Row, ...] = (
         settings=(1, 4, 16),
         keeps_all=2**20,
         by_kv_head=True,
+        at_most_kv_heads="vert_stride",
     ),
     Row(
         name="moa",

@@ -39,6 +39,15 @@ class Queries(NamedTuple):
         return cls(q_len, kv_len, heads, kv_heads, positions[..., 0])
 
 
+class MaskedInfo(NamedTuple):
+    """What a method hides element by element besides what it plans.
+
+    `mask` is what `attend` applies inside the tiles: the caller's and the method's own.
+    """
+
+    mask: Mask | None
+
+
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
     """The parameters of a method that has none."""
     return ()
@@ -67,7 +76,7 @@ def planned(
       plan: `plan(params, q, k, *, v, x, positions, mask, state, key) -> (plan, info)`.
       init: Makes the parameters; default none.
       restrict: For methods that decide element by element too: maps the caller's mask to the one
-        that `attend` applies.
+        that `attend` applies, which `info.mask` is to be.
     """
 
     def attend_to_plan(
@@ -130,9 +139,10 @@ def masked(
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         whole = restrict(mask, Queries.of(q, k, positions))
+        info = MaskedInfo(whole)
         if whole is None:
-            return None, ()
+            return None, info
         sizes = {"block_q": block_q, "block_kv": block_kv}
-        return block_mask(whole, q.shape[-3], k.shape[-3], **sizes), ()
+        return block_mask(whole, q.shape[-3], k.shape[-3], **sizes), info
 
     return planned(plan, restrict=restrict)

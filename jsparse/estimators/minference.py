@@ -49,17 +49,19 @@ _FEWEST_COLUMNS, _FEWEST_DISTANCES = 30, 50
 
 
 class MInferenceInfo(NamedTuple):
-    """What patterns were filled in by; None where no head has the pattern.
+    """What patterns were filled in by, None where no head has the pattern, and the whole mask.
 
     Attributes:
       vertical: Per vertical-slash head the probability of each key, summed over the last queries.
       slash: The same of each distance between query and key.
       block_scores: Per block-sparse head the product of mean query and mean key of each tile.
+      mask: What attention applies inside the tiles: the caller's mask, causality, A-shapes.
     """
 
     vertical: Float[Array, "*batch vertical_slash_heads kv_len"] | None
     slash: Float[Array, "*batch vertical_slash_heads kv_len"] | None
     block_scores: Float[Array, "*batch block_sparse_heads q_blocks kv_blocks"] | None
+    mask: Mask
 
 
 def diagonal_sums(x: Float[Array, "rows columns"]) -> Float[Array, " diagonals"]:
@@ -213,7 +215,7 @@ def minference(
         grid = TileGrid(q.shape[-3], k.shape[-3], block_size, block_size)
         budget = Budget.of(of, minference_ratio, grid.kv_len)
         whole = restrict(mask, queries)
-        info = MInferenceInfo(None, None, None)
+        info = MInferenceInfo(None, None, None, whole)
         if budget.vertical_slash:
             vertical, slash = vertical_slash_scores(
                 q, k, last_q=last_q, mask=whole, offset=queries.offset, heads=budget.vertical_slash

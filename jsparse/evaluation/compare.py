@@ -23,8 +23,7 @@ from jsparse.evaluation.metrics import (
     Walked,
     in_place,
     output_error,
-    pairs_attended,
-    pairs_visible,
+    pairs_planned,
     recalled_mass,
     tile_shares,
     visible_density,
@@ -62,13 +61,22 @@ class Setting(NamedTuple):
         """The value as an operand of compiled programs; None where it must be static."""
         return jnp.asarray(self.value, jnp.float32) if self.row.control_traced else None
 
-    def method(self, operand: Array | None = None) -> Method:
-        """The method at this setting, its value replaced by `operand` where that is given."""
+    def method(self, operand: Array | None = None, *, kv_heads: int | None = None) -> Method:
+        """The method at this setting.
+
+        Args:
+          operand: What replaces the setting's value.
+          kv_heads: What an argument that asks for more of them is lowered to; None leaves it.
+        """
         value = self.value if operand is None else operand
+        defaults = inspect.signature(self.row.factory).parameters
         arguments: dict[str, Any] = {}
+        shared = self.row.at_most_kv_heads
+        if shared is not None and kv_heads is not None:
+            arguments[shared] = min(defaults[shared].default, kv_heads)
         if self.row.control is not None and value is not None:
             arguments[self.row.control] = value
-        if self.block and "block_size" in inspect.signature(self.row.factory).parameters:
+        if self.block and "block_size" in defaults:
             arguments["block_size"] = self.block
         return self.row.factory(**arguments)
 
@@ -121,30 +129,36 @@ class Result(NamedTuple):
     score: float | None
 
 
+class _Planned(NamedTuple):
+    """What a method says of a layer: `mask` is what it applies inside the tiles."""
+
+    tiles: BlockMask | tuple[BlockMask, ...]
+    orders: Orders
+    walked: Walked | None
+    mask: Mask
+
+
 class _Programs(NamedTuple):
     """What is compiled for a method; the first operand is the setting's."""
 
-    plan: Callable[..., Any]
+    plan: Callable[..., "_Planned"]
     attend: Callable[..., Any]
-    pairs: Callable[..., Any]
 
     @classmethod
     def of(cls, setting: Setting, mask: Mask) -> "_Programs":
         """Programs of a setting, good for others of its method where the control is traced."""
-        method = setting.method
 
         def plan(operand, q, k):
-            tiles, info = method(operand).plan((), q, k, mask=mask)
-            return tiles, Orders.of(info), Walked.of(info)
+            method = setting.method(operand, kv_heads=k.shape[-2])
+            tiles, info = method.plan((), q, k, mask=mask)
+            own = getattr(info, "mask", mask)
+            return _Planned(tiles, Orders.of(info), Walked.of(info), own)
 
         def attend(operand, mask, q, k, v):
-            return method(operand).attend((), q, k, v, mask=mask, return_lse=True)[0]
+            method = setting.method(operand, kv_heads=k.shape[-2])
+            return method.attend((), q, k, v, mask=mask, return_lse=True)[0]
 
-        def pairs(operand, q, k, v):
-            # only log-sum-exps are looked at
-            return pairs_attended(method(operand), q, k, v[..., :1], mask=mask)
-
-        return cls(jax.jit(plan), jax.jit(attend), jax.jit(pairs))
+        return cls(jax.jit(plan), jax.jit(attend))
 
 
 class Comparison(NamedTuple):
@@ -204,6 +218,8 @@ def compare(
 ) -> Comparison:
     """Runs each setting on each layer, under a causal mask, against dense attention.
 
+    What methods share out among kv heads is shared among those of the layers.
+
     Args:
       layers: Captured tensors, all of the same shapes.
       which: Settings to run; default those of `settings()`.
@@ -241,7 +257,7 @@ def compare(
     dense_plan = block_mask(mask, q_len, kv_len, block_q=BLOCK, block_kv=BLOCK)
     dense_cost = attend_cost(dense_plan, **sizes, itemsize=itemsize)
     dense_backward = attend_backward_cost(dense_plan, **sizes, itemsize=itemsize)
-    visible = pairs_visible(mask, q_len, kv_len, heads)
+    visible = pairs_planned(dense_plan, mask, heads)
     dense_score = store.get("dense score", lambda: None if score is None else score(None))
 
     results, tiles = [], {}
@@ -249,25 +265,21 @@ def compare(
     for setting in which:
         progress(setting.label)
         name = setting.row.name if setting.row.control_traced else setting.label
+        known = name in programs
         program = programs.setdefault(name, _Programs.of(setting, mask))
-        plan_of, under, pairs = (functools.partial(f, setting.operand) for f in program)
+        plan_of, under = (functools.partial(f, setting.operand) for f in program)
         run = functools.partial(under, mask)
-        planned = [plan_of(layer.q, layer.k) for layer in layers]
-        plans = [plan for plan, _, _ in planned]
-        # the mask as each plan sees it, whose tiles may be of tokens in another order
-        masks = [follow(mask, orders, heads) for _, orders, _ in planned]
-        tiles[setting.label] = [_tiles(plan, orders, mask, heads) for plan, orders, _ in planned]
-        walked = [found for _, _, found in planned]
+        operands = [layer[:2] for layer in layers]
+        planned, plan_seconds = _timed(plan_of, operands, repeats, compiled=known)
+        tiles[setting.label] = [_tiles(each, mask, heads) for each in planned]
 
         def figures(
             setting=setting,
             plan_of=plan_of,
             under=under,
             run=run,
-            pairs=pairs,
-            plans=plans,
-            masks=masks,
-            walked=walked,
+            planned=planned,
+            plan_seconds=plan_seconds,
         ):
             # inside the model first: what that compiles need not be run once more before the clock
             under_own = _Inside(under, mask, layers[0])
@@ -282,14 +294,11 @@ def compare(
                 for (_, lse), (_, full) in zip(outs, references, strict=True)
             ]
             # what is decided on the way needs no plan
-            plans_first = walked[0] is None
-            nothing, plan_seconds = Cost(0.0, 0.0), 0.0
-            if plans_first:
-                operands = [layer[:2] for layer in layers]
-                _, plan_seconds = _timed(plan_of, operands, repeats, compiled=True)
+            plans_first = planned[0].walked is None
+            nothing = Cost(0.0, 0.0)
             planning = plan_cost(plan_of, *layers[0][:2]) if plans_first else nothing
             whole = backward = nothing
-            for plan, found in zip(plans, walked, strict=True):
+            for plan, _, found, _ in planned:
                 scored = None if found is None else found.scored
                 attending = attend_cost(plan, **sizes, itemsize=itemsize, scored=scored)
                 whole = whole.plus(planning).plus(attending)
@@ -297,16 +306,17 @@ def compare(
             result = Result(
                 label=setting.label,
                 method=setting.row.name,
+                # masks as plans see them, whose tiles may be of tokens in another order
                 density=[
-                    visible_density(plan, seen, heads).tolist()
-                    for plan, seen in zip(plans, masks, strict=True)
+                    visible_density(each.tiles, follow(mask, each.orders, heads), heads).tolist()
+                    for each in planned
                 ],
-                token_density=[(pairs(*layer) / visible).tolist() for layer in layers],
+                token_density=[(_pairs(each, heads) / visible).tolist() for each in planned],
                 recall=[share.tolist() for share in recall],
                 error=[error.relative.tolist() for error in errors],
                 largest_error=[error.largest.tolist() for error in errors],
                 cosine=[error.cosine.tolist() for error in errors],
-                plan_seconds=plan_seconds,
+                plan_seconds=plan_seconds if plans_first else 0.0,
                 seconds=seconds,
                 dense_seconds=dense_seconds,
                 plan_flops=planning.flops * len(layers),
@@ -316,7 +326,9 @@ def compare(
                 dense_backward_flops=dense_backward.flops * len(layers),
                 bytes=whole.bytes,
                 dense_bytes=dense_cost.bytes * len(layers),
-                overflowed=any(bool(p.overflowed.any()) for plan in plans for p in parts_of(plan)),
+                overflowed=any(
+                    bool(part.overflowed.any()) for each in planned for part in parts_of(each.tiles)
+                ),
                 score=cost,
             )
             return result._asdict()
@@ -346,21 +358,26 @@ def _kind(operands: Any) -> Any:
     return jax.tree.structure(operands), shapes
 
 
-def _tiles(
-    plan: BlockMask | Sequence[BlockMask], orders: Orders, mask: Mask, heads: int
-) -> np.ndarray:
+def _pairs(planned: _Planned, heads: int) -> np.ndarray:
+    """The pairs of tokens attended to, per head."""
+    seen = follow(planned.mask, planned.orders, heads)
+    assert seen is not None
+    return pairs_planned(planned.tiles, seen, heads)
+
+
+def _tiles(planned: _Planned, mask: Mask, heads: int) -> np.ndarray:
     """How much of each tile is computed, tokens in their own places, of what can be seen there.
 
     Tiles of few queries are taken together, as many as are as tall as wide.
     """
-    shares, grid = tile_shares(plan, heads), widest_part(plan).grid
-    if not orders.moved:
+    shares, grid = tile_shares(planned.tiles, heads), widest_part(planned.tiles).grid
+    if not planned.orders.moved:
         together = max(1, grid.block_kv // grid.block_q)
         missing = (0, 0), (0, -shares.shape[1] % together), (0, 0)
         padded = np.pad(shares, missing, constant_values=np.nan)
         return np.nanmean(padded.reshape(heads, -1, together, shares.shape[-1]), axis=2)
     visible, _ = candidates(mask, grid, (), heads)
-    return in_place(shares, orders, grid) * np.asarray(visible)
+    return in_place(shares, planned.orders, grid) * np.asarray(visible)
 
 
 def _timed(

@@ -1,5 +1,6 @@
 """How close sparse attention comes to dense attention, without forming all pairs."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
-from jsparse.types import BlockMask, Mask, Method, TileGrid, parts_of
+from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid, parts_of
+
+# of tiles that are counted pair by pair
+_PAIRS_AT_ONCE = 2**20
 
 
 class Walked(NamedTuple):
@@ -210,6 +214,77 @@ def pairs_visible(
     q, k = (jnp.zeros((*batch_shape, length, heads, 1)) for length in (q_len, kv_len))
     _, lse = jax.jit(lambda q, k: attend(q, k, k, mask=mask, return_lse=True))(q, k)
     return jnp.exp(lse).sum(-1)
+
+
+def pairs_planned(
+    plan: BlockMask | Sequence[BlockMask], mask: Mask, heads: int
+) -> Float[np.ndarray, " heads"]:
+    """Counts the pairs of tokens that a concrete plan of one sequence and a mask let through.
+
+    Tiles that are visible as a whole count by their area, and of the others every pair is looked
+    at: exact, at a small part of what attending takes.
+
+    Args:
+      plan: The tiles, in one list or in disjoint ones.
+      mask: What attention applies inside them, which may be more than the caller's mask: methods
+        that hide more have it as `mask` in their `info`.
+      heads: How many query heads.
+    """
+    mask = mask.flatten_batch(())
+    pairs = np.zeros(heads)
+    for part in parts_of(plan):
+        grid = part.grid
+        lists, every, partly = map(np.asarray, _tiles_by_kind(part, mask, heads))
+        head, row, entry = np.nonzero(every)
+        sizes = (
+            np.minimum(block, length - block * index)
+            for block, length, index in (
+                (grid.block_q, grid.q_len, row),
+                (grid.block_kv, grid.kv_len, lists[head, row, entry]),
+            )
+        )
+        np.add.at(pairs, head, np.multiply(*sizes))
+        head, row, entry = np.nonzero(partly)
+        tiles = np.stack([head, row, lists[head, row, entry]], -1)
+        # as many at a time as one compiled program is for, the last of them once more to fill it up
+        at_once = max(1, _PAIRS_AT_ONCE // (grid.block_q * grid.block_kv))
+        for first in range(0, len(tiles), at_once):
+            some = tiles[first : first + at_once]
+            filled = np.pad(some, ((0, at_once - len(some)), (0, 0)), mode="edge")
+            found = np.asarray(_visible_in(mask, grid, filled))
+            np.add.at(pairs, some[:, 0], found[: len(some)])
+    return pairs
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _tiles_by_kind(plan: BlockMask, mask: Mask, heads: int) -> tuple[Array, Array, Array]:
+    """Each head's lists, which entries a mask leaves whole, and which it may leave in part."""
+    grid, classify = plan.grid, mask.classifier(plan.grid)
+    times = heads // plan.list_heads
+    lists, listed = (jnp.repeat(x, times, axis=0) for x in (plan.kv_indices, plan.entries()))
+
+    def bounds(head, q_block, kv_blocks):
+        return classify(q_block, kv_blocks, Frame(grid.q_len, grid.kv_len, 0, head))
+
+    of_rows = jax.vmap(bounds, in_axes=(None, 0, 0))
+    some, every = jax.vmap(of_rows, in_axes=(0, None, 0))(
+        jnp.arange(heads), jnp.arange(grid.q_blocks), lists
+    )
+    return lists, listed & every, listed & some & ~every
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _visible_in(mask: Mask, grid: TileGrid, tiles: Int[Array, "tiles 3"]) -> Int[Array, " tiles"]:
+    """How many pairs a mask lets through of each tile, given as head, row and column."""
+
+    def of_tile(tile):
+        head, row, column = tile
+        q_index = row * grid.block_q + jnp.arange(grid.block_q)[:, None]
+        kv_index = column * grid.block_kv + jnp.arange(grid.block_kv)
+        seen = mask.visible(q_index, kv_index, Frame(grid.q_len, grid.kv_len, 0, head))
+        return (seen & (q_index < grid.q_len) & (kv_index < grid.kv_len)).sum(dtype=jnp.int32)
+
+    return jax.vmap(of_tile)(tiles)
 
 
 def list_overlap(left: BlockMask, right: BlockMask) -> Float[Array, "*batch list_heads q_blocks"]:

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,20 @@ def test_only_controls_that_can_be_traced_are(row, without_shape_checks):
     else:
         with pytest.raises(ValueError, match=row.control):
             jax.jit(density)(on_device(row.settings[0]))
+
+
+def test_what_kv_heads_share_out_is_no_more_than_they_are():
+    layer = captured(1)[0]
+    setting = Setting(ROWS["s2_attention"], 1)
+    kv_heads = layer.k.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (result,) = compare([layer], which=[setting], repeats=1).results
+    fitting = js.s2_attention(local_blocks=1, vert_stride=kv_heads)
+    plan, _ = fitting.plan((), layer.q, layer.k, mask=js.masks.causal())
+    tiles = np.repeat(plan.kv_num_blocks.sum(-1), 4 // plan.list_heads)
+    # of 5 rows of tiles with a causal mask
+    np.testing.assert_allclose(result.density, [tiles / 15], rtol=1e-6)
 
 
 def test_settings_cover_every_causal_method_that_has_nothing_to_learn():

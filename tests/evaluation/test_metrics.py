@@ -1,5 +1,7 @@
 """Metrics against float64 loops over all pairs."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import jsparse as js
 from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
+from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.evaluation import (
     output_error,
     pairs_attended,
@@ -15,7 +18,7 @@ from jsparse.evaluation import (
     tile_shares,
     visible_density,
 )
-from jsparse.evaluation.metrics import in_place, pairs_visible
+from jsparse.evaluation.metrics import in_place, pairs_planned, pairs_visible
 from jsparse.masks.reordered import follow
 from tests.inputs import on_device, qkv
 
@@ -92,6 +95,7 @@ def test_recall_and_counts_of_a_plan(method, q_len, kv_len):
         tiles_seen[head, i, j] = visible[rows, order[head, columns]].any()
         tiles_kept[head, i, j] = placed[head, rows, columns].mean()
     mask = follow(CAUSAL, orders, 4)
+    np.testing.assert_array_equal(pairs_planned(plan, mask, 4), kept.sum((-1, -2)))
     np.testing.assert_array_equal(candidates(mask, grid, (), 4)[0], tiles_seen)
     tiles = np.asarray(plan.to_dense())
     expected = tiles.sum((-1, -2)) / tiles_seen.sum((-1, -2))
@@ -107,6 +111,30 @@ def test_counts_see_the_mask_inside_a_methods_tiles():
     rows = np.arange(300)
     expected = sum(len({*range(min(3, i + 1)), *range(max(0, i - 19), i + 1)}) for i in rows)
     np.testing.assert_allclose(counted, np.full(4, expected), rtol=16 * EPS)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(row.factory() for row in js.registry.METHODS if row.name in ("moa", "powerattention")),
+        js.streaming(num_sink=3, window=20),
+        js.s2_attention(block_size=16, local_blocks=2, vert_stride=2),
+        js.flashmoba(block_kv=16, top_k=3),
+        js.minference(
+            patterns=(AShape(20, 70), VerticalSlash(40, 60), BlockSparse(2), AShape(5, 9)),
+            **{"block_size": 16, "last_q": 8, "forced_vertical": 2, "forced_slash": 3},
+        ),
+    ],
+    ids=["moa", "powerattention", "streaming", "s2_attention", "flashmoba", "minference"],
+)
+def test_a_plan_and_what_it_says_it_masks_hold_the_pairs_attended_to(method, monkeypatch):
+    # several programs' worth of tiles that are partly visible
+    monkeypatch.setattr(sys.modules["jsparse.evaluation.metrics"], "_PAIRS_AT_ONCE", 2**16)
+    q, k, v = qkv(300)
+    plan, info = jax.jit(lambda q, k: method.plan((), q, k, mask=CAUSAL))(q, k)
+    attended = jax.jit(lambda q, k, v: pairs_attended(method, q, k, v, mask=CAUSAL))(q, k, v)
+    found = pairs_planned(plan, getattr(info, "mask", CAUSAL), 4)
+    np.testing.assert_allclose(attended, found, rtol=16 * EPS)
 
 
 def test_a_list_shared_by_heads_counts_for_each():
