@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jsparse import _compat, checks
+from jsparse import checks
 from jsparse.types.integers import as_int32
 from jsparse.types.pytree import array_field, pytree_dataclass
 
@@ -135,22 +135,30 @@ def _sort_by_group(ids: Array, groups: int) -> tuple[Array, Array]:
 
 @jax.jit
 def _permuted(order: Array, offsets: Array) -> tuple[Array, Array]:
-    """An order and offsets as they count."""
+    """An order and offsets as they count: tokens of no group go behind the others.
 
-    # nothing is closed over, which may not be mapped
-    @jax.custom_batching.sequential_vmap
-    def cleaned(order: Array, offsets: Array) -> tuple[Array, Array]:
-        length, groups = order.shape[-1], offsets.shape[-1] - 1
-        within = (offsets == _in_range(offsets, length)).all()
-        # each token has a place, of as many as there are tokens: there is no other entry
-        permutation = (_first_places(order, jnp.ones(order.shape, bool)) < length).all()
-        return _compat.cond(
-            within & permutation,
-            lambda: (order, offsets),
-            lambda: _sort_by_group(_group_of(order, offsets), groups),
-        )
-
-    return cleaned(order, offsets)
+    Nothing is sorted, and nothing depends on whether there was something to mend.
+    """
+    length = order.shape[-1]
+    offsets, places = _in_range(offsets, length), jnp.arange(length, dtype=jnp.int32)
+    grouped = (places >= offsets[..., :1]) & (places < offsets[..., -1:])
+    first = _first_places(order, grouped)
+    counts = grouped & (jnp.take_along_axis(first, order, -1, mode="fill", fill_value=-1) == places)
+    counts &= order >= 0  # which would be read from the end
+    before = jnp.pad(
+        jnp.cumsum(counts, -1, dtype=jnp.int32), [(0, 0)] * (order.ndim - 1) + [(1, 0)]
+    )
+    missing = first == length
+    behind = before[..., -1:] + jnp.cumsum(missing, -1, dtype=jnp.int32) - 1
+    rows = jnp.arange(order.size // length)[:, None]
+    found = jnp.zeros_like(order).reshape(-1, length)
+    for taken, target, tokens in (
+        (counts, before[..., :-1], order),
+        (missing, behind, jnp.broadcast_to(places, order.shape)),
+    ):
+        target = jnp.where(taken, target, length).reshape(-1, length)
+        found = found.at[rows, target].set(tokens.reshape(-1, length), mode="drop")
+    return found.reshape(order.shape), jnp.take_along_axis(before, offsets, -1)
 
 
 def _in_range(offsets: Array, length: int) -> Array:
