@@ -17,7 +17,9 @@ METHODS = {
     "mean_pooled": js.mean_pooled(block_size=8, density=0.5),
     "xattention": js.xattention(block_size=8, stride=2, threshold=0.6),
 }
-by_name = pytest.mark.parametrize("name", METHODS)
+# two estimates differ in what they choose, and not in how their plans are mapped and scanned
+REPEATED = pytest.param("mean_pooled", marks=pytest.mark.slow)
+by_name = pytest.mark.parametrize("name", ["mask", REPEATED, "xattention"])
 
 
 def layer(name, x, weight, implementation="xla"):
@@ -104,9 +106,10 @@ def test_mapping_over_any_argument():
 
     for name, values in mapped.items():
         got = jax.jit(jax.vmap(lambda x, name=name: run({name: x}, "xla")))(values)
+        alone = jax.jit(lambda x, name=name: run({name: x}, "reference"))
         for n in range(2):
             one = jax.tree.map(lambda x, n=n: x[n], values)
-            np.testing.assert_allclose(got[n], run({name: one}, "reference"), atol=4e-6)
+            np.testing.assert_allclose(got[n], alone(one), atol=4e-6)
 
 
 def test_a_mapped_call_is_one_call_with_a_longer_batch():

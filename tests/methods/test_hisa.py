@@ -49,7 +49,7 @@ def test_tokens_output_and_loss_equal_the_oracle(block_top_k):
     params = params_of(method)
     run = jax.jit(lambda q, k, v, x: method.attend(params, q, k, v, x=x, mask=CAUSAL))
     out, info = run(q, k, v, x)
-    plan, _ = method.plan(params, q, k, x=x, mask=CAUSAL)
+    plan, _ = jax.jit(method.plan)(params, q, k, x=x, mask=CAUSAL)
     indexed = oracle.index(x, params, 3, 8, 4, 100.0)
     for got, expected in zip(info.indexed, indexed, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)

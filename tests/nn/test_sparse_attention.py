@@ -124,7 +124,11 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
     "method",
     [
         js.flashmoba(block_kv=4, top_k=12, taps=3),
-        js.from_length(js.nsa(compression_size=4, stride=2, block_kv=4, top_k=3), min_length=1),
+        # nsa by itself is above, and a state handed on from a length below
+        pytest.param(
+            js.from_length(js.nsa(compression_size=4, stride=2, block_kv=4, top_k=3), min_length=1),
+            marks=pytest.mark.slow,
+        ),
         js.from_length(js.hisa(top_k=4, index_heads=2, index_dim=8, rotary_dim=4), min_length=1),
     ],
     ids=["flashmoba", "nsa from a length", "hisa from a length"],
@@ -167,7 +171,11 @@ def test_sequences_with_a_mask_decode_at_their_own_positions():
     np.testing.assert_allclose(out[:, 0], jnp.stack([whole[0, 9], whole[1, 4]]), atol=5e-6)
 
 
-@pytest.mark.parametrize(("own", "cached"), [("bfloat16", "float32"), (None, "bfloat16")])
+@pytest.mark.parametrize(
+    ("own", "cached"),
+    # the same rule, the other way round
+    [("bfloat16", "float32"), pytest.param(None, "bfloat16", marks=pytest.mark.slow)],
+)
 def test_a_state_has_the_dtype_of_its_cache(own, cached):
     sizes = {"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6}
     module, x = layer(method=js.nsa(**sizes), dtype=own), inputs(16)
