@@ -1,5 +1,6 @@
 """The training of examples: it goes on where it was stopped, and the right parameters learn."""
 
+import dataclasses
 import json
 from xml.etree import ElementTree
 
@@ -27,8 +28,9 @@ INDEXER = {"index_heads": 2, "index_dim": 8, "rotary_dim": 4}
 TEXT = np.random.default_rng(0).integers(0, 256, (2, 32))
 
 
-def model_with(method=None):
-    return LanguageModel(SMALL, method=method, rngs=nnx.Rngs(0))
+def model_with(method=None, **changes):
+    sizes = dataclasses.replace(SMALL, **changes)
+    return LanguageModel(sizes, method=method, rngs=nnx.Rngs(0))
 
 
 def parameters(model):
@@ -44,7 +46,7 @@ def batches(step, phase):
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
-    whole = Training(model_with(), COURSE, states=tmp_path / "whole")
+    whole = Training(model_with(layers=1), COURSE, states=tmp_path / "whole")
     kept = []
     whole.run(batches, lambda phase, bits: kept.append((whole.done, phase.context, bits)))
     assert [row[:2] for row in kept] == [(2, 16), (4, 32), (6, 32)]
@@ -54,10 +56,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
             raise KeyboardInterrupt
         return batches(step, phase)
 
-    first = Training(model_with(), COURSE, states=tmp_path / "parts")
+    first = Training(model_with(layers=1), COURSE, states=tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
         first.run(stopped, lambda *_: None)
-    second = Training(model_with(), COURSE, states=tmp_path / "parts")
+    second = Training(model_with(layers=1), COURSE, states=tmp_path / "parts")
     # the fifth step is lost, and no other
     assert second.done == 4
     seen = []
@@ -66,20 +68,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
     expected, got = parameters(whole.model), parameters(second.model)
     for name, x in expected.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
-    assert Training(model_with(), COURSE, states=tmp_path / "parts", fresh=True).done == 0
+    assert Training(model_with(layers=1), COURSE, states=tmp_path / "parts", fresh=True).done == 0
 
 
 def test_a_branch_goes_on_as_the_trunk_would_have(tmp_path):
     assert COURSE.first_long == 3
     assert [COURSE.phase_at(step).context for step in (2, 3)] == [16, 32]
-    whole = Training(model_with(), COURSE, states=tmp_path / "whole")
+    whole = Training(model_with(layers=1), COURSE, states=tmp_path / "whole")
     whole.run(batches, lambda *_: None)
-    trunk = Training(model_with(), COURSE, states=tmp_path / "trunk")
+    trunk = Training(model_with(layers=1), COURSE, states=tmp_path / "trunk")
     kept = []
     trunk.run(batches, lambda *_: kept.append(trunk.done), until=COURSE.first_long)
     assert kept == [2, 3]
-    branch = Training(model_with(), COURSE, states=tmp_path / "branch")
-    branch.branch(Training(model_with(), COURSE, states=tmp_path / "trunk"))
+    branch = Training(model_with(layers=1), COURSE, states=tmp_path / "branch")
+    branch.branch(Training(model_with(layers=1), COURSE, states=tmp_path / "trunk"))
     assert branch.done == 3
     branch.run(batches, lambda *_: None)
     got = parameters(branch.model)
@@ -87,7 +89,7 @@ def test_a_branch_goes_on_as_the_trunk_would_have(tmp_path):
         np.testing.assert_array_equal(got[name], x, err_msg=name)
     # what a method adds stays as it was made, and the trunk is left alone
     method = js.from_length(js.flashmoba(block_kv=8, top_k=2, taps=3), min_length=32)
-    other = Training(model_with(method), COURSE, states=tmp_path / "other")
+    other = Training(model_with(method, layers=1), COURSE, states=tmp_path / "other")
     before = parameters(other.model)
     other.branch(trunk)
     common, got = parameters(trunk.model), parameters(other.model)
@@ -157,9 +159,10 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
     moved = {name for name, x in parameters(model).items() if (x != before[name]).any()}
     assert moved == {name for name in before if "method_params" in name}
     # a layer without the method has nothing to learn from
+    run, tokens = nnx.jit(loss), on_device(TEXT, jnp.int32)
     for methods, learns in (([None, method], True), ([None, None], False)):
         model = js.nn.with_methods(model, methods)
-        total, bits = loss(model, on_device(TEXT, jnp.int32))
+        total, bits = run(model, tokens)
         assert (float(total) > float(bits)) == learns
 
 
@@ -185,7 +188,7 @@ def test_clusters_begin_among_keys_and_move_while_training(tmp_path):
 
     # attention to 16 bytes is dense, and has no clusters
     for length, distance in ((16, 0.0), (32, float(clustering.commitment(keys, before)))):
-        total, bits = setting.loss()(model, tokens[:, :length])
+        total, bits = nnx.jit(setting.loss())(model, tokens[:, :length])
         np.testing.assert_allclose(float(total - bits), 1e-4 * distance, atol=1e-6)
     assert distance > 0.1
     training = Training(model, COURSE, states=tmp_path, loss=setting.loss())

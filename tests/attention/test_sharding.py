@@ -103,7 +103,9 @@ def on_two_devices():
 def test_what_devices_share_gets_the_gradients_of_all():
     flags = "--xla_force_host_platform_device_count=2"
     script = "from tests.attention import test_sharding; test_sharding.on_two_devices()"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    # compiled as other tests of this folder are
+    quickly = str(jax.config.read("jax_disable_most_optimizations"))
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": quickly}
     found = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )

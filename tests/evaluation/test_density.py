@@ -92,18 +92,23 @@ def test_layers_of_a_model_report_and_the_model_stays_as_it_was():
     assert model.sparse.attention is None
     assert 0.1 < sparse.tiles.min() < sparse.tiles.max() < 0.95
     np.testing.assert_allclose(dense.tiles, np.ones((2, 4)))
-    tensors = []
-    probe = js.nn.with_attention(model, js.nn.recording(model.sparse._method, tensors))
-    probe(x, mask=CAUSAL)
-    report = jax.jit(lambda *x: js.density_report(model.sparse.method, *x, mask=CAUSAL))
-    expected = report(*tensors[0])
+
+    @nnx.jit
+    def report(model, x):
+        tensors = []
+        probe = js.nn.with_attention(model, js.nn.recording(model.sparse._method, tensors))
+        probe(x, mask=CAUSAL)
+        return js.density_report(model.sparse.method, *tensors[0], mask=CAUSAL)
+
+    expected = report(model, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sparse, expected)
 
 
 def test_a_layer_whose_method_has_parameters_reports():
     method = js.hisa(top_k=4, block_kv=8, index_heads=2, index_dim=8, rotary_dim=4)
     layer = js.nn.SparseAttention(32, num_heads=4, num_kv_heads=2, method=method, rngs=nnx.Rngs(0))
-    (found,) = density_of_layers(layer, jnp.ones((2, 20, 32)), mask=CAUSAL)
+    run = nnx.jit(lambda layer, x: density_of_layers(layer, x, mask=CAUSAL))
+    (found,) = run(layer, jnp.ones((2, 20, 32)))
     # 1, 2, 3 tokens for the first queries, 4 for the others, of those that a query sees
     np.testing.assert_allclose(found.pairs, (6 + 17 * 4) / (20 * 21 / 2), rtol=1e-5)
 
@@ -113,10 +118,13 @@ def test_attentions_that_are_mixed_are_added_up():
         **{"compression_size": 8, "stride": 4, "block_kv": 8, "top_k": 3},
         **{"num_init": 1, "num_local": 1, "window": 6},
     )
-    q, k, v = qkv(45)
-    given = {"x": jnp.ones((45, 8)), "mask": CAUSAL}
     params = method.init(jax.random.key(0), num_heads=4, num_kv_heads=2, dim=16, features=8)
-    found = jax.jit(lambda *x: js.density_report(method, *x, params=params, **given))(q, k, v)
+
+    @jax.jit
+    def report(x, *tensors):
+        return js.density_report(method, *tensors, params=params, x=x, mask=CAUSAL)
+
+    found = report(jnp.ones((45, 8)), *qkv(45))
     rows = np.arange(45)
     windows = [sum(4 * i + 7 <= row for i in range(10)) for row in rows]
     # own block up to the query, the others whole
@@ -125,7 +133,7 @@ def test_attentions_that_are_mixed_are_added_up():
     share = (np.sum(windows) + np.sum(selected) + local.sum()) / (45 * 46 / 2)
     np.testing.assert_allclose(found.pairs, np.full(4, share), rtol=1e-5)
     # fewer keys than a window has
-    short = js.density_report(method, *qkv(5), params=params, x=jnp.ones((5, 8)), mask=CAUSAL)
+    short = report(jnp.ones((5, 8)), *qkv(5))
     np.testing.assert_allclose(short.pairs, 2 * np.ones(4), rtol=1e-5)
 
 

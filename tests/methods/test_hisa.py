@@ -49,7 +49,7 @@ def test_tokens_output_and_loss_equal_the_oracle(block_top_k):
     params = params_of(method)
     run = jax.jit(lambda q, k, v, x: method.attend(params, q, k, v, x=x, mask=CAUSAL))
     out, info = run(q, k, v, x)
-    plan, _ = method.plan(params, q, k, x=x, mask=CAUSAL)
+    plan, _ = jax.jit(method.plan)(params, q, k, x=x, mask=CAUSAL)
     indexed = oracle.index(x, params, 3, 8, 4, 100.0)
     for got, expected in zip(info.indexed, indexed, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -75,7 +75,8 @@ def test_heads_that_see_different_keys_choose_together_and_attend_by_themselves(
     # the third head sees all that comes before; no other does
     mask = CAUSAL & js.masks.head_windows(num_sink=sinks, window=windows)
     out, info = jax.jit(lambda *a: method.attend(params, *a, x=x, mask=mask))(q, k, v)
-    plan, _ = method.plan(params, q, k, x=x, mask=mask)
+    choose = jax.jit(method.plan)
+    plan, _ = choose(params, q, k, x=x, mask=mask)
     indexed = oracle.index(x, params, 3, 8, 4, 100.0)
     chosen = oracle.select(*indexed, top_k=12, block=8, block_top_k=block_top_k)
     assert lists(plan) == chosen
@@ -95,11 +96,11 @@ def test_heads_that_see_different_keys_choose_together_and_attend_by_themselves(
     near = (i - j < windows[:, None, None]) | (j < sinks[:, None, None])
     told = CAUSAL & js.masks.head_windows(num_sink=sinks.tolist(), window=windows.tolist())
     union = js.masks.dense(on_device((near & (j <= i)).any(0, keepdims=True)))
-    plans = [method.plan(params, q, k, x=x, mask=m)[0] for m in (told, union)]
+    plans = [choose(params, q, k, x=x, mask=m)[0] for m in (told, union)]
     assert lists(plans[0]) == lists(plans[1])
     # where all are chosen nothing is left out of any head
     every = js.hisa(top_k=length, block_kv=8, block_top_k=block_top_k and 9, **INDEXER)
-    out = every.attend(params, q, k, v, x=x, mask=mask)[0]
+    out = jax.jit(every.attend)(params, q, k, v, x=x, mask=mask)[0]
     dense = js.attend(q, k, v, mask=mask, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -122,10 +123,11 @@ def test_all_blocks_are_one_stage_and_all_tokens_are_dense():
     x = hidden(90)
     one, two = (js.hisa(top_k=20, block_kv=16, block_top_k=m, **INDEXER) for m in (None, 6))
     params = params_of(one)
-    plans = [method.plan(params, q, k, x=x, mask=CAUSAL)[0] for method in (one, two)]
+    plans = [jax.jit(method.plan)(params, q, k, x=x, mask=CAUSAL)[0] for method in (one, two)]
     assert lists(plans[0]) == lists(plans[1])
     np.testing.assert_array_equal(list_overlap(*plans), 1.0)
-    out = js.hisa(top_k=90, **INDEXER).attend(params, q, k, v, x=x, mask=CAUSAL)[0]
+    every = js.hisa(top_k=90, **INDEXER)
+    out = jax.jit(every.attend)(params, q, k, v, x=x, mask=CAUSAL)[0]
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -215,7 +217,8 @@ def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
     gradient = jax.grad(lambda i: index_loss(i, q, k, scale=1.0))(indexed)
     expected = [0.044728, -0.409969, 0.365241]
     np.testing.assert_allclose(gradient.k[:, 0], expected, atol=1e-6)
-    d_q, d_k = jax.grad(lambda q, k: index_loss(indexed, q, k), argnums=(0, 1))(q, k)
+    of_attention = jax.grad(lambda q, k: index_loss(indexed, q, k), argnums=(0, 1))
+    d_q, d_k = jax.jit(of_attention)(q, k)
     assert not d_q.any()
     assert not d_k.any()
     length = 40
@@ -226,9 +229,10 @@ def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
     def of_states(x):
         return index_loss(method.plan(params, q, k, x=x, mask=CAUSAL)[1].indexed, q, k)
 
-    assert not jax.grad(of_states)(x).any()
+    assert not jax.jit(jax.grad(of_states))(x).any()
     # through the output the indexer learns nothing; a few steps on the loss lower it
-    through = jax.grad(lambda p: method.attend(p, q, k, v, x=x, mask=CAUSAL)[0].sum())(params)
+    of_output = jax.grad(lambda p: method.attend(p, q, k, v, x=x, mask=CAUSAL)[0].sum())
+    through = jax.jit(of_output)(params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(through))
 
     @jax.jit
@@ -261,7 +265,7 @@ def test_steps_of_decoding_equal_the_whole():
     x = hidden(length, (2,))
     method = js.hisa(top_k=8, block_kv=8, block_top_k=3, **INDEXER)
     params = params_of(method)
-    whole, _ = method.attend(params, q, k, v, x=x, mask=CAUSAL)
+    whole, _ = jax.jit(method.attend)(params, q, k, v, x=x, mask=CAUSAL)
     room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
     k, v = jnp.pad(k, room, constant_values=9.0), jnp.pad(v, room, constant_values=7.0)
 
@@ -301,7 +305,10 @@ def test_eight_bits():
         for dtype in (None, jnp.float8_e4m3fn)
     )
     params = params_of(exact)
-    plans = [m.plan(params, q, k, x=hidden(90), mask=CAUSAL)[0] for m in (exact, coarse)]
+    plans = [
+        jax.jit(method.plan)(params, q, k, x=hidden(90), mask=CAUSAL)[0]
+        for method in (exact, coarse)
+    ]
     overlap = float(list_overlap(*plans).mean())
     assert 0.8 < overlap < 1
 

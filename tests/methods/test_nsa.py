@@ -17,6 +17,11 @@ SMALL = {"compression_size": 8, "stride": 4, "block_kv": 16, **SIZES}
 FEATURES = 12
 
 
+# a method outside of jit is hundreds of programs; what tests do not change is compiled once
+METHOD = js.nsa(**SMALL)
+attended = jax.jit(METHOD.attend)
+
+
 def hidden(length, batch=(), seed=3):
     rng = np.random.default_rng(seed)
     return on_device(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
@@ -65,7 +70,7 @@ def test_branches_blocks_and_gates_equal_the_oracle(name):
     x = hidden(q_len)
     run = jax.jit(lambda params, q, k, v, x: method.attend(params, q, k, v, x=x, mask=CAUSAL))
     out, info = run(params, q, k, v, x)
-    plan, _ = method.plan(params, q, k, v=v, mask=CAUSAL)
+    plan, _ = jax.jit(method.plan)(params, q, k, v=v, mask=CAUSAL)
     sizes = {"size": 8, "stride": 4, "block": 16, **SIZES}
     outputs, chosen = oracle.branches(
         q, k, v, phi_k=phi(name, params["k"]), phi_v=phi(name, params["v"]), **sizes
@@ -101,6 +106,7 @@ def test_worked_example():
     )
     params = {"k": (), "v": (), "gates": jnp.zeros((1, 2, 3))}
 
+    @jax.jit
     def branch(which):
         # a gate of 1 for one branch, of 0 for the others
         gates = jnp.full((1, 2, 3), -1e9).at[..., which].set(1e9)
@@ -122,8 +128,10 @@ def test_branches_reduce_to_dense_and_to_the_window():
     def gated(branch, **sizes):
         method = js.nsa(**{**SMALL, **sizes})
         params = params_of(method)
-        gates = jnp.full((FEATURES, 4, 3), -1e3).at[..., branch].set(1e3)
-        return method.attend({**params, "gates": gates}, q, k, v, x=x)[0]
+        gates = np.full((FEATURES, 4, 3), -1e3)
+        gates[..., branch] = 1e3
+        given = {**params, "gates": on_device(gates, jnp.float32)}
+        return jax.jit(method.attend)(given, q, k, v, x=x)[0]
 
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(gated(1, top_k=6), dense, atol=4e-6)
@@ -135,30 +143,29 @@ def test_branches_reduce_to_dense_and_to_the_window():
 
 def test_rows_before_the_first_window_have_no_compressed_part():
     q, k, v = qkv(40)
-    method = js.nsa(**SMALL)
-    params = params_of(method)
+    params = params_of(METHOD)
     only = {**params, "gates": jnp.full((FEATURES, 4, 3), -1e3).at[..., 0].set(1e3)}
     x = jnp.ones((40, FEATURES))
 
     def loss(q):
-        out = method.attend(only, q, k, v, x=x)[0]
+        out = METHOD.attend(only, q, k, v, x=x)[0]
         return out.sum(), out
 
-    gradient, out = jax.grad(loss, has_aux=True)(q)
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(q)
     assert not out[:7].any()
     assert out[7:].all()
     assert jnp.isfinite(gradient).all()
     # fewer keys than a window: there is nothing compressed at all
-    short = method.attend(only, q[:5], k[:5], v[:5], x=x[:5])[0]
+    short = attended(only, q[:5], k[:5], v[:5], x=x[:5])[0]
     assert not short.any()
 
 
 def test_heads_of_a_group_share_blocks_whatever_their_order():
     q, k, _ = qkv(90)
-    method = js.nsa(**SMALL)
-    params = params_of(method)
-    plan, _ = method.plan(params, q, k)
-    swapped, _ = method.plan(params, q[:, on_device([1, 0, 3, 2])], k)
+    params = params_of(METHOD)
+    chosen = jax.jit(METHOD.plan)
+    plan, _ = chosen(params, q, k)
+    swapped, _ = chosen(params, q[:, on_device([1, 0, 3, 2])], k)
     assert plan.list_heads == 2
     np.testing.assert_array_equal(plan.kv_indices, swapped.kv_indices)
 
@@ -168,9 +175,8 @@ def test_gradients_are_those_of_masked_dense_attention():
     length = 70
     q, k, v = qkv(length)
     x = hidden(length)
-    method = js.nsa(**SMALL)
-    params = params_of(method)
-    plan, _ = method.plan(params, q, k)
+    params = params_of(METHOD)
+    plan, _ = jax.jit(METHOD.plan)(params, q, k)
     windows = Windows(8, 4)
     seen = js.masks.whole_windows(CAUSAL, size=8, stride=4, kv_len=length)
 
@@ -188,7 +194,7 @@ def test_gradients_are_those_of_masked_dense_attention():
         return sum(g[..., None] * o for g, o in zip(gates, outputs, strict=True))
 
     def sparse(params, q, k, v, x):
-        return method.attend(params, q, k, v, x=x)[0]
+        return METHOD.attend(params, q, k, v, x=x)[0]
 
     def gradients(function):
         def loss(*inputs):
@@ -209,15 +215,16 @@ def test_a_mask_hides_windows_of_which_it_hides_a_key():
     ids = on_device(np.repeat([0, 1, 2], [21, 30, 29]))
     method = js.nsa(**{**SMALL, "num_init": 0})
     params, x = params_of(method), hidden(length)
+    run = jax.jit(method.attend)
     mask = CAUSAL & js.masks.segments(ids)
-    out = method.attend(params, q, k, v, x=x, mask=mask)[0]
+    out = run(params, q, k, v, x=x, mask=mask)[0]
     # a mask of which nothing is known but its pairs hides the same
     pairs = CAUSAL & js.masks.predicate(lambda b, h, i, j: ids[i] == ids[j])
-    same = method.attend(params, q, k, v, x=x, mask=pairs)[0]
+    same = run(params, q, k, v, x=x, mask=pairs)[0]
     np.testing.assert_allclose(same, out, atol=4e-6)
     # what another document says changes nothing
     other = ids[:, None, None] == 1
-    changed = method.attend(
+    changed = run(
         params, q, jnp.where(other, k + 1, k), jnp.where(other, v - 2, v), x=x, mask=mask
     )[0]
     np.testing.assert_array_equal(changed[:21], out[:21])
@@ -246,7 +253,7 @@ def test_blocks_that_a_mask_hides_whole_take_no_place_of_others(told):
     params, x = params_of(method), hidden(length)
     run = jax.jit(lambda q, k, v: method.attend(params, q, k, v, x=x, mask=masks[told]))
     out, _ = run(q, k, v)
-    plan, _ = method.plan(params, q, k, v=v, mask=masks[told])
+    plan, _ = jax.jit(method.plan)(params, q, k, v=v, mask=masks[told])
     means = {"phi_k": phi("mean", ()), "phi_v": phi("mean", ())}
     sizes = {"size": 8, "stride": 4, "block": 16, **SIZES}
     outputs, chosen = oracle.branches(q, k, v, **means, **sizes, sees=sees)
@@ -265,9 +272,8 @@ def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
     length, max_len = 60, 72
     q, k, v = qkv(length, batch=(2,))
     x = hidden(length, (2,))
-    method = js.nsa(**SMALL)
-    params = params_of(method)
-    whole, _ = method.attend(params, q, k, v, x=x)
+    params = params_of(METHOD)
+    whole, _ = attended(params, q, k, v, x=x)
     room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
     k, v = jnp.pad(k, room), jnp.pad(v, room, constant_values=7.0)
 
@@ -277,11 +283,11 @@ def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
         past = jnp.arange(max_len)[None, :, None, None] <= positions[:, -1, None, None, None]
         keys, values = jnp.where(past, k, 0), jnp.where(past, v, 0)
         mask = js.masks.causal(offset=positions[:, 0])
-        return method.attend(
+        return METHOD.attend(
             params, q, keys, values, x=x, positions=positions, mask=mask, state=state
         )
 
-    state = method.init_state(k, v)
+    state = METHOD.init_state(k, v)
     first = 0
     for count in (29, 1, 1, 6, *[1] * 23):
         at = slice(first, first + count)
@@ -298,9 +304,10 @@ def test_bfloat16_is_as_good_as_plain_bfloat16():
     # every block, so that near ties choose nothing
     method = js.nsa(compression=js.windows.mean(), **{**SMALL, "top_k": 6})
     params = params_of(method)
-    out = method.attend(params, q, k, v, x=x)[0]
+    run = jax.jit(method.attend)
+    out = run(params, q, k, v, x=x)[0]
     assert out.dtype == jnp.bfloat16
-    exact = method.attend(params, *(y.astype(jnp.float32) for y in (q, k, v)), x=x)[0]
+    exact = run(params, *(y.astype(jnp.float32) for y in (q, k, v)), x=x)[0]
     rounding = jnp.abs(exact.astype(jnp.bfloat16).astype(jnp.float32) - exact).max()
     # compressed keys and values are rounded too, and so are the outputs of three branches
     assert jnp.abs(out.astype(jnp.float32) - exact).max() <= 8 * rounding

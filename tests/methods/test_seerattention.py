@@ -33,7 +33,8 @@ def test_gate_targets_loss_and_tiles_equal_the_oracle(q_len, kv_len):
     settings = [{"threshold": t} for t in (0.3, 0.12, 0.05)]
     settings += [{"density": 0.5}, {"density": 0.3, "dense_rows": 0}]
     for setting in settings:
-        plan, info = js.seerattention(**SMALL, **setting).plan(params, q, k, mask=CAUSAL)
+        choose = jax.jit(js.seerattention(**SMALL, **setting).plan)
+        plan, info = choose(params, q, k, mask=CAUSAL)
         np.testing.assert_allclose(info.gate_logits, logits, atol=1e-5)
         np.testing.assert_array_equal(plan.to_dense(), oracle.select(logits, **setting))
     for skipped in (0.0, 0.25):
@@ -98,9 +99,9 @@ def test_the_room_of_a_cache_changes_nothing(density):
     starts, lengths = [37, 0, 18], [64, 27, 45]
     positions = on_device(np.array(starts)[:, None] + np.arange(27), jnp.int32)
     mask = js.masks.causal(offset=positions[:, 0])
-    alone = []
+    alone, choose = [], jax.jit(method.plan)
     for n, length in enumerate(lengths):
-        tiles, info = method.plan(params, q[n], k[n, :length], mask=CAUSAL)
+        tiles, info = choose(params, q[n], k[n, :length], mask=CAUSAL)
         alone.append((np.asarray(tiles.to_dense()), np.asarray(info.gate_logits)))
 
     @jax.jit
@@ -122,7 +123,8 @@ def test_the_room_of_a_cache_changes_nothing(density):
         logits = run(params, on_device(keys))[1].gate_logits
         return jnp.where(jnp.isneginf(logits), 0, logits).sum()
 
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(jax.grad(loss)(params)))
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
 def test_keys_that_no_mask_hides_count_wherever_queries_stand():
@@ -148,7 +150,8 @@ def test_heads_have_densities_of_their_own():
     for mask in (CAUSAL, None):
         tiles = together.plan(params, q, k, mask=mask)[0].to_dense()
         for head, density in enumerate(settings):
-            alone = js.seerattention(**sizes, density=density).plan(params, q, k, mask=mask)[0]
+            choose = jax.jit(js.seerattention(**sizes, density=density).plan)
+            alone = choose(params, q, k, mask=mask)[0]
             np.testing.assert_array_equal(tiles[head], alone.to_dense()[head])
     wrong = js.seerattention(**sizes, density=on_device(settings[:3], jnp.float32))
     with pytest.raises(ValueError, match=r"density has shape \(3,\)"):
@@ -208,10 +211,11 @@ def test_the_gate_learns_by_its_loss_alone_until_it_is_the_map():
             method.plan(params, q, k, mask=CAUSAL)[1].gate_logits, targets, skipped=0.0
         )
 
-    d_q, d_k = jax.grad(loss, argnums=(1, 2))(params, q, k)
+    d_q, d_k = jax.jit(jax.grad(loss, argnums=(1, 2)))(params, q, k)
     assert not d_q.any()
     assert not d_k.any()
-    through = jax.grad(lambda p: method.attend(p, q, k, v, mask=CAUSAL)[0].sum())(params)
+    of_output = jax.grad(lambda p: method.attend(p, q, k, v, mask=CAUSAL)[0].sum())
+    through = jax.jit(of_output)(params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(through))
     optimizer = optax.adam(3e-2)
     state = optimizer.init(params)
