@@ -46,7 +46,7 @@ class Kept(NamedTuple):
     def with_tile(self, found: jax.Array, first: jax.Array, ops: Operations) -> "Kept":
         """The best of these and of the integers of a tile, whose first column is `first`."""
         shape, best_shape = found.shape, self.best.shape
-        column = ops.iota(shape, 1)
+        column = ops.iota((shape[0], shape[1]), 1)
 
         def larger(state):
             _, peak, _, _, least = state

@@ -201,4 +201,3 @@ def top_k(
         ops=ops,
     )
     return columns[..., :count], integers[..., :count], of_forced
-
