@@ -7,9 +7,12 @@ import pytest
 
 import jsparse as js
 from jsparse.attention.blocks_of_windows import Problem, blocks_of_windows, weights_of
+from jsparse.core.running_top_k import Best
 from jsparse.core.windows import Windows
 from jsparse.hierarchical.nsa import select_blocks
 from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention import walk
+from pallas_kernels.block_sparse_attention.logits import Rule
 from pallas_kernels.top_k import mosaic_sums
 from tests.inputs import on_device, qkv
 
@@ -147,6 +150,42 @@ def test_native_sparse_attention_chooses_by_it():
         by_kernel = jax.block_until_ready(select_blocks(q, k, lse, scale=200.0, **options))
     assert asked
     same(by_kernel, (plan, scores))
+
+
+@pytest.mark.newest
+def test_an_indexer_is_a_sum_of_another_rule():
+    """`weight * relu(q k)` over heads, one key per token; scores may be negative."""
+    rng = np.random.default_rng(0)
+    q, k = rng.integers(-1, 2, (64, 3, 64)), rng.integers(-1, 2, (64, 64))
+    weights = rng.integers(-2, 3, (3, 64))
+    scores = np.einsum("hqk,hq->qk", np.maximum(np.einsum("qhd,kd->hqk", q, k), 0), weights)
+
+    def term(product, q_index, kv_index, row_values, column_values):
+        return row_values[0]() * jnp.maximum(product, 0.0)
+
+    def causal(product, q_index, kv_index, row_values, column_values):
+        return jnp.where(kv_index <= q_index, mosaic_sums.SEEN, 0.0)
+
+    sums = mosaic_sums.Sums(
+        (1.0,), Rule(term, (on_device(weights[None], jnp.float32),)), Rule(causal), forcing=False
+    )
+    everything = walk.Lists(*(jnp.full((1, 1, 1), n, jnp.int32) for n in (0, 0, 1)))
+    with _compat.interpreter():
+        columns, integers = mosaic_sums.top_k(
+            on_device(q[None], jnp.bfloat16),
+            on_device(k[None, :, None, None], jnp.bfloat16),
+            everything,
+            sums,
+            block_q=64,
+            count=8,
+        )
+        best = jax.block_until_ready(Best.unordered(columns, integers))
+    for row, (got, numbers) in enumerate(zip(best.indices[0, 0], best.scores[0, 0], strict=True)):
+        # the largest first, and of equal ones the first
+        chosen = np.sort(np.lexsort((np.arange(row + 1), -scores[row, : row + 1]))[:8])
+        assert got[: len(chosen)].tolist() == chosen.tolist()
+        np.testing.assert_array_equal(numbers[: len(chosen)], scores[row, chosen])
+    assert (np.asarray(best.scores)[0, 0, 7] < 0).any()
 
 
 def test_refusals_name_the_reason():
