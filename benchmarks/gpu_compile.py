@@ -192,6 +192,7 @@ def main() -> int:
     others |= {case: maps.compiled_passes for case in maps.CASES}
     others |= {case: maps.compiled_antidiagonals for case in maps.ANTIDIAGONALS}
     others |= {case: maps.compiled_best for case in maps.BEST}
+    others |= {case: maps.compiled_windows for case in maps.WINDOWS}
     every_case = *CASES, *others
     named = {c.name for c in every_case if not arguments.only or arguments.only in c.name}
     if not named:

@@ -15,13 +15,16 @@ import jax
 
 import jsparse as js
 from benchmarks.gpu_compile import IDS, Case
-from jsparse.attention import antidiagonals, best_blocks, map_scores
+from jsparse.attention import antidiagonals, best_blocks, blocks_of_windows, map_scores
 from jsparse.attention.attend import prepare
 from jsparse.core.blocks import cells_of
+from jsparse.core.windows import Windows
 from jsparse.types import TileGrid
 from pallas_kernels.attention_map import mosaic, mosaic_cells
 from pallas_kernels.block_sparse_attention.walk import ROWS
 from pallas_kernels.top_k import mosaic as top_k
+from pallas_kernels.top_k import mosaic_sums as top_k_of_sums
+from pallas_kernels.top_k.kept import places
 
 CASES = (
     Case("map, dim 64", 64, 64),
@@ -63,6 +66,32 @@ BEST = (
         options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids)},
         arrays=(IDS,),
         width=64,
+    ),
+)
+# blocks of 64 keys by windows of 32, one every 16
+WINDOWS = (
+    Case("16 blocks of windows", heads=64, block_kv=64, width=16),
+    Case("64 blocks of windows, dim 64", 64, heads=16, block_kv=64, width=64),
+    Case("16 blocks of windows, dim 192, softcap", 192, heads=64, block_kv=64, width=16),
+    Case("16 blocks of windows, dim 256", 256, heads=16, block_kv=64, width=16),
+    Case(
+        "16 blocks of windows, segments",
+        heads=64,
+        block_kv=64,
+        options=lambda ids: {"mask": js.masks.segments(ids)},
+        arrays=(IDS,),
+        width=16,
+    ),
+    Case(
+        "16 blocks of windows, decode",
+        batch=8,
+        q_len=1,
+        kv_len=32768,
+        heads=64,
+        block_kv=64,
+        options=lambda offset: {"offset": offset},
+        arrays=(((8,), "int32"),),
+        width=16,
     ),
 )
 KERNELS = {"sums": mosaic.tile_sums, "maxima": mosaic.tile_maxima}
@@ -131,6 +160,46 @@ def compiled_best(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     # what is compared goes on beside the products of other consumers
     gates = partial(common.hopper_gates, overlaps=False)
     yield common.measure(case, "best", best, [q, means, *arrays], layouts, gates)
+
+
+def compiled_windows(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
+    """Compiles the choice of as many blocks, by windows, as a case's lists are wide."""
+    assert case.width is not None
+    windows, kv_len = Windows(32, 16), case.kv_len or case.q_len
+    shapes = (
+        ((case.batch, case.q_len, case.heads, case.dim), case.dtype),
+        ((case.batch, windows.count(kv_len), case.kv_heads, case.dim), case.dtype),
+        ((case.batch, case.heads, case.q_len), "float32"),
+        *case.arrays,
+    )
+    inputs = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+
+    def problem(q, k_windows, lse, *arrays):
+        options = case.options(*arrays)
+        offset = options.get("offset", jax.numpy.full(case.batch, kv_len - case.q_len))
+        seen = js.masks.causal(offset=offset)
+        tokens = options.get("mask")
+        of_windows = js.masks.whole_windows(
+            seen if tokens is None else seen & tokens, size=32, stride=16, kv_len=kv_len
+        )
+        softcap = 30.0 if "softcap" in case.name else None
+        rules = of_windows, case.dim**-0.5, softcap, offset, 1, 2, tokens
+        return blocks_of_windows.Problem(q, k_windows, lse, windows, case.block_kv, kv_len, *rules)
+
+    given = problem(*(jax.numpy.zeros(x.shape, x.dtype) for x in inputs))
+    grid = blocks_of_windows.grid_of(given)
+    keys = len(blocks_of_windows.weights_of(windows, case.block_kv))
+    sizes = common.widths(case)[0], places(case.width)
+    of_columns = len(blocks_of_windows.term_of(given, grid).column_values)
+    config = top_k_of_sums.default_config(grid.block_q, keys, *sizes, of_columns)
+    assert config is not None
+    layouts = [(config.stages, top_k_of_sums.shared_memory(grid.block_q, *sizes, config))]
+
+    def best(*arrays):
+        return blocks_of_windows.by_kernel(problem(*arrays), case.width)
+
+    gates = partial(common.hopper_gates, overlaps=config.at_once > 1)
+    yield common.measure(case, "best", best, inputs, layouts, gates)
 
 
 def _inputs(case: Case, sharding: Any) -> list[jax.ShapeDtypeStruct]:

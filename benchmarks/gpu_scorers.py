@@ -14,12 +14,16 @@ import numpy as np
 import jsparse as js
 from benchmarks import roofline
 from jsparse.attention.best_blocks import best_blocks
+from jsparse.attention.blocks_of_windows import Problem, blocks_of_windows
 from jsparse.attention.map_scores import map_maxima, map_sums
 from jsparse.attention.tuning import milliseconds
 from jsparse.core.pooling import mean_blocks
+from jsparse.core.windows import Windows
 from jsparse.estimators.xattention import antidiagonal_scores
 
 BLOCK, TOP_K, GROUP = 128, 8, 8
+# of native sparse attention
+WINDOWS, SELECTED, SELECTED_TOP_K = Windows(32, 16), 64, 16
 # numerators of 16 bits and more, and as many roundings of logarithms as a sum has terms
 TOLERANCE = 2.0**-12
 
@@ -94,6 +98,25 @@ def _work_of_best(sizes: Sizes) -> tuple[roofline.Work, ...]:
     return (roofline.best_columns(problem, 3, TOP_K),)
 
 
+def _of_windows(q: jax.Array, k: jax.Array, name: str) -> Any:
+    kv_len, heads = k.shape[1], q.shape[2]
+    k_windows = WINDOWS.of(k).astype(jnp.float32).mean(-3).astype(k.dtype)
+    seen = js.masks.whole_windows(js.masks.causal(), **WINDOWS._asdict(), kv_len=kv_len)
+    # attention to windows is not timed here; its lse would be about that of so many zeros
+    count = jnp.maximum((jnp.arange(kv_len) - WINDOWS.size + 1) // WINDOWS.stride + 1, 0)
+    lse = jnp.broadcast_to(jnp.log(count.astype(jnp.float32)), (len(q), heads, kv_len))
+    rules = seen.flatten_batch(()), q.shape[3] ** -0.5, None, jnp.zeros(len(q), jnp.int32), 1, 2
+    problem = Problem(q, k_windows, lse, WINDOWS, SELECTED, kv_len, *rules)
+    return blocks_of_windows(problem, SELECTED_TOP_K, name)
+
+
+def _work_of_windows(sizes: Sizes) -> tuple[roofline.Work, ...]:
+    per_tile = BLOCK // WINDOWS.stride
+    windows = sizes.length // WINDOWS.stride
+    problem = sizes.problem._replace(kv_len=windows, block_kv=per_tile)
+    return (roofline.best_blocks_of_windows(problem, SELECTED_TOP_K),)
+
+
 def _work_of_map(sizes: Sizes) -> tuple[roofline.Work, ...]:
     return roofline.row_lse(sizes.problem), roofline.tile_scores(sizes.problem)
 
@@ -104,6 +127,7 @@ SCORERS = (
     _of_antidiagonals(16),
     _of_antidiagonals(8),
     Scorer("best 8 blocks", _best, _work_of_best),
+    Scorer("16 blocks of windows", _of_windows, _work_of_windows),
 )
 
 

@@ -162,6 +162,21 @@ def best_columns(problem: Problem, parts: int, top_k: int) -> Work:
     return Work(parts * _products(problem, 1, 0), moved)
 
 
+def best_blocks_of_windows(problem: Problem, top_k: int) -> Work:
+    """The best blocks of each query by probabilities of windows, which heads of a group share.
+
+    A product; q, k and a number per row read, two numbers per chosen block written, for a group.
+    Exponentials are not counted, nor is what is computed again for windows in two blocks.
+
+    Args:
+      problem: Of windows, as are its tiles.
+      top_k: Blocks of a query.
+    """
+    size = _sizes(problem)
+    chosen = 8.0 * top_k * problem.kv_heads * problem.q_len
+    return Work(_products(problem, 1, 0), size.q + size.k + size.row_numbers / 2 + chosen)
+
+
 def merging(problem: Problem, parts: int) -> Work:
     """What parts with a softmax each cost beside one pass over all their keys.
 

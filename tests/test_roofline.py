@@ -90,6 +90,15 @@ def test_best_columns_read_every_part_of_the_keys():
     assert work.bound(H200) == "memory"
 
 
+def test_best_blocks_of_windows_are_a_product_with_each_window():
+    # 8192 queries of 16 heads, 512 windows of 4; 16 chosen for each of 4 heads, 8 bytes each
+    problem = Problem(16, 4, 8192, 512, 128, 0, tiles=16 * 64 * 64, block_kv=8)
+    work = roofline.best_blocks_of_windows(problem, top_k=16)
+    assert work.flops == 2 * 16 * 8192 * 512 * 128
+    assert work.bytes == 2**20 * 32 + 4 * 512 * 256 + 4 * 16 * 8192 + 4 * 8192 * 128
+    assert work.bound(H200) == "products"
+
+
 def test_merging_two_parts_costs_five_arrays_as_large_as_q():
     # q once more, two outputs written and read besides the merged one, 32 MiB each
     work = roofline.merging(DENSE, 2)

@@ -16,13 +16,11 @@ from jsparse.types.pytree import entry, flatten_batch
 from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
 from pallas_kernels.block_sparse_attention.walk import ROWS
 from pallas_kernels.ring import LANES
-from pallas_kernels.sortable import NOTHING
 from pallas_kernels.top_k import mosaic
 
 IMPLEMENTATIONS = ("xla", "mosaic")
 # queries, and blocks of keys, that XLA scores at once
 _SCORED_ROWS, _SCORED_BLOCKS = 128, 64
-_LAST = 2**31 - 1  # after every column
 
 
 def best_blocks(
@@ -138,23 +136,15 @@ def by_kernel(q: Array, k_means: Array, cells: Cells, own: Array | None, top_k: 
     tiles = _tiles(cells, grid)
     lists = flatten_batch(every_tile(grid) if tiles is None else tiles, (len(q),))
 
-    def padded(x: Array, length: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
-        return kernels.pad_width(jax.lax.stop_gradient(x), -(-x.shape[3] // LANES) * LANES)
-
     columns, keys, of_forced = mosaic.top_k(
-        padded(q, grid.q_blocks * grid.block_q),
-        _split(padded(k_means, grid.kv_blocks * grid.block_kv), _parts(k_means)),
+        kernels.padded(q, grid.q_blocks * grid.block_q),
+        _split(kernels.padded(k_means, grid.kv_blocks * grid.block_kv), _parts(k_means)),
         whole_tiles.in_order(lists.kv_indices, lists.kv_num_blocks),
         Tiles(grid.block_q, grid.block_kv, mask=hides),
         top_k,
     )
     columns, keys, of_forced = (x[:, :, : grid.q_len] for x in (columns, keys, of_forced))
-    chosen = keys > NOTHING
-    keys = jnp.where(keys == mosaic.FIRST, of_forced[..., None], keys)
-    columns = jnp.where(chosen, columns, _LAST)
-    columns, keys = jax.lax.sort((columns, keys), num_keys=1)
-    return Best.of(jnp.where(columns < _LAST, columns, -1), keys)
+    return Best.unordered(columns, jnp.where(keys == mosaic.FIRST, of_forced[..., None], keys))
 
 
 def _split(x: Array, parts: int) -> tuple[Array, ...]:

@@ -14,6 +14,7 @@ from jsparse.attention.separation import Separated, separate
 from jsparse.core.blocks import CellRule, Cells
 from jsparse.types import Mask
 from pallas_kernels import _compat
+from pallas_kernels.ring import LANES
 
 # tiles of so many queries are what kernels take
 LEAST_QUERIES = 16
@@ -83,6 +84,14 @@ def pad_width(x: Array, width: int) -> Array:
     """Fills the last axis with zeros up to `width`."""
     missing = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def padded(
+    x: Float[Array, "batch tokens heads dim"], tokens: int
+) -> Float[Array, "batch more_tokens heads more_dim"]:
+    """Fills with zeros up to so many tokens, and to a width that products take; no gradient."""
+    x = jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)))
+    return pad_width(jax.lax.stop_gradient(x), -(-x.shape[3] // LANES) * LANES)
 
 
 def tile_rule(

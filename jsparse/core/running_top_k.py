@@ -47,6 +47,17 @@ class Best(NamedTuple):
         counts = (indices >= 0).sum(-1, dtype=jnp.int32)
         return cls(indices, counts, jnp.where(indices < 0, -jnp.inf, numbers_of(keys)))
 
+    @classmethod
+    def unordered(
+        cls,
+        columns: Int[Array, "batch heads rows width"],
+        keys: Int[Array, "batch heads rows width"],
+    ) -> "Best":
+        """The same of columns in any order, where what has the key `NOTHING` is none."""
+        columns = jnp.where(keys > NOTHING, columns, _LAST)
+        columns, keys = jax.lax.sort((columns, keys), num_keys=1)
+        return cls.of(jnp.where(columns < _LAST, columns, -1), keys)
+
 
 # (batch, head, q_tile, kv_tile), all scalars, to what is known of that tile
 ScoreOfTile = Callable[[Array, Array, Array, Array], TileScores]

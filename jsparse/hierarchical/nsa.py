@@ -10,16 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.attention.attend import attend
+from jsparse.attention.blocks_of_windows import Problem, blocks_of_windows
 from jsparse.attention.planned import Queries
-from jsparse.core.blocks import cells_of
-from jsparse.core.running_top_k import running_top_k
-from jsparse.core.tile_scores import window_scores
 from jsparse.core.windows import Compression, Windows, mlp
 from jsparse.masks import causal, sliding_window, whole_windows
-from jsparse.types import BlockMask, Branch, Mask, Method, TileGrid
-
-# queries, and blocks of keys, that are scored at once
-_SCORED_ROWS, _SCORED_BLOCKS = 128, 32
+from jsparse.types import BlockMask, Branch, Mask, Method
 
 
 class Pair(NamedTuple):
@@ -94,35 +89,23 @@ def select_blocks(
     """
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
     batches, kv_heads = math.prod(batch_shape), k_windows.shape[-2]
-    blocks = -(-kv_len // block_kv)
-    grid = TileGrid(q_len, blocks, min(_SCORED_ROWS, q_len), min(_SCORED_BLOCKS, blocks))
     start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape).reshape(-1)
-    tokens = None
-    if token_mask is not None:
-        tokens = cells_of(
-            token_mask.flatten_batch(batch_shape), TileGrid(q_len, kv_len, 1, block_kv)
-        )
-    score = window_scores(
+    problem = Problem(
         q.reshape(batches, q_len, heads, dim),
         k_windows.reshape(batches, -1, kv_heads, dim),
         lse.reshape(batches, heads, q_len),
-        windows=windows,
-        block=block_kv,
-        mask=mask.flatten_batch(batch_shape),
-        grid=grid,
-        scale=dim**-0.5 if scale is None else scale,
-        softcap=softcap,
-        offset=start,
-        num_init=num_init,
-        num_local=num_local,
-        tokens=tokens,
+        windows,
+        block_kv,
+        kv_len,
+        mask.flatten_batch(batch_shape),
+        dim**-0.5 if scale is None else scale,
+        softcap,
+        start,
+        num_init,
+        num_local,
+        None if token_mask is None else token_mask.flatten_batch(batch_shape),
     )
-    # what begins after the last query of a tile has nothing for it
-    last = start[..., None] + grid.q_range(jnp.arange(grid.q_blocks))[1]
-    first_keys = jnp.arange(grid.kv_blocks) * grid.block_kv * block_kv
-    begun = (first_keys <= last[..., None])[..., None, :, :]
-    tiles = BlockMask.from_dense(begun, **grid._asdict(), width=grid.kv_blocks)
-    best = running_top_k(score, top_k, grid, batches=batches, heads=kv_heads, tiles=tiles)
+    best = blocks_of_windows(problem, top_k)
     indices, counts, scores = (x.reshape(*batch_shape, *x.shape[1:]) for x in best)
     none = jnp.zeros(indices.shape[:-2], bool)
     return BlockMask(indices, counts, none, q_len, kv_len, 1, block_kv), scores

@@ -23,6 +23,11 @@ class Causal(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return kv_index <= self._last_key(q_index, frame)
 
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        return self.visible(q_index, kv_first + (count - 1), frame)
+
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
         some = kv_first <= self._last_key(q_last, frame)

@@ -23,6 +23,11 @@ class Lengths(Mask):
             seen &= kv_index < self.kv_lengths[entry(len(self.kv_lengths), frame.batch)]
         return seen
 
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        return self.visible(q_index, kv_first + (count - 1), frame)
+
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
         # the first pair is the likeliest to be visible, the last the least
@@ -39,6 +44,11 @@ class InRoom(Mask):
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         return self.mask.visible(q_index, kv_index, self._frame(frame))
+
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        return self.mask.visible_run(q_index, kv_first, count, self._frame(frame))
 
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         return self.mask.within(q_range, kv_range, self._frame(frame))

@@ -1,5 +1,7 @@
 """Packed documents: tokens see the tokens of their own segment."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -19,6 +21,16 @@ class Segments(Mask):
         q_id = self.q_ids[entry(len(self.q_ids), frame.batch), q_index]
         kv_id = self.kv_ids[entry(len(self.kv_ids), frame.batch), kv_index]
         return (q_id == kv_id) & (q_id >= 0)
+
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        q_id = self.q_ids[entry(len(self.q_ids), frame.batch), q_index]
+        row = entry(len(self.kv_ids), frame.batch)
+        # what keys say by themselves, kernels are told before; then two numbers are left to compare
+        ids = [self.kv_ids[row, kv_first + n] for n in range(count)]
+        low, high = (functools.reduce(f, ids) for f in (jnp.minimum, jnp.maximum))
+        return (q_id == low) & (q_id == high) & (q_id >= 0)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         q_low, q_high = block_extrema(self.q_ids, grid.block_q)

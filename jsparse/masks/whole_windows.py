@@ -1,8 +1,5 @@
 """Whole windows: each query sees those windows of which a mask shows it every token."""
 
-import functools
-import operator
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -22,10 +19,7 @@ class WholeWindows(Mask):
 
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         inner = frame._replace(kv_len=self.kv_len)
-        keys = (kv_index * self.stride + n for n in range(self.size))
-        return functools.reduce(
-            operator.and_, (self.mask.visible(q_index, key, inner) for key in keys)
-        )
+        return self.mask.visible_run(q_index, kv_index * self.stride, self.size, inner)
 
     def classifier(self, grid: TileGrid) -> TileClassifier:
         tokens = self._of_tokens(grid)

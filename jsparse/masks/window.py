@@ -29,6 +29,12 @@ class SlidingWindow(Mask):
         distance = q_index + key_position(self.offset, frame) - kv_index
         return self._inside(distance, distance)
 
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        last = kv_first + (count - 1)
+        return self.visible(q_index, kv_first, frame) & self.visible(q_index, last, frame)
+
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
         offset = key_position(self.offset, frame)

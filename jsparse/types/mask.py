@@ -1,6 +1,7 @@
 """Masks: who may see whom from positions alone, element by element and tile by tile."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +91,17 @@ class Mask:
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         """Says element by element whether query `q_index` may see key `kv_index`."""
         raise NotImplementedError
+
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        """Says whether query `q_index` may see all of `count` keys from `kv_first` on.
+
+        Masks that know this without asking for each key override it.
+        """
+        return functools.reduce(
+            operator.and_, (self.visible(q_index, kv_first + n, frame) for n in range(count))
+        )
 
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         """Bounds any pairs of queries and keys between a first and a last position each.
@@ -190,6 +202,12 @@ class And(Mask):
     def visible(self, q_index: Index, kv_index: Index, frame: Frame) -> Bool[Array, "..."]:
         left = self.left.visible(q_index, kv_index, frame)
         return left & self.right.visible(q_index, kv_index, frame)
+
+    def visible_run(
+        self, q_index: Index, kv_first: Index, count: int, frame: Frame
+    ) -> Bool[Array, "..."]:
+        run = kv_first, count, frame
+        return self.left.visible_run(q_index, *run) & self.right.visible_run(q_index, *run)
 
     def within(self, q_range: Range, kv_range: Range, frame: Frame) -> TileBounds:
         return _join(operator.and_, self.left.within, self.right.within)(q_range, kv_range, frame)

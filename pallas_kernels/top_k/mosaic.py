@@ -1,17 +1,8 @@
 """The best keys of each query by the products with all of them, which are never written; Hopper.
 
 Programs are those of `walk`: each owns a tile of queries and meets tiles of keys in ascending
-order. A consumer keeps the best so far of its 64 rows in registers, laid out as an accumulator is:
-`width` numbers and their columns for each row. Of a tile it takes the largest number of each row,
-as long as that is larger than the least of the best, in whose place it comes. A warp stops when
-none of its 16 rows has one. A row of n numbers in random order changes its best about
-`k * (1 + log(n / k))` times; each change is about 5 operations on the numbers that a thread holds
-of the tile and of the best.
-
-Numbers are compared as integers, in which a NaN is the largest, both zeros are one, and what is not
-seen is less than all. Of equal ones the lower column is the better: a tile's largest is the first
-of these, it must be larger than the least of the best to come in, and of equal ones the highest
-column goes.
+order. A consumer keeps the best so far of its 64 rows in registers (see `kept`). What is not seen
+is less than all.
 
 Products are as precise as f32 where q has 16 bits and keys have more: these come in up to three
 parts of 8 bits each, which are multiplied one after the other.
@@ -37,15 +28,13 @@ from pallas_kernels.block_sparse_attention.walk import (
     launch,
 )
 from pallas_kernels.sortable import NOTHING, sortable
+from pallas_kernels.top_k.kept import MOST, Kept, places
 from pallas_kernels.warpgroup import warpgroup
 
 KEYS = 64  # of a tile
-MOST = 64  # of the best, whose registers are two for each 4 of a row
 # what stands for a pair: not seen, seen, or taken before all others; one of a row at most is
 SEEN, FORCED = 1.0, 2.0
 FIRST = 2**31 - 2  # the integer of what is forced, above that of every number
-_TAKEN = 2**31 - 1  # a place of the best that is none
-_NO_COLUMN = 2**30  # from here on columns stand for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +94,7 @@ def refusal(dtype: Any, rows: int, parts: int, dim: int, top_k: int) -> str | No
         return f"it takes tiles of {ROWS} or {2 * ROWS} queries, not {rows}."
     if top_k > MOST:
         return f"it keeps up to {MOST} of each row in registers, not {top_k}."
-    if default_config(rows, parts, dim, _width(top_k)) is None:
+    if default_config(rows, parts, dim, places(top_k)) is None:
         return f"it has no room for a tile of {parts} parts of keys of width {dim}."
     return None
 
@@ -137,7 +126,7 @@ def top_k(
       each row's forced product, or `NOTHING`.
     """
     batches, q_len, heads, dim = q.shape
-    width = _width(count)
+    width = places(count)
     sizes = tiles.block_q, len(k), dim
     reason = refusal(q.dtype, *sizes, count)
     if reason:
@@ -150,7 +139,7 @@ def top_k(
         raise ValueError(f"config={chosen} is not legal here: {reason}")
     ops = warpgroup()
     per_row = (width,), (width,), ()
-    shape, best_shape, consumers = (ROWS, KEYS), (ROWS, width), tiles.block_q // ROWS
+    shape, consumers = (ROWS, KEYS), tiles.block_q // ROWS
 
     def consumer(program: Program):
         bound = tiles.bind(program.inputs)
@@ -184,35 +173,13 @@ def top_k(
                 of_forced = jnp.maximum(of_forced, own)
                 found = jnp.where(said == FORCED, jnp.int32(FIRST), found)
                 found = jnp.where(said == 0.0, nothing, found)
-            column = ops.iota(shape, 1)
+            return *Kept(*known).with_tile(found, first, ops), of_forced
 
-            def larger(state):
-                _, peak, _, _, least = state
-                return ops.any_row(peak > least)
-
-            def take(state):
-                """The largest of each row, if larger, in the place of the least of the best."""
-                found, peak, best, columns, least = state
-                place = jnp.where(found == _along(peak, shape), column, jnp.int32(KEYS)).min(axis=1)
-                goes = best == _along(least, best_shape)
-                last = jnp.where(goes, columns, jnp.int32(-1)).max(axis=1)
-                goes &= columns == _along(last, best_shape)
-                goes &= _along(peak, best_shape) > best
-                best = jnp.where(goes, _along(peak, best_shape), best)
-                columns = jnp.where(goes, _along(place + first, best_shape), columns)
-                found = jnp.where(column == _along(place, shape), jnp.int32(NOTHING), found)
-                return found, found.max(axis=1), best, columns, best.min(axis=1)
-
-            state = found, found.max(axis=1), *known
-            return *lax.while_loop(larger, take, state)[2:], of_forced
-
-        slot = ops.iota(best_shape, 1)
-        # places that are too many are never the least; the others differ, so that one goes at once
-        best = jnp.where(slot < count, jnp.int32(NOTHING), jnp.int32(_TAKEN))
-        least = best.min(axis=1)
-        # that is nothing in every row, and so is what is forced so far
-        start = best, slot + _NO_COLUMN, least, least
-        best, columns, _, of_forced = lax.fori_loop(visit.first, visit.last, tile, start)
+        start = Kept.nothing(count, ops)
+        # the least is nothing in every row, and so is what is forced so far
+        state = *start, start.least
+        *known, of_forced = lax.fori_loop(visit.first, visit.last, tile, state)
+        best, columns, _ = known
         own = [x.at[program.member] for x in program.scratch]
         for ref, value in zip(own, (columns, best, of_forced), strict=True):
             ops.store(ref, value)
@@ -234,13 +201,3 @@ def top_k(
         ops=ops,
     )
     return columns[..., :count], integers[..., :count], of_forced
-
-
-def _along(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """A number per row in each of its columns."""
-    return lax.broadcast_in_dim(rows, shape, (0,))
-
-
-def _width(count: int) -> int:
-    """Places of a row in registers, of which there are 8 or a multiple."""
-    return -(-count // 8) * 8

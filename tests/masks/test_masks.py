@@ -172,6 +172,18 @@ def test_pairs_are_as_defined(name, lengths):
     np.testing.assert_array_equal(mask_pairs(mask, *lengths), expected_pairs(definition, *lengths))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_of_keys_are_seen_where_each_key_is(name):
+    mask, definition = definitions(23, 40)[name]
+    pairs, flat = expected_pairs(definition, 23, 40), mask.flatten_batch(mask.batch_shape)
+    rows = jnp.arange(23)[:, None]
+    for count in (1, 4):
+        first = np.arange(40 - count + 1)
+        seen = flat.visible_run(rows, jnp.asarray(first), count, Frame(23, 40))
+        each = pairs[:, first[:, None] + np.arange(count)].all(-1)
+        np.testing.assert_array_equal(np.broadcast_to(seen, each.shape), each)
+
+
 @pytest.mark.parametrize(
     ("lengths", "blocks"), [((40, 40), (8, 4)), ((23, 40), (5, 7)), ((40, 23), (64, 1))], ids=str
 )
