@@ -6,18 +6,19 @@ gpu_compile.md beside it.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-# gigabytes come together in it; it goes when this process ends
-_FOLDER = tempfile.TemporaryDirectory(prefix="mosaic-")
-# all of these are read when jax or its plugin is loaded
-DUMP = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", _FOLDER.name))
+# all of these are read when jax or its plugin is loaded; a folder to dump to would also get what
+# every pass made of a kernel, a hundred megabytes of each, which takes a third of compiling
+os.environ.pop("MOSAIC_GPU_DUMP_TO", None)
+os.environ["MOSAIC_GPU_DUMP_PTX"] = os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # where a compiler prints a stack, looking up its names takes longer than all else
@@ -357,13 +358,13 @@ def measure(
       layouts: Stages and bytes of shared memory of its programs; read once all is lowered.
       gates: What may be wrong with a chip's kernels.
     """
-    before = _dumped()
-    with _without_c_stderr():
-        compiled = jax.jit(function).lower(*inputs).compile()
-    kernels, reports = (_new(before, suffix) for suffix in (".ptx", ".ptxas"))
+    lowered = jax.jit(function).lower(*inputs)
+    with tempfile.TemporaryFile("w+") as file:
+        with _printing_to(file):
+            compiled = lowered.compile()
+        file.seek(0)
+        kernels, reports = compile_report.printed(file.read())
     registers = [int(_first(r"Used (\d+) registers", report)) for report in reports]
-    for path in DUMP.glob("*.mlir-passes.log"):
-        path.unlink()  # a hundred megabytes of each kernel
     memory = compiled.memory_analysis()
     instructions = [compile_report.instructions(ptx) for ptx in kernels]
     row: dict[str, Any] = {
@@ -420,36 +421,23 @@ def _common_gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     ]
 
 
-def _dumped() -> set[tuple[Path, int]]:
-    """What compilers left, and when: another process gives its files the same names."""
-    return {(path, path.stat().st_mtime_ns) for path in DUMP.iterdir()}
-
-
-def _new(before: set[tuple[Path, int]], suffix: str) -> list[str]:
-    found = [path for path, _ in _dumped() - before if path.suffix == suffix]
-    if not found:
-        sys.exit(f"The compiler left no {suffix} file in {DUMP}; is ptxas installed?")
-    # in the order of compilation: their names end in a number
-    found.sort(key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
-    return [path.read_text() for path in found]
-
-
 def _first(pattern: str, text: str) -> str:
     match = re.search(pattern, text, re.MULTILINE)
     return match.group(1).rstrip(",") if match else "0"
 
 
-class _without_c_stderr:  # noqa: N801
-    """Drops what C++ prints: that nvdisasm, which is not needed, is missing."""
-
-    def __enter__(self) -> None:
-        self.saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        os.close(null)
-
-    def __exit__(self, *exception: object) -> None:
-        os.dup2(self.saved, 2)
-        os.close(self.saved)
+@contextlib.contextmanager
+def _printing_to(file: IO[str]) -> Iterator[None]:
+    """Sends what C++ prints to a file."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(file.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -4,8 +4,6 @@ In a process of its own, for Mosaic assembles for the first chip that a process 
 """
 
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -33,11 +31,8 @@ def taken(cases: Sequence[Case]) -> list[tuple[str, str]]:
 
 def compiled(wanted: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Compiles passes of cases."""
-    with tempfile.TemporaryDirectory(prefix="mosaic-") as folder:
-        # each process counts its kernels from 0
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            yield from process.map(compile_pass, *zip(*wanted, strict=True))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield from process.map(compile_pass, *zip(*wanted, strict=True))
 
 
 def compile_pass(name: str, which: str) -> dict[str, Any]:
