@@ -284,7 +284,7 @@ def nsa(
         def of_values(tokens, first):
             return phi.apply(params["v"], windows.of(tokens))
 
-        make = Pair(of_keys, of_values)
+        make = of_keys, of_values
         new, count = -(-q_len // stride), windows.count(pair.k.shape[-3])
         if state is None or new >= count:
             made = Pair(*(of(x, 0).astype(x.dtype) for of, x in zip(make, pair, strict=True)))

@@ -191,7 +191,7 @@ def test_projections_of_its_own_are_what_could_be_given():
     length, base = 50, 20.0
     q, k, v = qkv(length)
     x = hidden(length)
-    sizes = {**SMALL, "rope_base": base}
+    sizes = {**SMALL, "rope_base": base, "compression": js.windows.mean()}
     method, plain = js.nsa(**sizes, own_projections=True), js.nsa(**sizes)
     params = params_of(method)
 
@@ -262,7 +262,7 @@ def test_branches_reduce_to_dense_and_to_the_window():
         method = js.nsa(**{**SMALL, **sizes})
         params = params_of(method)
         gates = jnp.full((FEATURES, 4, 3), -1e3).at[..., branch].set(1e3)
-        return method.attend({**params, "gates": gates}, q, k, v, x=x)[0]
+        return jax.jit(method.attend)({**params, "gates": gates}, q, k, v, x=x)[0]
 
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(gated(1, top_k=6), dense, atol=4e-6)
@@ -279,17 +279,16 @@ def test_rows_before_the_first_window_have_no_compressed_part():
     only = {**params, "gates": jnp.full((FEATURES, 4, 3), -1e3).at[..., 0].set(1e3)}
     x = jnp.ones((40, FEATURES))
 
-    @jax.jit
     def loss(q):
         out = method.attend(only, q, k, v, x=x)[0]
         return out.sum(), out
 
-    gradient, out = jax.grad(loss, has_aux=True)(q)
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(q)
     assert not out[:7].any()
     assert out[7:].all()
     assert jnp.isfinite(gradient).all()
     # fewer keys than a window: there is nothing compressed at all
-    short = method.attend(only, q[:5], k[:5], v[:5], x=x[:5])[0]
+    short = jax.jit(method.attend)(only, q[:5], k[:5], v[:5], x=x[:5])[0]
     assert not short.any()
 
 
@@ -312,7 +311,7 @@ def test_gradients_are_those_of_masked_dense_attention(separate):
     x = hidden(length)
     method = js.nsa(**SMALL)
     params = params_of(method)
-    plan, _ = method.plan(params, own.q, own.k, **given)
+    plan, _ = jax.jit(method.plan)(params, own.q, own.k, **given)
     windows = Windows(8, 4)
     seen = js.masks.whole_windows(CAUSAL, size=8, stride=4, kv_len=length)
 
