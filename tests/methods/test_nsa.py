@@ -262,7 +262,7 @@ def test_branches_reduce_to_dense_and_to_the_window():
         method = js.nsa(**{**SMALL, **sizes})
         params = params_of(method)
         gates = jnp.full((FEATURES, 4, 3), -1e3).at[..., branch].set(1e3)
-        return jax.jit(method.attend)({**params, "gates": gates}, q, k, v, x=x)[0]
+        return method.attend({**params, "gates": gates}, q, k, v, x=x)[0]
 
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
     np.testing.assert_allclose(gated(1, top_k=6), dense, atol=4e-6)
@@ -311,7 +311,7 @@ def test_gradients_are_those_of_masked_dense_attention(separate):
     x = hidden(length)
     method = js.nsa(**SMALL)
     params = params_of(method)
-    plan, _ = jax.jit(method.plan)(params, own.q, own.k, **given)
+    plan, _ = method.plan(params, own.q, own.k, **given)
     windows = Windows(8, 4)
     seen = js.masks.whole_windows(CAUSAL, size=8, stride=4, kv_len=length)
 
