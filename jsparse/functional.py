@@ -50,7 +50,7 @@ def sparse_attention(
       state: What the method returned as `info.state` at the step or layer before.
       key: A PRNG key, for methods that sample.
       **options: Keywords of `js.attend`: bias, score_mod, sinks, softcap, scale, return_lse,
-        implementation.
+        implementation; and what the method itself takes besides, such as `local=` of `js.nsa`.
 
     Returns:
       What `js.attend` returns: the output, or `(out, lse)` with `return_lse=True`.

@@ -91,6 +91,7 @@ from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens
 from jsparse.checks.methods import token_lists as token_lists
+from jsparse.checks.methods import tokens_of_branches as tokens_of_branches
 from jsparse.checks.paged import new_tokens as new_tokens
 from jsparse.checks.paged import one_bool_per_sequence as one_bool_per_sequence
 from jsparse.checks.paged import one_per_sequence as one_per_sequence

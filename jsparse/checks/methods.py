@@ -44,6 +44,25 @@ def keys_of_all_tokens(q_len: int, kv_len: int) -> None:
         )
 
 
+def tokens_of_branches(q: Any, k: Any, v: Any, own: bool, **branches: Any) -> None:
+    """What branches are given is of the same tokens, heads and features; or they make their own."""
+    for name, given in branches.items():
+        if given is None:
+            continue
+        if own:
+            raise ValueError(
+                f"{name} is given, and own_projections=True makes it of hidden states; leave one "
+                "of the two out."
+            )
+        shapes = tuple(getattr(x, "shape", None) for x in given)
+        expected = tuple(x.shape for x in (q, k, v) if x is not None)
+        if len(shapes) != 3 or shapes[: len(expected)] != expected:
+            raise ValueError(
+                f"{name} has shapes {shapes}; it must be a query, key and value (q, k, v) of the "
+                f"shapes of q, k and v, {expected}."
+            )
+
+
 def room_for_both_ends(block_top_k: Any) -> None:
     """Chosen blocks include the first and the last, whose mean tells of what comes later."""
     if block_top_k is not None and block_top_k < 2:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.blocks_of_windows import Problem, blocks_of_windows
 from jsparse.attention.planned import Queries
+from jsparse.core.appending import written
+from jsparse.core.rotary import rotary, unrotated
 from jsparse.core.windows import Compression, Windows, mlp
 from jsparse.masks import causal, sliding_window, whole_windows
 from jsparse.types import BlockMask, Branch, Mask, Method
@@ -24,18 +27,41 @@ class Pair(NamedTuple):
     v: Float[Array, "*batch tokens kv_heads v_dim"]
 
 
+class Tokens(NamedTuple):
+    """What a branch sees of the tokens, where it is not what the others see."""
+
+    q: Float[Array, "*batch q_len heads dim"]
+    k: Float[Array, "*batch kv_len kv_heads dim"]
+    v: Float[Array, "*batch kv_len kv_heads v_dim"]
+
+
+class OwnState(NamedTuple):
+    """What a step of branches with projections of their own starts from.
+
+    Attributes:
+      windows: The compressed keys and values so far.
+      compressed: Those of the tokens that they are made of.
+      local: Those of the local branch's tokens.
+    """
+
+    windows: Pair
+    compressed: Pair
+    local: Pair
+
+
 class NsaInfo(NamedTuple):
     """How blocks were chosen, and what the next step starts from.
 
     Attributes:
       block_scores: Importance of the chosen blocks, in the order of the lists; -inf past them.
-      state: The compressed keys and values so far, for `state` of the next step.
+      state: The compressed keys and values so far, for `state` of the next step; with own
+        projections what these make of the tokens, too.
       branches: The compressed, selected and local attention; the first is missing where keys are
         fewer than a window has.
     """
 
     block_scores: Float[Array, "*batch kv_heads q_len top_k"]
-    state: Pair
+    state: Pair | OwnState
     branches: tuple[Branch, ...]
 
 
@@ -121,6 +147,9 @@ def nsa(
     num_init: int = 1,
     num_local: int = 2,
     window: int = 512,
+    own_projections: bool = False,
+    rope_base: float | None = None,
+    turn_windows: bool = True,
 ) -> Method:
     """Attends to compressed windows, to the blocks that those point at, and to the last keys.
 
@@ -129,6 +158,12 @@ def nsa(
     each window of which it hides a key. A block that it hides whole takes no other's place. The
     query heads of a group choose their blocks together. What was compressed is in `info.state`:
     given to the next step, it is only added to.
+
+    All branches see the same queries, keys and values, unless they are given some of their own:
+    `plan` and `attend`, and so `js.sparse_attention`, take `compressed=` and `local=`, the
+    `Tokens(q, k, v)` that this branch sees, of the shapes of q, k and v, which are then those of
+    the others. Windows are made of `compressed`. With `own_projections` the method makes the keys
+    and values of both branches itself, of the hidden states.
 
     Args:
       compression: What makes one key, and value, of a window's: `js.windows.mlp()` in the paper and
@@ -140,83 +175,155 @@ def nsa(
       num_init: Blocks at the start that are always selected; 1 in the paper.
       num_local: Blocks up to the query's own that are always selected, at least 1; 2 in the paper.
       window: Keys of the local branch, the query's own included; 512 in the paper.
+      own_projections: Whether the compressed and the local branch have projections of their own,
+        of `x`, as in the paper; q, k, v are then those of the selected branch. Their keys and
+        values are in the state: without one, x has to have the hidden states of all keys.
+      rope_base: Base of the positions that q and k carry, with halves paired as in `js.nn`: windows
+        are made of keys as they are before, which are turned back for it. None makes them of keys
+        as they come. Keys carry 0, 1, ...: a layer that is called with other `positions` needs
+        None. `compressed` comes without positions in its keys, and is not turned back. Local keys
+        of `own_projections` get theirs by it: there it has to be the layer's, None included.
+      turn_windows: With a `rope_base`, whether a window's key is turned to where the window begins.
+        Otherwise the compressed branch has no positions: its queries are turned back as well, and
+        come without in `compressed`.
 
     Differs from the paper:
-      All branches share the keys and values that they are given, as all open implementations do;
-      `select_blocks` and `js.attend` make up branches with some of their own. Windows are made of
-      keys with their rotary positions applied. The perceptron's hidden layer is twice a token
-      wide, a choice of ours.
+      All branches share keys and values by default, as in all open implementations; in the paper
+      each has its own, as with `own_projections`. The paper does not say how compressed keys go
+      with rotary positions: by default windows are made of keys that have them, as in fla-org's
+      code; a `rope_base` is XunhaoLai's way, and without `turn_windows` it is lucidrains'. The
+      perceptron's hidden layer is twice a token wide, a choice of ours.
 
     Raises:
       ValueError: if a number is not positive, `stride` does not divide the others, or forced blocks
-        are more than `top_k`.
+        are more than `top_k`; from the method, if the tokens of a branch have other shapes, or are
+        given to one that makes its own.
     """
     checks.positive(stride=stride, top_k=top_k, num_local=num_local, window=window)
     checks.positive(compression_size=compression_size, block_kv=block_kv)
     checks.non_negative(num_init=num_init)
     checks.multiple(of=stride, compression_size=compression_size, block_kv=block_kv)
     checks.forced_blocks(top_k, num_init=num_init, num_local=num_local)
+    if rope_base is not None:
+        checks.positive_number(rope_base=rope_base)
     windows = Windows(compression_size, stride)
-    compressed = mlp() if compression is None else compression
+    phi = mlp() if compression is None else compression
 
     def init(key, *, num_heads, num_kv_heads, dim, features):
+        if rope_base is not None:
+            checks.multiple(of=2, dim=dim)
         of_k, of_v, of_gates = jax.random.split(key, 3)
         sizes = {"size": windows.size, "heads": num_kv_heads, "dim": dim}
-        return {
-            "k": compressed.init(of_k, **sizes),
-            "v": compressed.init(of_v, **sizes),
+        params = {
+            "k": phi.init(of_k, **sizes),
+            "v": phi.init(of_v, **sizes),
             "gates": 0.006 * jax.random.normal(of_gates, (features, num_heads, 3)),
         }
+        if own_projections:
+            # a key that the split above does not give
+            of_compressed, of_local = jax.random.split(jax.random.fold_in(key, 3))
+            sizes = {"features": features, "heads": num_kv_heads, "dim": dim}
+            params["own"] = {
+                "compressed": _projections(of_compressed, **sizes),
+                "local": _projections(of_local, **sizes),
+            }
+        return params
 
     def init_state(k, v):
         """That of a step before the first, for keys and values of these shapes."""
         count = windows.count(k.shape[-3])
-        return Pair(*(jnp.zeros((*x.shape[:-3], count, *x.shape[-2:]), x.dtype) for x in (k, v)))
+        made = Pair(*(jnp.zeros((*x.shape[:-3], count, *x.shape[-2:]), x.dtype) for x in (k, v)))
+        if not own_projections:
+            return made
+        tokens = Pair(jnp.zeros_like(k), jnp.zeros_like(v))
+        return OwnState(made, tokens, tokens)
 
-    def compress(params, k, v, q_len, start, state):
+    def projected(params, q, k, x, start, state):
+        """What the method's own projections make of all tokens, those of `x` being the newest."""
+        checks.hidden_states(x, q, params["gates"].shape[0])
+        made = {name: _projected(kernels, x, q.dtype) for name, kernels in params["own"].items()}
+        compressed, local = made["compressed"], made["local"]
+        if rope_base is not None:
+            local = local._replace(k=_turned(rotary, local.k, start, base=rope_base))
+        if state is None:
+            checks.keys_of_all_tokens(q.shape[-3], k.shape[-3])
+            return compressed, local
+        first = jnp.broadcast_to(start, q.shape[:-3])
+        known = state.compressed, state.local
+        return jax.tree.map(lambda x, new: written(x, new, first), known, (compressed, local))
+
+    def compress(params, pair, q_len, start, state, *, with_positions):
         """Windows of all tokens, those that the newest complete being made now."""
 
-        def of(name, x):
-            return compressed.apply(params[name], windows.of(x)).astype(x.dtype)
+        def of_keys(tokens, first):
+            if with_positions:
+                tokens = tokens.astype(jnp.float32)
+                tokens = _turned(unrotated, tokens, first * stride, base=rope_base)
+            made = phi.apply(params["k"], windows.of(tokens))
+            if rope_base is None or not turn_windows:
+                return made
+            return _turned(rotary, made, first * stride, stride, base=rope_base)
 
-        new, count = -(-q_len // stride), windows.count(k.shape[-3])
-        if state is None:
-            return Pair(of("k", k), of("v", v))
-        if new >= count:
-            return Pair(of("k", k).astype(state.k.dtype), of("v", v).astype(state.v.dtype))
+        def of_values(tokens, first):
+            return phi.apply(params["v"], windows.of(tokens))
+
+        make = of_keys, of_values
+        new, count = -(-q_len // stride), windows.count(pair.k.shape[-3])
+        if state is None or new >= count:
+            made = Pair(*(of(x, 0).astype(x.dtype) for of, x in zip(make, pair, strict=True)))
+            if state is None:
+                return made
+            return Pair(*(x.astype(y.dtype) for x, y in zip(made, state, strict=True)))
         done = (start - windows.size) // stride + 1  # complete before the first query
 
-        def add(name, known, x, first):
+        def add(of, known, x, first):
             first = jnp.clip(first, 0, count - new)
             length = (new - 1) * stride + windows.size
             tokens = jax.lax.dynamic_slice_in_dim(x, first * stride, length)
-            made = of(name, tokens).astype(known.dtype)
+            made = of(tokens, first).astype(known.dtype)
             return jax.lax.dynamic_update_slice_in_dim(known, made, first, axis=0)
 
-        def one(known, k, v, first):
-            return Pair(add("k", known.k, k, first), add("v", known.v, v, first))
+        def one(known, pair, first):
+            return Pair(*(add(*each, first) for each in zip(make, known, pair, strict=True)))
 
-        for _ in k.shape[:-3]:
+        for _ in pair.k.shape[:-3]:
             one = jax.vmap(one)
-        return one(state, k, v, jnp.broadcast_to(done, k.shape[:-3]))
+        return one(state, pair, jnp.broadcast_to(done, pair.k.shape[:-3]))
 
-    def scored(params, q, k, v, positions, mask, state, **options):
-        """The compressed branch, the lists that follow from it, and what else they are made of."""
+    def scored(params, q, k, v, x, positions, mask, state, compressed, local, **options):
+        """The compressed branch, the two others with what they attend to, and what is to tell."""
+        checks.tokens_of_branches(q, k, v, own_projections, compressed=compressed, local=local)
         q_len, kv_len = q.shape[-3], k.shape[-3]
         offset = Queries.of(q, k, positions).offset
         whole = causal(offset=offset) if mask is None else causal(offset=offset) & mask
         start = kv_len - q_len if offset is None else offset
-        pair = compress(params, k, v, q_len, start, state)
-        k_windows, v_windows = (x.astype(q.dtype) for x in pair)
+        tokens = Tokens(q, k, k if v is None else v)
+        for_windows, for_local = (
+            Tokens(*(tokens if y is None else y)) for y in (compressed, local)
+        )
+        made, own = state, ()
+        if own_projections:
+            own = projected(params, q, k, x, start, state)
+            for_windows, for_local = (Tokens(q, *(y.astype(q.dtype) for y in pair)) for pair in own)
+            made = None if state is None else state.windows
+        turn_back = rope_base is not None and compressed is None
+        if turn_back and not turn_windows:
+            for_windows = for_windows._replace(q=_turned(unrotated, q, start, base=rope_base))
+        with_positions = turn_back and not own_projections
+        pair = Pair(for_windows.k, for_windows.v)
+        pair = compress(params, pair, q_len, start, made, with_positions=with_positions)
+        k_windows, v_windows = (y.astype(q.dtype) for y in pair)
         seen = whole_windows(whole, size=windows.size, stride=stride, kv_len=kv_len)
         if windows.count(kv_len):
-            out, lse = attend(q, k_windows, v_windows, mask=seen, return_lse=True, **options)
+            out, lse = attend(
+                for_windows.q, k_windows, v_windows, mask=seen, return_lse=True, **options
+            )
         else:
-            out = jnp.zeros((*q.shape[:-1], v.shape[-1]), v.dtype)
+            out = jnp.zeros((*q.shape[:-1], for_windows.v.shape[-1]), for_windows.v.dtype)
             lse = jnp.full((*q.shape[:-3], q.shape[-2], q_len), -jnp.inf)
         logits = {name: options[name] for name in ("scale", "softcap") if name in options}
         plan, scores = select_blocks(
-            q,
+            for_windows.q,
             k_windows,
             lse,
             windows=windows,
@@ -230,14 +337,31 @@ def nsa(
             token_mask=mask,
             **logits,
         )
-        local = whole & sliding_window(left=window - 1, offset=offset)
-        branches = Branch(k_windows, None, seen), Branch(k, plan, whole), Branch(k, None, local)
+        last = whole & sliding_window(left=window - 1, offset=offset)
+        further = (tokens, plan, whole), (for_local, None, last)
+        branches = (
+            Branch(k_windows, None, seen),
+            *(Branch(of.k, tiles, visible) for of, tiles, visible in further),
+        )
         some = branches if windows.count(kv_len) else branches[1:]
-        return out, plan, whole, local, NsaInfo(scores, pair, some)
+        return out, further, NsaInfo(scores, OwnState(pair, *own) if own else pair, some)
 
-    def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        values = k if v is None else v
-        _, tiles, *_, info = scored(params, q, k, values, positions, mask, state)
+    def plan(
+        params: Any,
+        q: Any,
+        k: Any,
+        *,
+        v: Any = None,
+        x: Any = None,
+        positions: Any = None,
+        mask: Any = None,
+        state: Any = None,
+        key: Any = None,
+        compressed: Any = None,
+        local: Any = None,
+    ) -> tuple[Any, Any]:
+        given = params, q, k, v, x, positions, mask, state, compressed, local
+        _, ((_, tiles, _), _), info = scored(*given)
         return tiles, info
 
     def attend_to_branches(
@@ -251,6 +375,8 @@ def nsa(
         mask: Any = None,
         state: Any = None,
         key: Any = None,
+        compressed: Any = None,
+        local: Any = None,
         bias: Any = None,
         score_mod: Any = None,
         sinks: Any = None,
@@ -260,14 +386,38 @@ def nsa(
         checks.of_single_keys(bias=bias, score_mod=score_mod, sinks=sinks)
         checks.one_softmax(return_lse)
         checks.hidden_states(x, q, params["gates"].shape[0])
-        out, tiles, whole, local, info = scored(params, q, k, v, positions, mask, state, **options)
+        given = params, q, k, v, x, positions, mask, state, compressed, local
+        out, further, info = scored(*given, **options)
         outputs = (
             out,
-            attend(q, k, v, tiles, mask=whole, **options),
-            attend(q, k, v, mask=local, **options),
+            *(attend(*of, tiles, mask=visible, **options) for of, tiles, visible in further),
         )
         gates = jax.nn.sigmoid(jnp.einsum("...f,fhb->b...h", x, params["gates"]))
         mixed = sum(g[..., None] * o for g, o in zip(gates, outputs, strict=True))
         return jnp.asarray(mixed, v.dtype), info
 
     return Method(init, plan, attend_to_branches, init_state)
+
+
+def _projections(key: Array, *, features: int, heads: int, dim: int) -> dict[str, Array]:
+    """What makes a branch's keys and values of hidden states, at first."""
+    normal = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    of_k, of_v = jax.random.split(key)
+    return {"k": normal(of_k, (features, heads, dim)), "v": normal(of_v, (features, heads, dim))}
+
+
+def _projected(kernels: dict[str, Array], x: Array, dtype: Any) -> Pair:
+    """Keys and values of hidden states, computed in the dtype of those that the others see."""
+
+    def of(kernel):
+        return jnp.einsum("...f,fhd->...hd", x.astype(dtype), kernel.astype(dtype))
+
+    return Pair(of(kernels["k"]), of(kernels["v"]))
+
+
+def _turned(
+    turn: Callable[..., Array], x: Array, first: Any, stride: int = 1, *, base: float | None
+) -> Array:
+    """Queries or keys that stand at `first` and every `stride` tokens from there on, turned."""
+    first = jnp.broadcast_to(first, x.shape[:-3])[..., None]
+    return turn(x, first + stride * jnp.arange(x.shape[-3]), base=base)

@@ -12,6 +12,7 @@ from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
 from jsparse.core import selection
+from jsparse.core.appending import written
 from jsparse.core.low_precision import hadamard, rounded
 from jsparse.core.pooling import mean_blocks
 from jsparse.core.rotary import rotary
@@ -369,12 +370,7 @@ def hisa(
             checks.keys_of_all_tokens(q_len, kv_len)
             return own
 
-        def write(known, new, first):
-            return jax.lax.dynamic_update_slice_in_dim(known, new, first, axis=0)
-
-        for _ in batch_shape:
-            write = jax.vmap(write)
-        return own._replace(k=write(state, own.k, start))
+        return own._replace(k=written(state, own.k, start))
 
     def init_state(k, v):
         """That of a step before the first, for keys and values of these shapes."""

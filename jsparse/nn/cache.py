@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jsparse import checks
+from jsparse.core.appending import written
 from jsparse.types import pytree_dataclass
 
 
@@ -51,15 +51,9 @@ class KVCache:
             after what is there depends on data: it is the caller's to stop at `max_len`.
         """
         checks.cache_room(k.shape[-3], self.max_len)
-
-        def write(cache, new, start):
-            return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
-
-        for _ in self.length.shape:
-            write = jax.vmap(write)
         return dataclasses.replace(
             self,
-            k=write(self.k, k, self.length),
-            v=write(self.v, v, self.length),
+            k=written(self.k, k, self.length),
+            v=written(self.v, v, self.length),
             length=self.length + k.shape[-3],
         )

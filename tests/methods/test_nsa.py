@@ -1,19 +1,24 @@
 """NSA against its oracle, and the checks of its specification."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.core.rotary import rotary
 from jsparse.core.tile_scores import block_importance
 from jsparse.core.windows import Windows
+from jsparse.hierarchical.nsa import Tokens
 from tests.inputs import on_device, qkv
 from tests.oracles import nsa as oracle
 
 CAUSAL = js.masks.causal()
 SIZES = {"top_k": 4, "num_init": 1, "num_local": 2, "window": 24}
 SMALL = {"compression_size": 8, "stride": 4, "block_kv": 16, **SIZES}
+IN_LOOPS = {"size": 8, "stride": 4, "block": 16, **SIZES}
 FEATURES = 12
 
 
@@ -27,15 +32,26 @@ def hidden(length, batch=(), seed=3):
     return on_device(rng.normal(size=(*batch, length, FEATURES)), jnp.float32)
 
 
-def params_of(method):
-    params = method.init(jax.random.key(0), num_heads=4, num_kv_heads=2, dim=16, features=FEATURES)
-    return unlike_at_first(params)
+def params_of(method, heads=4, dim=16):
+    sizes = {"num_heads": heads, "num_kv_heads": 2, "dim": dim, "features": FEATURES}
+    return unlike_at_first(method.init(jax.random.key(0), **sizes))
 
 
 def unlike_at_first(params):
     """Weights are equal at first, positions zero and gates near a half: values that say more."""
     rng = np.random.default_rng(5)
     return jax.tree.map(lambda x: x + on_device(rng.normal(size=x.shape) * 0.1, x.dtype), params)
+
+
+def of_branches(*lengths, **sizes):
+    """Queries, keys and values of three branches that have nothing in common."""
+    return tuple(Tokens(*qkv(*lengths, **sizes, seed=seed)) for seed in (0, 1, 2))
+
+
+def assert_lists(plan, chosen):
+    for (row, head), blocks in chosen.items():
+        count = int(plan.kv_num_blocks[head, row])
+        assert plan.kv_indices[head, row, :count].tolist() == blocks
 
 
 def phi(name, params):
@@ -71,16 +87,139 @@ def test_branches_blocks_and_gates_equal_the_oracle(name):
     run = jax.jit(lambda params, q, k, v, x: method.attend(params, q, k, v, x=x, mask=CAUSAL))
     out, info = run(params, q, k, v, x)
     plan, _ = jax.jit(method.plan)(params, q, k, v=v, mask=CAUSAL)
-    sizes = {"size": 8, "stride": 4, "block": 16, **SIZES}
     outputs, chosen = oracle.branches(
-        q, k, v, phi_k=phi(name, params["k"]), phi_v=phi(name, params["v"]), **sizes
+        q, k, v, phi_k=phi(name, params["k"]), phi_v=phi(name, params["v"]), **IN_LOOPS
     )
-    for (row, head), blocks in chosen.items():
-        count = int(plan.kv_num_blocks[head, row])
-        assert plan.kv_indices[head, row, :count].tolist() == blocks
+    assert_lists(plan, chosen)
     assert {len(blocks) for blocks in chosen.values()} == {2, 3, 4}
     np.testing.assert_allclose(out, oracle.mix(outputs, x, params["gates"]), atol=5e-6)
     assert info.state.k.shape == (Windows(8, 4).count(kv_len), 2, 16)
+
+
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_branches_with_keys_and_values_of_their_own_equal_the_oracle(group):
+    """As in the paper, for groups of one head, of its 16, and of a number that no tile has."""
+    q_len, kv_len, heads = 50, 66, 2 * group
+    first, (q, k, v), last = of_branches(q_len, kv_len, heads=heads, kv_heads=2, dim=8)
+    method = js.nsa(**SMALL)
+    params, x = params_of(method, heads, 8), hidden(q_len)
+    given = {"compressed": first, "local": last, "x": x}
+
+    run = jax.jit(lambda params, q, k, v, given: method.attend(params, q, k, v, **given))
+    out, info = run(params, q, k, v, given)
+    of_windows = {"phi_k": phi("mlp", params["k"]), "phi_v": phi("mlp", params["v"])}
+    outputs, chosen = oracle.branches(
+        q, k, v, **of_windows, **IN_LOOPS, compressed=first, local=last
+    )
+    assert_lists(info.branches[1].plan, chosen)
+    np.testing.assert_allclose(out, oracle.mix(outputs, x, params["gates"]), atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("convention", "given"),
+    [
+        ("with positions", False),
+        ("placed windows", False),
+        ("placed windows", True),
+        ("no positions", False),
+    ],
+)
+def test_rotary_positions_of_the_compressed_branch(convention, given):
+    """What fla-org, XunhaoLai and lucidrains do: from a layer's q and k, and from one's own."""
+    q_len, kv_len, base = 50, 66, 20.0
+    q, k, v = qkv(q_len, kv_len)
+    at_q, at_k = np.arange(16, 66), np.arange(66)
+    turned = oracle.rotated(q, at_q, base), oracle.rotated(k, at_k, base)
+    sees = {
+        "with positions": (*turned, v),
+        "placed windows": (turned[0], k, v),
+        "no positions": (q, k, v),
+    }[convention]
+    places = convention == "placed windows"
+    options = {
+        "with positions": {},
+        "placed windows": {"rope_base": base},
+        "no positions": {"rope_base": base, "turn_windows": False},
+    }[convention]
+    method = js.nsa(**SMALL, **options)
+    params, x = params_of(method), hidden(q_len)
+    tokens = tuple(on_device(y, jnp.float32) for y in sees) if given else None
+    run = jax.jit(lambda q, k, v, x, tokens: method.attend(params, q, k, v, x=x, compressed=tokens))
+    out, _ = run(*(on_device(y, jnp.float32) for y in turned), v, x, tokens)
+    of_windows = {"phi_k": phi("mlp", params["k"]), "phi_v": phi("mlp", params["v"])}
+    outputs, _ = oracle.branches(
+        *turned, v, **of_windows, **IN_LOOPS, compressed=sees,
+        place=lambda keys: oracle.rotated(keys, 4 * np.arange(len(keys)), base) if places else keys,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, oracle.mix(outputs, x, params["gates"]), atol=5e-6)
+
+
+def test_what_one_branch_is_given_no_other_sees():
+    first, own, last = of_branches(90)
+    method = js.nsa(**SMALL)
+    params = params_of(method)
+    x = jnp.ones((90, FEATURES))
+
+    @jax.jit
+    def gated(gates, first, own, last):
+        given = {"x": x, "compressed": first, "local": last}
+        return method.attend({**params, "gates": gates}, *own, **given)[0]
+
+    # of 1 for one branch, of 0 for the others
+    gates = np.full((3, FEATURES, 4, 3), -1e3, np.float32)
+    gates[range(3), ..., range(3)] = 1e3
+
+    def each(*tokens):
+        return np.stack([gated(one, *tokens) for one in gates])
+
+    before = each(first, own, last)
+
+    def changed(*tokens):
+        return (each(*tokens) != before).any((1, 2, 3)).tolist()
+
+    def later(x):
+        # unlike before, and in another order
+        return 2 * jnp.flip(x, 0)
+
+    assert changed(first, own, last._replace(v=later(last.v))) == [False, False, True]
+    assert changed(first, own, last._replace(k=later(last.k))) == [False, False, True]
+    assert changed(first, own._replace(v=later(own.v)), last) == [False, True, False]
+    assert changed(first, own._replace(k=later(own.k)), last) == [False, True, False]
+    assert changed(first._replace(v=later(first.v)), own, last) == [True, False, False]
+    # what the compressed branch finds is what is selected
+    assert changed(first._replace(k=later(first.k)), own, last) == [True, True, False]
+    assert changed(first._replace(q=later(first.q)), own, last) == [True, True, False]
+
+
+def test_projections_of_its_own_are_what_could_be_given():
+    """Keys and values of hidden states, the local keys with positions, which all learn."""
+    length, base = 50, 20.0
+    q, k, v = qkv(length)
+    x = hidden(length)
+    sizes = {**SMALL, "rope_base": base, "compression": js.windows.mean()}
+    method, plain = js.nsa(**sizes, own_projections=True), js.nsa(**sizes)
+    params = params_of(method)
+
+    @jax.jit
+    def by_hand(params, q, k, v, x):
+        made = jax.tree.map(lambda kernel: jnp.tensordot(x, kernel, 1), params["own"])
+        first, last = made["compressed"], made["local"]
+        turned = rotary(last["k"], jnp.arange(length), base=base)
+        given = {
+            "compressed": Tokens(q, first["k"], first["v"]),
+            "local": Tokens(q, turned, last["v"]),
+        }
+        return plain.attend(params, q, k, v, x=x, **given)[0]
+
+    def itself(params, q, k, v, x):
+        out = method.attend(params, q, k, v, x=x)[0]
+        return jnp.sin(out).sum(), out
+
+    gradients, out = jax.jit(jax.grad(itself, has_aux=True))(params, q, k, v, x)
+    np.testing.assert_allclose(out, by_hand(params, q, k, v, x), atol=5e-6)
+    # all of them learn
+    assert len(jax.tree.leaves(gradients["own"])) == 4
+    assert all(np.abs(y).max() > 1e-3 for y in jax.tree.leaves(gradients))
 
 
 def test_worked_mapping():
@@ -170,37 +309,42 @@ def test_heads_of_a_group_share_blocks_whatever_their_order():
     np.testing.assert_array_equal(plan.kv_indices, swapped.kv_indices)
 
 
-def test_gradients_are_those_of_masked_dense_attention():
+@pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
+def test_gradients_are_those_of_masked_dense_attention(separate):
     """With the blocks as they are, by autodiff of dense attention under their mask."""
     length = 70
-    q, k, v = qkv(length)
+    own, first, last = of_branches(length)
+    given = {"compressed": first, "local": last} if separate else {}
     x = hidden(length)
-    params = params_of(METHOD)
-    plan, _ = jax.jit(METHOD.plan)(params, q, k)
+    method = js.nsa(**SMALL)
+    params = params_of(method)
+    plan, _ = jax.jit(method.plan)(params, own.q, own.k, **given)
     windows = Windows(8, 4)
     seen = js.masks.whole_windows(CAUSAL, size=8, stride=4, kv_len=length)
 
-    def dense(params, q, k, v, x):
+    def dense(params, own, x, given):
         options = {"implementation": "reference"}
+        first, last = given.get("compressed", own), given.get("local", own)
         pair = [
-            js.windows.mlp().apply(params[name], windows.of(y)) for name, y in (("k", k), ("v", v))
+            js.windows.mlp().apply(params[name], windows.of(y))
+            for name, y in (("k", first.k), ("v", first.v))
         ]
         outputs = (
-            js.attend(q, *pair, mask=seen, **options),
-            js.attend(q, k, v, plan, mask=CAUSAL, **options),
-            js.attend(q, k, v, mask=js.masks.sliding_window(left=23), **options),
+            js.attend(first.q, *pair, mask=seen, **options),
+            js.attend(*own, plan, mask=CAUSAL, **options),
+            js.attend(*last, mask=js.masks.sliding_window(left=23), **options),
         )
         gates = jax.nn.sigmoid(jnp.einsum("tf,fhb->bth", x, params["gates"]))
         return sum(g[..., None] * o for g, o in zip(gates, outputs, strict=True))
 
-    def sparse(params, q, k, v, x):
-        return METHOD.attend(params, q, k, v, x=x)[0]
+    def sparse(params, own, x, given):
+        return method.attend(params, *own, x=x, **given)[0]
 
     def gradients(function):
         def loss(*inputs):
             return jnp.sin(function(*inputs)).sum()
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(params, q, k, v, x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(params, own, x, given)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5),
@@ -217,16 +361,15 @@ def test_a_mask_hides_windows_of_which_it_hides_a_key():
     params, x = params_of(method), hidden(length)
     run = jax.jit(method.attend)
     mask = CAUSAL & js.masks.segments(ids)
-    out = run(params, q, k, v, x=x, mask=mask)[0]
+    run = jax.jit(lambda q, k, v: method.attend(params, q, k, v, x=x, mask=mask)[0])
+    out = run(q, k, v)
     # a mask of which nothing is known but its pairs hides the same
     pairs = CAUSAL & js.masks.predicate(lambda b, h, i, j: ids[i] == ids[j])
-    same = run(params, q, k, v, x=x, mask=pairs)[0]
+    same = jax.jit(lambda q, k, v: method.attend(params, q, k, v, x=x, mask=pairs)[0])(q, k, v)
     np.testing.assert_allclose(same, out, atol=4e-6)
     # what another document says changes nothing
     other = ids[:, None, None] == 1
-    changed = run(
-        params, q, jnp.where(other, k + 1, k), jnp.where(other, v - 2, v), x=x, mask=mask
-    )[0]
+    changed = run(q, jnp.where(other, k + 1, k), jnp.where(other, v - 2, v))
     np.testing.assert_array_equal(changed[:21], out[:21])
     np.testing.assert_array_equal(changed[51:], out[51:])
     assert not np.allclose(changed[21:51], out[21:51])
@@ -255,11 +398,8 @@ def test_blocks_that_a_mask_hides_whole_take_no_place_of_others(told):
     out, _ = run(q, k, v)
     plan, _ = jax.jit(method.plan)(params, q, k, v=v, mask=masks[told])
     means = {"phi_k": phi("mean", ()), "phi_v": phi("mean", ())}
-    sizes = {"size": 8, "stride": 4, "block": 16, **SIZES}
-    outputs, chosen = oracle.branches(q, k, v, **means, **sizes, sees=sees)
-    for (row, head), blocks in chosen.items():
-        count = int(plan.kv_num_blocks[head, row])
-        assert plan.kv_indices[head, row, :count].tolist() == blocks
+    outputs, chosen = oracle.branches(q, k, v, **means, **IN_LOOPS, sees=sees)
+    assert_lists(plan, chosen)
     np.testing.assert_allclose(out, oracle.mix(outputs, x, params["gates"]), atol=5e-6)
     # in the second document the first block of all is hidden, and four others are chosen
     if told == "documents":
@@ -272,8 +412,9 @@ def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
     length, max_len = 60, 72
     q, k, v = qkv(length, batch=(2,))
     x = hidden(length, (2,))
-    params = params_of(METHOD)
-    whole, _ = attended(params, q, k, v, x=x)
+    method = js.nsa(**SMALL)
+    params = params_of(method)
+    whole = np.asarray(jax.jit(method.attend)(params, q, k, v, x=x)[0])
     room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
     k, v = jnp.pad(k, room), jnp.pad(v, room, constant_values=7.0)
 
@@ -296,6 +437,47 @@ def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
         np.testing.assert_allclose(out, whole[:, at], atol=5e-6)
         state, first = info.state, first + count
     assert first == length
+
+
+@pytest.mark.parametrize("own_projections", [False, True])
+def test_branches_that_see_other_tokens_decode_too(own_projections):
+    """Windows are turned, local tokens given; or the method makes both, without positions."""
+    length, max_len, base = 34, 40, 20.0
+    own, _, last = of_branches(max_len, batch=(2,))
+    x = hidden(max_len, (2,))
+    options = {"own_projections": own_projections, "turn_windows": not own_projections}
+    method = js.nsa(**SMALL, rope_base=base, **options)
+    params = params_of(method)
+    given = {} if own_projections else {"local": last}
+
+    @jax.jit
+    def whole(x, own, given):
+        return method.attend(params, *own, x=x, **given)[0]
+
+    @jax.jit
+    def step(x, own, given, state, index):
+        def of_row(y):
+            return jax.lax.dynamic_slice_in_dim(y, index, 1, axis=1)
+
+        def so_far(tokens):
+            # what comes later is not there yet
+            there = jnp.arange(max_len)[:, None, None] <= index
+            k, v = (jnp.where(there, y, 0) for y in tokens[1:])
+            return Tokens(of_row(tokens.q), k, v)
+
+        positions = jnp.broadcast_to(index, (2, 1))
+        others = {name: so_far(tokens) for name, tokens in given.items()}
+        attend = functools.partial(method.attend, params, *so_far(own), x=of_row(x), **others)
+        return attend(positions=positions, state=state)
+
+    expected = np.asarray(whole(x, own, given))
+    state = method.init_state(own.k, own.v)
+    kinds = jax.tree.structure(state)
+    for index in range(length):
+        out, info = step(x, own, given, state, index)
+        state = info.state
+        np.testing.assert_allclose(out[:, 0], expected[:, index], atol=5e-6)
+    assert jax.tree.structure(state) == kinds
 
 
 def test_bfloat16_is_as_good_as_plain_bfloat16():
@@ -323,6 +505,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16():
         ({"num_local": 0}, "num_local=0"),
         ({"window": 0}, "window=0"),
         ({"num_init": -1}, "num_init=-1"),
+        ({"rope_base": 0.0}, "rope_base=0.0"),
     ],
 )
 def test_bad_settings(options, says):
@@ -344,3 +527,21 @@ def test_what_branches_cannot_have():
         method.attend(params, q, k, v, x=x, return_lse=True)
     with pytest.raises(ValueError, match="hidden=0"):
         js.windows.mlp(hidden=0)
+
+
+def test_tokens_that_do_not_fit_their_branch():
+    q, k, v = qkv(20)
+    method, own = js.nsa(**SMALL), js.nsa(**SMALL, own_projections=True)
+    x = hidden(20)
+    with pytest.raises(ValueError, match=r"local has shapes .*\(19, 2, 16\).* must be .*\(20, 2"):
+        method.attend(params_of(method), q, k, v, x=x, local=Tokens(q, k[1:], v[1:]))
+    with pytest.raises(ValueError, match=r"compressed has shapes .* a query, key and value"):
+        method.plan(params_of(method), q, k, compressed=(k, v))
+    with pytest.raises(ValueError, match="local is given, and own_projections=True makes it"):
+        own.attend(params_of(own), q, k, v, x=x, local=Tokens(q, k, v))
+    with pytest.raises(ValueError, match="hidden states of 9 queries, and 20 keys need some"):
+        own.attend(params_of(own), q[11:], k, v, x=x[11:])
+    with pytest.raises(ValueError, match=r"pass x \(20, 12\)"):
+        own.plan(params_of(own), q, k)
+    with pytest.raises(ValueError, match="dim=15 must be a multiple of 2"):
+        params_of(js.nsa(**SMALL, rope_base=20.0), dim=15)

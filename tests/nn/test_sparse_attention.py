@@ -130,8 +130,12 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
             marks=pytest.mark.slow,
         ),
         js.from_length(js.hisa(top_k=4, index_heads=2, index_dim=8, rotary_dim=4), min_length=1),
+        js.nsa(
+            **{"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6},
+            **{"own_projections": True, "rope_base": 10_000.0},
+        ),
     ],
-    ids=["flashmoba", "nsa from a length", "hisa from a length"],
+    ids=["flashmoba", "nsa from a length", "hisa from a length", "nsa with projections"],
 )
 def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     module, x = layer(method=method), inputs(16)
