@@ -119,8 +119,9 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
         js.flashmoba(block_kv=4, top_k=12, taps=3),
         js.from_length(js.nsa(compression_size=4, stride=2, block_kv=4, top_k=3), min_length=1),
         js.from_length(js.hisa(top_k=4, index_heads=2, index_dim=8, rotary_dim=4), min_length=1),
+        js.seerattention_r(block_size=4, token_budget=8, gate_dim=4),
     ],
-    ids=["flashmoba", "nsa from a length", "hisa from a length"],
+    ids=["flashmoba", "nsa from a length", "hisa from a length", "seerattention_r"],
 )
 def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     module, x = layer(method=method), inputs(16)
