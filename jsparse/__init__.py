@@ -17,6 +17,7 @@ from jsparse.core.merging import merge as merge
 from jsparse.core.receptive_field import receptive_field as receptive_field
 from jsparse.core.tiling import block_mask as block_mask
 from jsparse.core import windows as windows
+from jsparse.core import group_queries as group_queries
 from jsparse.estimators import AShape as AShape
 from jsparse.estimators import BlockSparse as BlockSparse
 from jsparse.estimators import VerticalSlash as VerticalSlash
@@ -32,6 +33,7 @@ from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.hierarchical import nsa as nsa
 from jsparse.learned import hisa as hisa
 from jsparse.learned import seerattention as seerattention
+from jsparse.learned import seerattention_r as seerattention_r
 from jsparse.masks.flashmask import flashmask as flashmask
 from jsparse.masks.fna import fna as fna
 from jsparse.masks.gna import gna as gna

@@ -7,7 +7,7 @@ from jsparse.estimators import blasst, mean_pooled, minference, pbs_attn, xatten
 from jsparse.estimators.blasst import Calibration
 from jsparse.estimators.minference import AShape, BlockSparse, VerticalSlash
 from jsparse.hierarchical import nsa
-from jsparse.learned import hisa, seerattention
+from jsparse.learned import hisa, seerattention, seerattention_r
 from jsparse.masks.flashmask import flashmask
 from jsparse.masks.fna import fna
 from jsparse.masks.gna import gna
@@ -299,6 +299,23 @@ METHODS: tuple[Row, ...] = (
         settings=(0.5, 0.2, 0.02),
         keeps_all=0.0,
         by_kv_head=True,
+    ),
+    Row(
+        name="seerattention_r",
+        family="learned",
+        factory=seerattention_r,
+        summary="blocks that a gate for each query finds probable",
+        paper="arXiv:2506.08889",
+        year=2025,
+        causal=True,
+        bidirectional=False,
+        training_free=False,
+        learns=True,
+        control="token_budget",
+        settings=(128, 256, 1024),
+        keeps_all=2**20,
+        by_kv_head=True,
+        small=(("gate_dim", 16),),
     ),
     Row(
         name="hisa",

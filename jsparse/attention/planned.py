@@ -69,6 +69,7 @@ def planned(
     *,
     init: Callable[..., Any] = no_params,
     restrict: Callable[[Mask | None, Queries], Mask | None] = lambda mask, queries: mask,
+    init_state: Callable[..., Any] | None = None,
 ) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
@@ -77,6 +78,7 @@ def planned(
       init: Makes the parameters; default none.
       restrict: For methods that decide element by element too: maps the caller's mask to the one
         that `attend` applies, which `info.mask` is to be.
+      init_state: Makes the state of the first step of decoding, for methods that carry one.
     """
 
     def attend_to_plan(
@@ -117,7 +119,7 @@ def planned(
         )
         return out, info
 
-    return Method(init, plan, attend_to_plan)
+    return Method(init, plan, attend_to_plan, init_state)
 
 
 def masked(

@@ -79,6 +79,7 @@ from jsparse.checks.methods import a_state as a_state
 from jsparse.checks.methods import an_indexer_for as an_indexer_for
 from jsparse.checks.methods import centroids_fit as centroids_fit
 from jsparse.checks.methods import forced_blocks as forced_blocks
+from jsparse.checks.methods import gate_width as gate_width
 from jsparse.checks.methods import hidden_states as hidden_states
 from jsparse.checks.methods import keys_for_all_queries as keys_for_all_queries
 from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
@@ -87,6 +88,7 @@ from jsparse.checks.methods import nothing_to_learn as nothing_to_learn
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import parameters_given as parameters_given
+from jsparse.checks.methods import per_kv_head as per_kv_head
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens

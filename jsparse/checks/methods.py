@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def of_single_keys(**values: Any) -> None:
@@ -92,6 +93,25 @@ def an_indexer_for(indexed: Any, q: Any, k: Any) -> None:
             f"{found[2]}; q and k have {rows} and {columns}. Pass the info.indexed of the call "
             "with these tokens."
         )
+
+
+def gate_width(gate_dim: int, dim: int) -> None:
+    """Queries that are not projected for a gate are as wide as it is."""
+    if gate_dim != dim:
+        raise ValueError(
+            f"gate_dim={gate_dim} must be {dim}, the width of a query, as this `group_query` "
+            "projects none; `js.group_queries.projected()` maps queries to any width."
+        )
+
+
+def per_kv_head(kv_heads: int, **values: Any) -> None:
+    """A number for all lists or one for each kv head, whose group shares one."""
+    for name, value in values.items():
+        if jnp.shape(value) not in ((), (kv_heads,)):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}; expected a number, or one per kv head, "
+                f"({kv_heads},)."
+            )
 
 
 def method_type(method: Any) -> None:

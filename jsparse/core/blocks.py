@@ -67,6 +67,10 @@ def candidates(
     tiles = visible_tiles(mask.flatten_batch(batch_shape), grid)
     tiles = jnp.repeat(tiles, heads // tiles.shape[1], axis=1)
     visible = jnp.broadcast_to(tiles, (math.prod(batch_shape), *tiles.shape[1:])).reshape(shape)
-    index = jnp.arange(grid.kv_blocks)
-    last = jnp.where(visible, index, -1).max(-1, keepdims=True)
-    return visible, visible & ((index == 0) | (index == last))
+    return visible, (visible & (jnp.arange(grid.kv_blocks) == 0)) | last_visible(visible)
+
+
+def last_visible(visible: Bool[Array, "*rows kv_blocks"]) -> Bool[Array, "*rows kv_blocks"]:
+    """The last visible block of each row, if it has any."""
+    index = jnp.arange(visible.shape[-1])
+    return visible & (index == jnp.where(visible, index, -1).max(-1, keepdims=True))

@@ -5,10 +5,15 @@ true; blocks without any are zeros.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+# x [*batch, length, heads, dim], block -> [*batch, blocks, heads, dim]; keys in a cache, which has
+# room for more, come with length [*batch] besides: how many of them are true
+Pool = Callable[..., Array]
 
 
 def block_counts(length: int, block: int) -> Int[Array, " blocks"]:

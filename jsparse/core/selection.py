@@ -82,6 +82,21 @@ def above(
     return _or_best(visible & (~(scores < threshold) | forced), scores, visible)
 
 
+@jax.jit
+def above_share(
+    logits: Float[Array, "*rows blocks"],
+    threshold: Float[Array, "..."] | float,
+    *,
+    visible: Bool[Array, "..."],
+    forced: Bool[Array, "..."] | None = None,
+) -> Bool[Array, "*rows blocks"]:
+    """Chooses blocks by `above`, of their shares in a softmax over what is visible of each row."""
+    # a row that sees nothing has no share to divide
+    shown = jnp.where(visible, logits, jnp.finfo(logits.dtype).min)
+    shares = jax.nn.softmax(shown, axis=-1)
+    return above(shares, threshold, visible=visible, forced=forced)
+
+
 def _full(scores: Array, given: Array | None, default: bool) -> Array:
     return jnp.broadcast_to(default if given is None else given, scores.shape)
 

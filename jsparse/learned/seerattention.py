@@ -1,7 +1,7 @@
 """SeerAttention: a gate that has learnt the map of attention. Gao et al. 2024, arXiv:2410.13276."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,13 +13,11 @@ from jsparse import _compat, checks
 from jsparse.attention.map_scores import map_maxima
 from jsparse.attention.planned import Queries, planned
 from jsparse.core import blocks, selection
-from jsparse.core.pooling import max_blocks, mean_blocks, min_blocks
+from jsparse.core.distillation import gate_loss as gate_loss
+from jsparse.core.distillation import shares_of_rows
+from jsparse.core.pooling import Pool, max_blocks, mean_blocks, min_blocks
 from jsparse.core.rotary import rotary, unrotated
 from jsparse.types import BlockMask, Mask, Method, TileGrid
-
-# x [*batch, length, heads, dim], block -> [*batch, blocks, heads, dim]; keys in a cache, which has
-# room for more, come with length [*batch] besides: how many of them are true
-Pool = Callable[..., Array]
 
 
 class SeerAttentionInfo(NamedTuple):
@@ -49,36 +47,7 @@ def gate_targets(
       scale: Factor on the logits, default `dim ** -0.5`.
     """
     largest = map_maxima(q, k, block_q=block_size, block_kv=block_size, scale=scale, mask=mask)
-    total = largest.sum(-1, keepdims=True)
-    return largest / jnp.where(total > 0, total, 1.0)
-
-
-def gate_loss(
-    gate_logits: Float[Array, "*batch heads q_blocks kv_blocks"],
-    targets: Float[Array, "*batch heads q_blocks kv_blocks"],
-    *,
-    skipped: float = 0.25,
-) -> Float[Array, ""]:
-    """How far the gate's softmax is from its targets: a KL divergence, mean over rows of tiles.
-
-    The authors average over all entries of the map instead, which gives this divided by the number
-    of columns; their factor of 10 on it is then 10 / kv_blocks here.
-
-    Args:
-      gate_logits: As `info.gate_logits`.
-      targets: What `gate_targets` makes of the attention that is learnt.
-      skipped: The share of the rows, from the first, that do not count: they have few tiles.
-    """
-    checks.shares(skipped=skipped)
-    targets = jax.lax.stop_gradient(targets)[..., int(skipped * targets.shape[-2]) :, :]
-    gate_logits = gate_logits[..., int(skipped * gate_logits.shape[-2]) :, :]
-    visible = ~jnp.isneginf(gate_logits)
-    # a row that sees nothing has a softmax too; its targets are zero
-    nothing = jnp.where(visible.any(-1, keepdims=True), -jnp.inf, 0.0)
-    log_share = jax.nn.log_softmax(jnp.where(visible, gate_logits, nothing), axis=-1)
-    log_share = jnp.where(visible, log_share, 0.0)
-    log_target = jnp.log(jnp.where(targets > 0, targets, 1.0))
-    return (targets * (log_target - log_share)).sum(-1).mean()
+    return shares_of_rows(largest)
 
 
 def seerattention(
@@ -178,7 +147,7 @@ def seerattention(
         logits = jnp.where(visible, gate(params, q, k, positions, length), -jnp.inf)
         last_rows = jnp.arange(grid.q_blocks)[:, None] >= grid.q_blocks - dense_rows
         columns = -(-(grid.kv_len if length is None else length) // block_size)
-        keep = _selected(logits, visible, _last(visible) | last_rows, columns)
+        keep = _selected(logits, visible, blocks.last_visible(visible) | last_rows, columns)
         tiles = BlockMask.from_dense(keep, **grid._asdict(), width=width)
         return tiles, SeerAttentionInfo(logits)
 
@@ -198,10 +167,8 @@ def seerattention(
         if density is not None:
             count = _count(columns, logits.shape[-1])[..., None, None]
             return selection.top_k(chosen, count, visible=visible) | (visible & forced)
-        # a row that sees nothing has no share to divide
-        shares = jax.nn.softmax(jnp.where(visible, chosen, jnp.finfo(jnp.float32).min), axis=-1)
         limit = jnp.asarray(threshold, jnp.float32)[..., None, None]
-        return selection.above(shares, limit, visible=visible, forced=forced)
+        return selection.above_share(chosen, limit, visible=visible, forced=forced)
 
     return planned(plan, init=init)
 
@@ -218,9 +185,3 @@ def _true_keys(
     end = jnp.broadcast_to(end, seen.shape)
     further = seen > -(-end // grid.block_kv)
     return jnp.minimum(jnp.where(further, seen * grid.block_kv, end), grid.kv_len)
-
-
-def _last(visible: Bool[Array, "*rows kv_blocks"]) -> Bool[Array, "*rows kv_blocks"]:
-    """The last visible tile of each row."""
-    index = jnp.arange(visible.shape[-1])
-    return visible & (index == jnp.where(visible, index, -1).max(-1, keepdims=True))

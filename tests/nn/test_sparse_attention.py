@@ -134,8 +134,12 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
             **{"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6},
             **{"own_projections": True, "rope_base": 10_000.0},
         ),
+        js.seerattention_r(block_size=4, token_budget=8, gate_dim=4),
     ],
-    ids=["flashmoba", "nsa from a length", "hisa from a length", "nsa with projections"],
+    ids=[
+        *("flashmoba", "nsa from a length", "hisa from a length", "nsa with projections"),
+        "seerattention_r",
+    ],
 )
 def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     module, x = layer(method=method), inputs(16)
