@@ -114,7 +114,7 @@ def dot_product_attention(
       value: Of the key's shape, but for `dim`, which may differ.
       bias: Added to the scaled logits; broadcastable to [batch, heads, q_len, kv_len].
       mask: Bools, True means attend; broadcastable like `bias`.
-      scale: Factor on the logits, default `dim ** -0.5`.
+      scale: Factor on the logits, default `dim ** -0.5`, or what a method says that has its own.
       is_causal: Whether query `i` sees keys `j <= i` only.
       query_seq_lengths: True queries per sequence; the rest of the output is zero.
       key_value_seq_lengths: True keys per sequence.

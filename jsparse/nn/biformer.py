@@ -18,8 +18,9 @@ class RegionAttention(nnx.Module):
         features: int,
         *,
         num_heads: int,
+        qk_dim: int | None = None,
         regions: int = 7,
-        top_k: int = 4,
+        top_k: int | None = 4,
         kernel: int = 5,
         scale: float | None = None,
         implementation: str | None = None,
@@ -32,10 +33,11 @@ class RegionAttention(nnx.Module):
         Args:
           features: Width of the map.
           num_heads: Heads; divides `features`.
+          qk_dim: Width of queries and keys, all heads together; default `features`.
           regions: Regions along each axis.
-          top_k: Regions that each attends to.
+          top_k: Regions that each attends to; None for all, as in the paper's last stage.
           kernel: Side of the depthwise convolution of the values, odd; 5 in the paper, 0 for none.
-          scale: Factor on the logits; default `features ** -0.5`, as in the authors' checkpoints.
+          scale: Factor on the logits; default `qk_dim ** -0.5`, as in the authors' checkpoints.
           implementation: See `js.attend`.
           dtype: The computation's dtype, default that of the input and parameters.
           param_dtype: The parameters' dtype.
@@ -44,15 +46,17 @@ class RegionAttention(nnx.Module):
         Raises:
           ValueError: if heads do not divide the width, or a number is out of range.
         """
-        checks.positive(features=features, num_heads=num_heads, regions=regions, top_k=top_k)
-        checks.multiple(of=num_heads, features=features)
+        qk_dim = features if qk_dim is None else qk_dim
+        checks.positive(features=features, num_heads=num_heads, qk_dim=qk_dim, regions=regions)
+        if top_k is not None:
+            checks.positive(top_k=top_k)
+        checks.multiple(of=num_heads, features=features, qk_dim=qk_dim)
         checks.odd_or_zero(kernel=kernel)
         self.num_heads, self.regions, self.top_k = num_heads, regions, top_k
-        self.scale = features**-0.5 if scale is None else scale
-        self.implementation = implementation
+        self.qk_dim, self.scale, self.implementation = qk_dim, scale, implementation
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         init = nnx.initializers.truncated_normal(0.02)
-        self.qkv = nnx.Linear(features, 3 * features, kernel_init=init, **options)
+        self.qkv = nnx.Linear(features, 2 * qk_dim + features, kernel_init=init, **options)
         self.out = nnx.Linear(features, features, kernel_init=init, **options)
         self.local = (
             nnx.Conv(features, features, (kernel, kernel), feature_group_count=features, **options)
@@ -64,9 +68,9 @@ class RegionAttention(nnx.Module):
         self, x: Float[Array, "*batch height width features"]
     ) -> Float[Array, "*batch height width features"]:
         """Attends from each region to the regions it is routed to, and adds the convolution."""
-        *batch, height, width, features = x.shape
-        tokens = self.qkv(x).reshape(*batch, height * width, 3, self.num_heads, -1)
-        q, k, v = (tokens[..., n, :, :] for n in range(3))
+        *batch, height, width, _ = x.shape
+        parts = jnp.split(self.qkv(x), (self.qk_dim, 2 * self.qk_dim), axis=-1)
+        q, k, v = (y.reshape(*batch, height * width, self.num_heads, -1) for y in parts)
         method = biformer(grid=(height, width), regions=self.regions, top_k=self.top_k)
         out, _ = method.attend((), q, k, v, scale=self.scale, implementation=self.implementation)
         out = out.reshape(x.shape)
@@ -83,8 +87,9 @@ class BiFormerBlock(nnx.Module):
         features: int,
         *,
         num_heads: int,
+        qk_dim: int | None = None,
         regions: int = 7,
-        top_k: int = 4,
+        top_k: int | None = 4,
         kernel: int = 5,
         expansion: int = 3,
         dtype: Any = None,
@@ -96,8 +101,10 @@ class BiFormerBlock(nnx.Module):
         Args:
           features: Width of the map.
           num_heads: Heads; divides `features`. 32 features per head in the paper.
+          qk_dim: See `RegionAttention`.
           regions: Regions along each axis.
-          top_k: Regions that each attends to; 1, 4 and 16 in the paper's first three stages.
+          top_k: Regions that each attends to; 1, 4 and 16 in the paper's first three stages, all,
+            which is None, in the last.
           kernel: See `RegionAttention`.
           expansion: Width of the perceptron's hidden layer over that of the map; 3 in the paper.
           dtype: The computation's dtype, default that of the input and parameters.
@@ -109,8 +116,10 @@ class BiFormerBlock(nnx.Module):
         """
         checks.positive(expansion=expansion)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        routed: dict[str, int] = {"regions": regions, "top_k": top_k, "kernel": kernel}
-        self.attention = RegionAttention(features, num_heads=num_heads, **routed, **options)
+        routed: dict[str, Any] = {"regions": regions, "top_k": top_k, "kernel": kernel}
+        self.attention = RegionAttention(
+            features, num_heads=num_heads, qk_dim=qk_dim, **routed, **options
+        )
         self.position = nnx.Conv(
             features, features, (3, 3), feature_group_count=features, **options
         )
@@ -125,4 +134,5 @@ class BiFormerBlock(nnx.Module):
         """Adds to a feature map what each of the three finds."""
         x = x + self.position(x)
         x = x + self.attention(self.attention_norm(x))
-        return x + self.contract(nnx.gelu(self.expand(self.perceptron_norm(x))))
+        hidden = nnx.gelu(self.expand(self.perceptron_norm(x)), approximate=False)
+        return x + self.contract(hidden)

@@ -115,32 +115,38 @@ def biformer(
     *,
     grid: Sequence[int] | None = None,
     regions: int = 7,
-    top_k: int = 4,
+    top_k: int | None = 4,
     per_head: bool = False,
 ) -> Method:
     """Attends from each region of the grid to the regions whose mean keys its mean query points at.
 
-    Tokens are put in order region by region and back again. The authors scale logits by the width
-    of all heads together: give `scale=(heads * dim) ** -0.5` for their checkpoints.
-    `js.nn.BiFormerBlock` is the whole block of their backbones.
+    Tokens are put in order region by region and back again. The default scale of logits is the
+    paper's, `(heads * dim) ** -0.5`, the width of all query heads together. `js.nn.BiFormerBlock`
+    is the whole block of the authors' backbones.
 
     Args:
       grid: Size of the grid along each axis, tokens being row-major; default one axis, the whole
         sequence.
       regions: Regions along each axis, at most: they are `ceil(length / regions)` long, so 7 of a
         length of 8 are 4. 7 in the paper, for lengths that it divides.
-      top_k: Regions that each attends to; 1, 4 and 16 in the paper's three stages.
+      top_k: Regions that each attends to; 1, 4 and 16 in the paper's first three stages. None for
+        all, as in its last one: then nothing is routed, and the grid is one region.
       per_head: Whether each query head routes by itself; all route together in the paper.
 
     Differs from the paper:
       Where regions do not fill the grid, its last ones are smaller and what is missing is hidden;
       the authors' two implementations let it take part. A caller's mask is obeyed: regions that it
-      hides are not chosen. Ties go to the lower region.
+      hides are not chosen. Ties go to the lower region. Of the authors' options, which no released
+      model has on, there is neither the pooling of keys and values inside regions, nor routing with
+      parameters, nor the weighting of chosen regions by their affinity.
 
     Raises:
       ValueError: if a number is not positive, or the tokens are not those of the grid.
     """
-    checks.positive(regions=regions, top_k=top_k)
+    checks.positive(regions=regions)
+    if top_k is None:
+        regions = top_k = 1
+    checks.positive(top_k=top_k)
     for length in grid or ():
         checks.positive(grid=length)
 
@@ -176,10 +182,12 @@ def biformer(
         key: Any = None,
         bias: Any = None,
         score_mod: Any = None,
+        scale: Any = None,
         return_lse: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:
         tiles, info = route(q, k, mask)
+        scale = (q.shape[-2] * q.shape[-1]) ** -0.5 if scale is None else scale
         layout = laid_out(q, k)
         order = layout.order
         if bias is not None:
@@ -190,7 +198,8 @@ def biformer(
         if score_mod is not None:
             score_mod = _of_places(order, score_mod)
         q, k, v = (order.permute(y) for y in (q, k, v))
-        options = {**options, "bias": bias, "score_mod": score_mod, "mask": layout.mask(mask)}
+        options |= {"bias": bias, "score_mod": score_mod, "scale": scale}
+        options["mask"] = layout.mask(mask)
         out, lse = attend(q, k, v, tiles, return_lse=True, **options)
         out = order.restore(out)
         if return_lse:

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -62,8 +61,9 @@ def test_worked_example():
 
 def test_all_regions_or_a_single_one_are_dense():
     q, k, v = qkv(70)
-    dense = js.attend(q, k, v, implementation="reference")
-    for settings in ({"regions": 4, "top_k": 16}, {"regions": 1, "top_k": 1}):
+    dense = js.attend(q, k, v, scale=64**-0.5, implementation="reference")
+    several = {"regions": 4, "top_k": 16}, {"regions": 1, "top_k": 1}, {"regions": 4, "top_k": None}
+    for settings in several:
         out, _ = routed(q, k, v, (7, 10), **settings)
         np.testing.assert_allclose(out, dense, atol=4e-6)
 
@@ -112,6 +112,7 @@ def test_masks_bias_and_score_mod_are_of_tokens_in_their_places():
         "mask": js.masks.causal(),
         "bias": bias,
         "score_mod": lambda logit, batch, head, q, kv: logit - slope[head] * (q - kv),
+        "scale": 0.3,
         "return_lse": True,
     }
     (out, lse), _ = routed(q, k, v, (7, 10), **settings, **options)
@@ -142,22 +143,53 @@ def test_the_layer_is_attention_and_a_convolution():
         np.testing.assert_allclose(got[n], expected, atol=2e-6)
 
 
-def test_the_block_trains():
-    block = js.nn.BiFormerBlock(16, num_heads=2, regions=2, top_k=2, rngs=nnx.Rngs(0))
+def random_block(**options):
+    """A block of which every number is a random one, and its numbers by the parts' names."""
+    block = js.nn.BiFormerBlock(16, num_heads=2, expansion=2, rngs=nnx.Rngs(0), **options)
     rng = np.random.default_rng(0)
-    x = on_device(rng.normal(size=(2, 6, 6, 16)), jnp.float32)
-    # every pixel is to say what the brightest one of the map is like
-    target = jnp.broadcast_to(x.max((1, 2), keepdims=True), x.shape)
-    optimizer = nnx.Optimizer(block, optax.adam(1e-2), wrt=nnx.Param)
+    attention = block.attention
+    parts = {"qkv": attention.qkv, "local": attention.local, "out": attention.out}
+    for name in ("position", "attention_norm", "perceptron_norm", "expand", "contract"):
+        parts[name] = getattr(block, name)
+    weights = {}
+    for name, part in parts.items():
+        pair = part.scale if "norm" in name else part.kernel, part.bias
+        for variable in pair:
+            variable[...] = on_device(rng.normal(size=variable.shape) * 0.4, jnp.float32)
+        kernel, bias = (np.asarray(variable[...]) for variable in pair)
+        weights[name] = (kernel[:, :, 0] if name in ("local", "position") else kernel), bias
+    return block, weights
 
-    @nnx.jit
-    def step(block, optimizer):
-        loss, gradient = nnx.value_and_grad(lambda m: jnp.square(m(x) - target).mean())(block)
-        optimizer.update(block, gradient)
-        return loss
 
-    losses = [float(step(block, optimizer)) for _ in range(30)]
-    assert losses[-1] < 0.3 * losses[0]
+apply = nnx.jit(lambda block, x: block(x))
+
+
+@pytest.mark.parametrize(("qk_dim", "regions", "top_k"), [(None, 3, 2), (8, 3, 2), (None, 3, None)])
+def test_the_block_is_its_oracle(qk_dim, regions, top_k):
+    block, weights = random_block(qk_dim=qk_dim, regions=regions, top_k=top_k)
+    x = np.random.default_rng(1).normal(size=(2, 7, 6, 16))
+    options = {"heads": 2, "qk_dim": qk_dim or 16, "regions": regions, "top_k": top_k or 9}
+    expected = np.stack([oracle.block(one, weights, **options) for one in x])
+    # some hundred roundings of f32 of what is summed to these sizes
+    got = apply(block, on_device(x, jnp.float32))
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_every_part_of_the_block_learns():
+    block, _ = random_block(regions=3, top_k=2)
+    x = on_device(np.random.default_rng(1).normal(size=(1, 7, 6, 16)), jnp.float32)
+    gradient = nnx.jit(nnx.grad(lambda block: jnp.sin(block(x)).sum()))(block)
+    for path, variable in nnx.to_flat_state(gradient):
+        assert variable[...].any(), path
+
+
+def test_the_default_scale_is_of_all_heads_together():
+    q, k, v = qkv(96)
+    settings = {"regions": 4, "top_k": 3}
+    for grouped in (k, jnp.repeat(k, 2, axis=-2)):
+        out, _ = routed(q, grouped, jnp.repeat(v, grouped.shape[-2] // 2, -2), (8, 12), **settings)
+        expected, _ = routed(q, k, v, (8, 12), scale=64**-0.5, **settings)
+        np.testing.assert_allclose(out, expected, atol=4e-6)
 
 
 @pytest.mark.parametrize(
@@ -177,5 +209,7 @@ def test_bad_calls():
         routed(q[:12], k, v, None)
     with pytest.raises(ValueError, match="kernel=4 must be odd"):
         js.nn.RegionAttention(16, num_heads=2, kernel=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="qk_dim=7 must be a multiple of 2"):
+        js.nn.RegionAttention(16, num_heads=2, qk_dim=7, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="features=15 must be a multiple of 2"):
         js.nn.RegionAttention(15, num_heads=2, rngs=nnx.Rngs(0))

@@ -50,3 +50,44 @@ def convolution(x, kernel, bias):
     for i, j in np.ndindex(x.shape[:2]):
         out[i, j] = (padded[i : i + side, j : j + side] * kernel).sum((0, 1)) + bias
     return out
+
+
+def region_attention(x, weights, *, heads, qk_dim, regions, top_k):
+    """Routed attention to a map [height, width, features], and the convolution of the values.
+
+    `weights` are `{part: (kernel, bias)}`; kernels of convolutions are [side, side, features].
+    """
+    height, width, features = x.shape
+    kernel, bias = weights["qkv"]
+    tokens = (x @ kernel + bias).reshape(height * width, -1)
+    q, k = tokens[:, :qk_dim], tokens[:, qk_dim : 2 * qk_dim]
+    q, k = (y.reshape(len(y), heads, qk_dim // heads) for y in (q, k))
+    v = tokens[:, 2 * qk_dim :]
+    ids, count = region_of(height, width, regions)
+    chosen = select(affinity(q, k, ids, count).sum(0), top_k)
+    values = v.reshape(len(v), heads, features // heads)
+    out = attention(q, k, values, ids, [chosen] * heads, qk_dim**-0.5).reshape(x.shape)
+    out = out + convolution(v.reshape(x.shape), *weights["local"])
+    kernel, bias = weights["out"]
+    return out @ kernel + bias
+
+
+def layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def gelu(x):
+    return np.vectorize(lambda y: y * (1 + math.erf(y / math.sqrt(2))) / 2)(x)
+
+
+def block(x, weights, **options):
+    """Position, attention and perceptron, each added: of a map [height, width, features]."""
+    x = np.float64(x)
+    weights = {part: tuple(np.float64(y) for y in pair) for part, pair in weights.items()}
+    x = x + convolution(x, *weights["position"])
+    x = x + region_attention(layer_norm(x, *weights["attention_norm"]), weights, **options)
+    kernel, bias = weights["expand"]
+    hidden = gelu(layer_norm(x, *weights["perceptron_norm"]) @ kernel + bias)
+    kernel, bias = weights["contract"]
+    return x + hidden @ kernel + bias
