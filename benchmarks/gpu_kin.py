@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 
 FULL = Run(("mosaic", "triton"), 2048, 16384, 65536, 128, 64, 2**31, 200.0)
-DRY = Run(("xla",), 256, 256, 256, 16, 2, 2**16, 0.0)
+DRY = Run(("xla",), 256, 256, 256, 32, 2, 2**16, 0.0)
 
 
 class Kernel(NamedTuple):

@@ -408,8 +408,8 @@ def test_kinds_on_a_gpu_can_be_tried_without_one(monkeypatch, tmp_path):
     (row,) = dry_run(monkeypatch, tmp_path, "decoding")
     found = row["times"]["xla"]
     assert 0 < found["difference"] < gpu.TOLERANCE["bfloat16"]
-    # an eighth of 4 pages, so one of 64 keys for each of 2 sequences and 8 heads, of width 16
-    assert row["selected_mbyte"] == 2 * 8 * 64 * (16 + 16) * 2 / 1e6
+    # an eighth of 4 pages, so one of 64 keys for each of 2 sequences and 8 heads, of width 32
+    assert row["selected_mbyte"] == 2 * 8 * 64 * (32 + 32) * 2 / 1e6
     assert found["of_copy"] == pytest.approx(
         row["selected_mbyte"] / found["ms"] / row["copy_gbyte_per_second"]
     )
