@@ -137,7 +137,8 @@ gpu-compile-ampere: $(CUDA_NEWEST_VENV)/.compile
 	$(CUDA_NEWEST_VENV)/bin/python -m benchmarks.gpu_compile_ampere $(if $(UPDATE),--update)
 
 gpu:
-	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu
+	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu; first=$$?; \
+	JAX_PLATFORMS= $(PYTHON) -m benchmarks.gpu_kin && exit $$first
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .ruff_cache .import_linter_cache jsparse.egg-info

@@ -187,9 +187,11 @@ def main() -> int:
     from benchmarks import gpu_compile_blackwell as blackwell  # these import this one
     from benchmarks import gpu_compile_maps as maps
     from benchmarks import gpu_compile_paged as paged
+    from benchmarks import gpu_compile_plans as plans
 
     # what compiles the cases for Hopper alone, each with its own
     others = {case: paged.compiled_passes for case in paged.CASES}
+    others |= {case: plans.compiled_passes for case in plans.CASES}
     others |= {case: maps.compiled_passes for case in maps.CASES}
     others |= {case: maps.compiled_antidiagonals for case in maps.ANTIDIAGONALS}
     others |= {case: maps.compiled_best for case in maps.BEST}

@@ -3,12 +3,14 @@
     python -m benchmarks.kin           # some minutes
     python -m benchmarks.kin --quick   # one density, two lengths, writes nothing
 
-Each is timed at 8192 tokens from 2 to 50 percent of all pairs, and from 2048 to 65536 tokens at 256
-keys per query. Time ought to be in proportion to the work, which is what a number per computed pair
-shows; memory, which XLA says without running anything, ought to grow as the tokens do. What has
-parts with a softmax each, as pooled columns have, says what merging these takes. Each is checked
-against the dense reference before it is timed. What an H200 would take at the very best follows
-from `benchmarks.roofline`.
+Each is timed from 2 to 50 percent of all pairs, at 8192 tokens or fewer where those would take
+minutes, and from 2048 to 65536 tokens at as many keys per query. Time ought to be in proportion to
+the work, which is what a number per computed pair shows; memory, which XLA says without running
+anything, ought to grow as the tokens do. Where tiles are skipped on the way, logits of every listed
+tile are computed: time ought to be a part that follows the list, and one that follows what is kept.
+What has parts with a softmax each, as pooled columns have, says what merging these takes. Each is
+checked against the dense reference before it is timed. What an H200 would take at the very best
+follows from `benchmarks.roofline`.
 """
 
 import argparse
@@ -29,15 +31,20 @@ from rich.table import Table
 import jsparse as js
 from benchmarks import roofline
 from benchmarks.attention import machine
+from benchmarks.random_plans import Skipping, random_groups, random_lists, skip, skipped
 from jsparse.evaluation.cost import tile_lists
 
 RESULTS = Path(__file__).parent / "results" / "kin_cpu.json"
 HEADS, DIM, BLOCK = 2, 64, 128
+# tiles of keys that single queries list, and tokens where each has lists of its own
+SELECTED, FEWER = 64, 4096
 LENGTH, KEYS = 8192, 256
 DENSITIES = (0.02, 0.05, 0.1, 0.25, 0.5)
-LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+LENGTHS = (2048, 8192, 32768, 65536)
 # half a unit of f32 for each of as many terms as the check has tokens, at random, in another order
 CHECKED, TOLERANCE = 1024, 2.0**-18
+# what takes longer than so many seconds is timed less often
+ENOUGH = 2.0
 GPU = roofline.DEVICES["NVIDIA H200"]
 
 
@@ -47,20 +54,47 @@ class Case(NamedTuple):
     Attributes:
       name: Of its rows.
       data: `data(length, density)` makes arrays, in which about that share of all pairs counts.
-      plan: `plan(k, v, data)` makes the plan, inside the timed call.
+      attend: `attend(q, k, v, data, implementation)` is what is timed.
+      computed: `computed(q, k, v, data)` are the lists of tiles that it computes.
+      work: `work(problem, lists, data)` is what a GPU has to do for one of these.
+      heads: Query heads.
+      kv_heads: Heads of keys and values.
+      length: At which the density varies.
+      keys: Per query, as the length varies.
+      longest: Of the lengths.
     """
 
     name: str
     data: Callable[[int, float], Any]
-    plan: Callable[[jax.Array, jax.Array, Any], Any]
+    attend: Callable[..., jax.Array]
+    computed: Callable[..., tuple[js.BlockMask, ...]]
+    work: Callable[[roofline.Problem, js.BlockMask, Any], roofline.Work] = (
+        lambda problem, lists, data: roofline.forward(problem)
+    )
+    heads: int = HEADS
+    kv_heads: int = HEADS
+    length: int = LENGTH
+    keys: int = KEYS
+    longest: int = LENGTHS[-1]
+
+    def sizes(self) -> dict[str, list[tuple[int, float]]]:
+        """Lengths and densities to time, by what varies."""
+        lengths = [length for length in LENGTHS if length <= self.longest]
+        return {
+            "scaling_in_density": [(self.length, density) for density in DENSITIES],
+            "scaling_in_length": [(length, self.keys / length) for length in lengths],
+        }
 
 
-def random_groups(length: int, density: float) -> jax.Array:
-    """Groups of about equal size, their tokens anywhere."""
-    groups = max(1, round(1 / density))
-    ids = np.random.default_rng(0).permutation(np.arange(length) % groups)
-    # what their number is, is static
-    return js.TokenGroups.from_ids(*[jnp.asarray(ids[None, None])] * 2, groups=groups)
+def of_plan(
+    name: str, data: Callable[[int, float], Any], plan: Callable[..., Any], **more: Any
+) -> Case:
+    """Attention to `plan(k, v, data)`, which is made inside the timed call."""
+
+    def attend(q, k, v, data, implementation):
+        return js.attend(q, k, v, plan(k, v, data), implementation=implementation)
+
+    return Case(name, data, attend, lambda q, k, v, data: tile_lists(plan(k, v, data)), **more)
 
 
 def random_tiles(length: int, density: float) -> js.BlockMask:
@@ -87,27 +121,95 @@ def random_levels(length: int, density: float) -> tuple[js.BlockMask, jax.Array]
     return tiles, jnp.asarray(levels)
 
 
+def work_of_columns(problem: roofline.Problem, lists: js.BlockMask, data: Any) -> roofline.Work:
+    """Columns gathered one by one."""
+    return roofline.gathered_columns(problem)["forward"]
+
+
+def work_of_rows(problem: roofline.Problem, lists: js.BlockMask, data: Any) -> roofline.Work:
+    """A group's heads as the rows of one tile."""
+    group = problem.heads // lists.list_heads
+    packed = problem._replace(
+        heads=lists.list_heads,
+        q_len=problem.q_len * group,
+        tiles=problem.tiles / group,
+        block_q=problem.block_q * group,
+    )
+    return roofline.kernels_of_short_tiles(packed)["forward"]
+
+
+def work_of_skipping(
+    problem: roofline.Problem, lists: js.BlockMask, data: Skipping
+) -> roofline.Work:
+    """Of listed tiles the logits, of kept ones the rest."""
+    return roofline.skipping(problem, float(data.lists.kv_num_blocks.sum()) * HEADS)
+
+
+def skipping(name: str, listed: float, **more: Any) -> Case:
+    """Attention that skips all but `1 / listed` of what is listed, or of all there is."""
+    return Case(
+        name,
+        skipped(listed, DIM),
+        lambda *operands: skip(*operands)[0],
+        lambda q, k, v, data: (skip(q, k, v, data, "xla")[2],),
+        work=work_of_skipping,
+        **more,
+    )
+
+
+def as_it_is(k: jax.Array, v: jax.Array, plan: Any) -> Any:
+    """What the data are is the plan."""
+    return plan
+
+
 CASES = (
-    Case("groups of tokens", random_groups, lambda k, v, groups: groups),
-    Case("pooled columns", random_tiles, pooled),
-    Case(
+    of_plan("groups of tokens", random_groups, as_it_is),
+    of_plan("pooled columns", random_tiles, pooled),
+    of_plan(
         "levels",
         random_levels,
         lambda k, v, data: js.BlockPyramid.from_levels(*data, top_level=3),
     ),
+    of_plan("gathered columns", random_lists(BLOCK, 1, HEADS), as_it_is, work=work_of_columns),
+    of_plan(
+        "lists of tokens, 4 heads each",
+        random_lists(1, 1, 1),
+        as_it_is,
+        work=work_of_rows,
+        heads=4,
+        kv_heads=1,
+        length=2048,
+        keys=64,
+    ),
+    *(
+        of_plan(
+            f"rows of {group} heads",
+            random_lists(1, SELECTED, 1),
+            as_it_is,
+            work=work_of_rows,
+            heads=group,
+            kv_heads=1,
+            length=FEWER,
+        )
+        for group in (4, 16)
+    ),
+    skipping("three of four skipped", 4.0),
+    # which are all there are
+    skipping("skipped of all", np.inf, longest=LENGTH),
 )
 
 
-def inputs(length: int) -> list[jax.Array]:
+def inputs(case: Case, length: int) -> list[jax.Array]:
     rng = np.random.default_rng(2)
-    return [jnp.asarray(rng.normal(size=(1, length, HEADS, DIM)), jnp.float32) for _ in range(3)]
+    heads = case.heads, case.kv_heads, case.kv_heads
+    return [jnp.asarray(rng.normal(size=(1, length, n, DIM)), jnp.float32) for n in heads]
 
 
 def functions(case: Case, implementation: str = "xla") -> dict[str, Callable[..., Any]]:
     """The output, and it with the gradients."""
 
     def forward(q, k, v, data):
-        return js.attend(q, k, v, case.plan(k, v, data), implementation=implementation)
+        return case.attend(q, k, v, data, implementation)
 
     def both(q, k, v, data):
         def loss(*operands):
@@ -120,7 +222,7 @@ def functions(case: Case, implementation: str = "xla") -> dict[str, Callable[...
 
 def check(case: Case) -> None:
     """Output and gradients agree with the reference, or nothing is timed."""
-    operands = *inputs(CHECKED), case.data(CHECKED, 0.2)
+    operands = *inputs(case, CHECKED), case.data(CHECKED, 0.2)
     name = "forward_backward"
     for got, want in zip(
         *(
@@ -136,22 +238,22 @@ def check(case: Case) -> None:
 
 def measure(case: Case, length: int, density: float, repeats: int) -> dict[str, Any]:
     """One row: time, work, time per pair, and what is reserved besides inputs and results."""
-    q, k, v = inputs(length)
+    q, k, v = inputs(case, length)
     data = case.data(length, density)
-    lists = tile_lists(case.plan(k, v, data))
-    tiles = [float(x.kv_num_blocks.sum()) * HEADS / x.list_heads for x in lists]
+    lists = case.computed(q, k, v, data)
+    tiles = [float(x.kv_num_blocks.sum()) * case.heads / x.list_heads for x in lists]
     pairs = sum(n * x.block_q * x.block_kv for n, x in zip(tiles, lists, strict=True))
     row: dict[str, Any] = {
         "case": case.name,
         "length": length,
         "density": density,
-        "computed": pairs / (HEADS * length**2),
+        "computed": pairs / (case.heads * length**2),
     }
     for name, function in functions(case).items():
         run = jax.jit(function).lower(q, k, v, data).compile()
         jax.block_until_ready(run(q, k, v, data))
         times, processor = [], []
-        for _ in range(repeats):
+        while len(times) < repeats and sum(times) < ENOUGH:
             started, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(run(q, k, v, data))
             times.append(time.perf_counter() - started)
@@ -164,8 +266,10 @@ def measure(case: Case, length: int, density: float, repeats: int) -> dict[str, 
             f"{name}_mib": run.memory_analysis().temp_size_in_bytes / 2**20,
         }
     row["merging_processor_ms"] = merging(q, len(lists), repeats)
-    row["h200_forward_bound_ms"] = sum(bound(x, n) for x, n in zip(lists, tiles, strict=True))
-    sizes = HEADS, HEADS, length, length, DIM, DIM, 0
+    row["h200_forward_bound_ms"] = sum(
+        bound(case, x, n, data) for x, n in zip(lists, tiles, strict=True)
+    )
+    sizes = case.heads, case.kv_heads, length, length, DIM, DIM, 0
     work = roofline.merging(roofline.Problem(*sizes), len(lists))
     row["h200_merging_bound_ms"] = work.expected_ms(GPU) if len(lists) > 1 else 0.0
     return row
@@ -186,10 +290,11 @@ def merging(q: jax.Array, parts: int, repeats: int) -> float:
     return 1e3 * float(np.median(times))
 
 
-def bound(lists: js.BlockMask, tiles: float) -> float:
+def bound(case: Case, lists: js.BlockMask, tiles: float, data: Any) -> float:
     """Milliseconds in 16 bits at the very best."""
-    sizes = HEADS, HEADS, lists.q_len, lists.kv_len, DIM, DIM, tiles, lists.block_q, lists.block_kv
-    return roofline.forward(roofline.Problem(*sizes)).expected_ms(GPU)
+    lengths = lists.q_len, lists.kv_len
+    sizes = case.heads, case.kv_heads, *lengths, DIM, DIM, tiles, lists.block_q, lists.block_kv
+    return case.work(roofline.Problem(*sizes), lists, data).expected_ms(GPU)
 
 
 def main() -> None:
@@ -200,28 +305,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    sizes = {
-        "scaling_in_density": [(LENGTH, density) for density in DENSITIES],
-        "scaling_in_length": [(length, KEYS / length) for length in LENGTHS],
-    }
-    if arguments.quick:
-        sizes = {"scaling_in_length": [(length, KEYS / length) for length in LENGTHS[:2]]}
+    started = time.perf_counter()
     result: dict[str, Any] = {
         # others' programs take time of caches too, if not of processors
         "machine": machine() | {"load_before": os.getloadavg()[0]},
-        "case": {"heads": HEADS, "dim": DIM, "dtype": "float32", "repeats": arguments.repeats},
-        **{name: [] for name in sizes},
+        "case": {"dim": DIM, "dtype": "float32", "repeats": arguments.repeats, "heads": {}},
     }
     for case in track(CASES, transient=True):
         check(case)
+        result["case"]["heads"][case.name] = [case.heads, case.kv_heads]
+        sizes = case.sizes()
+        if arguments.quick:
+            sizes = {"scaling_in_length": sizes["scaling_in_length"][:2]}
         for name, pairs in sizes.items():
-            result[name] += [measure(case, *size, arguments.repeats) for size in pairs]
+            rows = [measure(case, *size, arguments.repeats) for size in pairs]
+            result[name] = [*result.get(name, []), *rows]
     console = Console(width=max(Console().width, 200))
-    for name in sizes:
+    for name in [name for name in result if name.startswith("scaling")]:
         table = Table(*result[name][0], title=name.replace("_", " "))
         for row in result[name]:
             table.add_row(*(x if isinstance(x, str) else f"{x:.4g}" for x in row.values()))
         console.print(table)
+    console.print(f"{time.perf_counter() - started:.0f} s")
     if not arguments.quick:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {arguments.output}")

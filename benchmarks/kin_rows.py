@@ -12,7 +12,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,7 @@ class Case(NamedTuple):
 LENGTHS = [Case(length, 64, 8) for length in (2048, 8192, 32768, 65536)]
 DENSITIES = [Case(4096, 64, width) for width in (1, 3, 8, 16, 32)]
 ROUTED = [Case(4096, block_kv, 8) for block_kv in (16, 32, 64, 128)]
+INVERSES = [*LENGTHS, Case(65536, 64, 32)]
 GROUPS = [Case(4096, 64, 16, 8, 2, 2), Case(16384, 64, 16, 4, 1, 1)]
 
 
@@ -155,11 +156,10 @@ def _chosen(case: Case, plan: js.BlockMask) -> str:
     return "packed" if rule.group > 1 else "rows"
 
 
-def inverse(repeats: int) -> list[dict[str, Any]]:
-    """Lists of 65536 queries turned round, against a sort of their entries."""
+def inverse(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
+    """Lists turned round, against a sort of their entries."""
     rows = []
-    for width in (8, 32):
-        case = Case(65536, 64, width)
+    for case in cases:
         _, plan = case.inputs()
 
         def by_sort(plan):
@@ -171,10 +171,14 @@ def inverse(repeats: int) -> list[dict[str, Any]]:
         functions = {"ranks": js.BlockMask.inverse, "sort": by_sort}
         compiled = {name: jax.jit(run).lower(plan).compile() for name, run in functions.items()}
         calls = {name: functools.partial(run, plan) for name, run in compiled.items()}
-        jax.block_until_ready([call() for call in calls.values()])
+        # lists are full, so both are the rows of all entries, by column
+        if not bool((calls["ranks"]().q_indices == calls["sort"]()[1]).all()):
+            raise ArithmeticError(f"lists of {case.length} queries differ, turned round")
+        entries = int(plan.kv_num_blocks.sum())
         for name, times in timed(calls, repeats).items():
-            entries = int(plan.kv_num_blocks.sum())
-            rows.append({"way": name, "width": width, "listed": entries, **times})
+            mib = compiled[name].memory_analysis().temp_size_in_bytes / 2**20
+            sizes = {"length": case.length, "width": case.width, "listed": entries}
+            rows.append({"way": name, **sizes, **times, "mib": mib})
     return rows
 
 
@@ -209,8 +213,8 @@ def main() -> None:
         # which way is chosen is known from the others
         only = ("keys",) if name in ("densities", "lengths") else ()
         keep(name, [row for case in cases for row in attend(case, repeats, only)])
-    if not arguments.quick:
-        keep("inverse", inverse(repeats))
+    inverses = [Case(1024, 64, 4)] if arguments.quick else INVERSES
+    keep("inverse", inverse(inverses, repeats))
     console.print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -1,6 +1,6 @@
 """Times the scorers on this machine: sums of the attention map, antidiagonals, running top-k.
 
-    python -m benchmarks.kin_scorers           # about two minutes on two cores
+    python -m benchmarks.kin_scorers           # some minutes on two cores
     python -m benchmarks.kin_scorers --quick   # short sequences, writes nothing
 
 Time over what is selected: of the map, tiles under windows of several widths and at several
@@ -178,6 +178,11 @@ def _of_top_k(
     }
 
 
+def fewer(repeats: int, length: int) -> int:
+    """How often to time what takes many seconds at such lengths."""
+    return 1 if length > 16384 else repeats
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,8 +207,9 @@ def main() -> None:
         "map_over_length": [of_map(length, 1024, repeats) for length in lengths],
         "antidiagonals": [of_antidiagonals(length, repeats) for length in lengths],
         "running_top_k": [
-            *(of_blocks(length, repeats) for length in lengths[:-1]),
-            *(of_tokens(length, repeats) for length in lengths[:2]),
+            *(of_blocks(length, fewer(repeats, length)) for length in lengths),
+            # of 65536 tokens a run takes a minute
+            *(of_tokens(length, fewer(repeats, length)) for length in lengths if length < 65536),
         ],
     }
     console = Console(width=max(Console().width, 130))

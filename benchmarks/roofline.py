@@ -97,6 +97,18 @@ def forward(problem: Problem) -> Work:
     return Work(_products(problem, 1, 1), size.q + size.kv + size.out + size.row_numbers / 2)
 
 
+def skipping(problem: Problem, listed: float) -> Work:
+    """A forward pass that skips tiles on the way: of those the logits alone, not the values.
+
+    Args:
+      problem: Whose tiles are those that are kept.
+      listed: Tiles whose logits are computed, of all query heads.
+    """
+    kept, every = forward(problem), problem._replace(tiles=listed)
+    moved = kept.bytes + _sizes(every).k - _sizes(problem).k
+    return Work(_products(every, 1, 0) + _products(problem, 0, 1), moved)
+
+
 def d_q(problem: Problem) -> Work:
     """Three products: logits, gradients of the probabilities, and of q."""
     size = _sizes(problem)

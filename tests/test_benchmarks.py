@@ -5,10 +5,25 @@ import json
 import sys
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, compile_report, gpu, neighborhood, plots, selection, trainable
+from benchmarks import (
+    attention,
+    compile_report,
+    gpu,
+    gpu_kin,
+    kin,
+    kin_rows,
+    kin_scorers,
+    neighborhood,
+    plots,
+    random_plans,
+    selection,
+    trainable,
+)
 from benchmarks.compile_report import Report
 
 VERSIONS = {"jax": "0.10.2", "ptxas": "13.0.88"}
@@ -355,3 +370,124 @@ def test_at_a_fixed_budget_time_grows_as_the_length_but_for_choosing():
         if name != "dense":
             assert exponents["rest"] <= 1.25, name
             assert exponents["gradient"] < found["exponents"]["dense"]["gradient"], name
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_as_many_tiles_are_kept_as_was_asked_for(share):
+    length, dim = 1024, 32
+    data = random_plans.skipped(2.0, dim)(length, share)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, length, 1, dim)) for key in keys)
+    kept = jax.jit(lambda *x: random_plans.skip(*x, "xla")[2])(q, k, v, data)
+    rows = length // random_plans.BLOCK
+    assert float(data.lists.kv_num_blocks.sum()) == 2 * share * rows**2
+    assert float(kept.kv_num_blocks.sum()) == share * rows**2
+
+
+def test_lists_at_random_have_the_asked_density_and_no_entry_twice():
+    plan = random_plans.random_lists(1, 16, 2)(512, 0.25)
+    lists = np.asarray(plan.kv_indices)
+    assert lists.shape == (1, 2, 512, 8)
+    assert (np.diff(lists) > 0).all()
+    assert float(plan.density().mean()) == 0.25
+    assert len(np.unique(lists[0, 0], axis=0)) > 8
+
+
+def test_a_kind_is_checked_before_it_is_timed(monkeypatch):
+    (case,) = (case for case in kin.CASES if case.name == "gathered columns")
+    right = case.attend
+
+    def wrong(q, k, v, data, implementation):
+        out = right(q, k, v, data, "reference")
+        return out if implementation == "reference" else out * (1 + 2**-10)
+
+    monkeypatch.setattr(kin, "CHECKED", 256)
+    with pytest.raises(ArithmeticError, match="gathered columns: results differ"):
+        kin.check(case._replace(attend=wrong))
+
+
+def test_every_kind_is_timed_over_densities_and_lengths():
+    for case in kin.CASES:
+        over_density, over_length = case.sizes().values()
+        assert [density for _, density in over_density] == [0.02, 0.05, 0.1, 0.25, 0.5]
+        assert len({length for length, _ in over_density}) == 1
+        lengths = [length for length, _ in over_length]
+        # what goes along all tiles there are takes minutes where there are many
+        assert lengths == [n for n in (2048, 8192, 32768, 65536) if n <= case.longest]
+        assert case.longest == 65536 or case.name == "skipped of all"
+        assert len({length * density for length, density in over_length}) == 1
+
+
+def test_a_row_of_a_kind_has_its_work_and_its_memory():
+    (case,) = (case for case in kin.CASES if case.name == "gathered columns")
+    row = kin.measure(case, 512, 0.25, repeats=1)
+    assert row["computed"] == 0.25
+    # 4 bytes for each pair of either head
+    assert 0 < row["forward_mib"] < 4 * 2 * 512**2 / 2**20
+    assert row["forward_backward_ms"] > 0
+    # 4 operations for each feature of a pair, at 989 TFLOP/s, or what is moved
+    products = 4 * kin.DIM * 2 * 512**2 / 4 / 989e9
+    assert row["h200_forward_bound_ms"] >= products
+
+
+def test_lists_turned_round_are_compared_with_a_sort():
+    case = kin_rows.Case(256, 64, 2)
+    ranks, sort = kin_rows.inverse([case], 1)
+    assert (ranks["way"], sort["way"]) == ("ranks", "sort")
+    assert ranks["listed"] == sort["listed"] == 2 * 256 * 2
+
+
+def test_long_scorers_are_timed_less_often():
+    assert [kin_scorers.fewer(3, length) for length in (2048, 16384, 32768)] == [3, 3, 1]
+
+
+def dry_run(monkeypatch, tmp_path, only):
+    path = tmp_path / "kin.json"
+    arguments = ["gpu_kin", "--dry-run", "--only", only, "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_kin.main() == 0
+    return json.loads(path.read_text())["kin"]
+
+
+def test_kinds_on_a_gpu_can_be_tried_without_one(monkeypatch, tmp_path):
+    (row,) = dry_run(monkeypatch, tmp_path, "decoding")
+    found = row["times"]["xla"]
+    assert 0 < found["difference"] < gpu.TOLERANCE["bfloat16"]
+    # an eighth of 4 pages, so one of 64 keys for each of 2 sequences and 8 heads, of width 32
+    assert row["selected_mbyte"] == 2 * 8 * 64 * (32 + 32) * 2 / 1e6
+    assert found["of_copy"] == pytest.approx(
+        row["selected_mbyte"] / found["ms"] / row["copy_gbyte_per_second"]
+    )
+
+
+@pytest.mark.slow
+def test_all_kinds_on_a_gpu_can_be_tried_without_one(monkeypatch, tmp_path):
+    rows = dry_run(monkeypatch, tmp_path, "")
+    assert [row["kind"] for row in rows] == [case.name for case in gpu_kin.CASES]
+    shares = {key for row in rows for key in row["times"]["xla"]}
+    assert {"of_tiles", "over_dense", "of_all", "of_copy"} < shares
+    assert all(row["times"]["xla"]["tflops"] > 0 for row in rows)
+    (skipping,) = (row for row in rows if "kept" in row)
+    assert skipping["kept"] == 0.5  # of the two tiles of a row the first
+
+
+def kernel_of(compute):
+    arrays = (jnp.ones((1, 8, 1, 16), jnp.bfloat16),)
+    return gpu_kin.Kernel(arrays, compute, {}, 1.0, lambda run, row: None, differentiable=1)
+
+
+def test_a_kind_that_is_wrong_is_not_timed_and_one_that_is_refused_is_no_error():
+    def compute(name, x):
+        if name == "triton":
+            raise NotImplementedError("not here")
+        return x * (2 if name == "mosaic" else 1)
+
+    case = gpu_kin.Case("x", lambda run, length: kernel_of(compute))
+    run = gpu_kin.DRY._replace(implementations=("mosaic", "triton", "xla"))
+    row = gpu_kin.timings(run, case)
+    assert "differs" in row["times"]["mosaic"]["error"]
+    assert row["times"]["triton"] == {"refused": "not here"}
+    assert row["times"]["xla"]["ms"] > 0
+    assert gpu_kin.failed(row)
+    assert not gpu_kin.failed({"times": {name: row["times"][name] for name in ("triton", "xla")}})
+    assert gpu_kin.failed({"times": {"triton": row["times"]["triton"]}})

@@ -21,6 +21,16 @@ def test_forward_at_density_one():
     assert work.bound(H200) == "products"
 
 
+def test_skipped_tiles_cost_their_logits():
+    # one head of 128 queries, two of whose four listed tiles of keys are kept
+    kept = Problem(1, 1, 128, 1024, 128, 64, tiles=2)
+    work = roofline.skipping(kept, listed=4)
+    assert work.flops == 2 * 128 * 128 * (4 * 128 + 2 * 64)
+    # q and out, keys of four tiles, values of two, a f32 per row
+    assert work.bytes == 2 * 128 * (128 + 64 + 4 * 128 + 2 * 64) + 4 * 128
+    assert roofline.skipping(kept, listed=2) == roofline.forward(kept)
+
+
 def test_products_of_the_gradients():
     forward = roofline.forward(DENSE).flops
     by_name = {name: work.flops / forward for name, work in roofline.kernels(DENSE).items()}
