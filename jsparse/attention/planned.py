@@ -39,8 +39,19 @@ class Queries(NamedTuple):
         return cls(q_len, kv_len, heads, kv_heads, positions[..., 0])
 
 
+class MaskInfo(NamedTuple):
+    """What a mask says of a call: that the next one needs nothing from it."""
+
+    state: tuple[()] = ()
+
+
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
     """The parameters of a method that has none."""
+    return ()
+
+
+def no_state(k: Any, v: Any) -> tuple[()]:
+    """The `init_state` of a method whose steps of decoding are rows of the whole as they are."""
     return ()
 
 
@@ -60,6 +71,7 @@ def planned(
     *,
     init: Callable[..., Any] = no_params,
     restrict: Callable[[Mask | None, Queries], Mask | None] = lambda mask, queries: mask,
+    init_state: Callable[..., Any] | None = None,
 ) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
@@ -68,6 +80,7 @@ def planned(
       init: Makes the parameters; default none.
       restrict: For methods that decide element by element too: maps the caller's mask to the one
         that `attend` applies.
+      init_state: For methods that decode by themselves; see `Method`.
     """
 
     def attend_to_plan(
@@ -108,7 +121,7 @@ def planned(
         )
         return out, info
 
-    return Method(init, plan, attend_to_plan)
+    return Method(init, plan, attend_to_plan, init_state)
 
 
 def masked(
@@ -116,9 +129,11 @@ def masked(
 ) -> Method:
     """Completes a mask to a method: the tiles it touches, and the mask inside them.
 
+    It knows each query by its position, so a single one gets its row of the whole.
+
     Args:
       own_mask: The method's mask for some queries; None hides nothing.
-      block_q: Queries per tile.
+      block_q: Queries per tile; of a single query 1.
       block_kv: Keys per tile.
     """
 
@@ -131,8 +146,9 @@ def masked(
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         whole = restrict(mask, Queries.of(q, k, positions))
         if whole is None:
-            return None, ()
-        sizes = {"block_q": block_q, "block_kv": block_kv}
-        return block_mask(whole, q.shape[-3], k.shape[-3], **sizes), ()
+            return None, MaskInfo()
+        q_len = q.shape[-3]
+        sizes = {"block_q": 1 if q_len == 1 else block_q, "block_kv": block_kv}
+        return block_mask(whole, q_len, k.shape[-3], **sizes), MaskInfo()
 
-    return planned(plan, restrict=restrict)
+    return planned(plan, restrict=restrict, init_state=no_state)
