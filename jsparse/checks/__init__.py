@@ -85,6 +85,7 @@ from jsparse.checks.methods import nothing_to_learn as nothing_to_learn
 from jsparse.checks.methods import of_single_keys as of_single_keys
 from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import parameters_given as parameters_given
+from jsparse.checks.methods import positions_of_a_grid as positions_of_a_grid
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens
