@@ -40,16 +40,22 @@ class Queries(NamedTuple):
 
 
 class MaskedInfo(NamedTuple):
-    """What a method hides element by element besides what it plans.
+    """What a method hides element by element besides what it plans; nothing is carried on.
 
     `mask` is what `attend` applies inside the tiles: the caller's and the method's own.
     """
 
     mask: Mask | None
+    state: tuple[()] = ()
 
 
 def no_params(key: Any, *, num_heads: int, num_kv_heads: int, dim: int, features: int) -> tuple:
     """The parameters of a method that has none."""
+    return ()
+
+
+def no_state(k: Any, v: Any) -> tuple[()]:
+    """The `init_state` of a method whose steps of decoding are rows of the whole as they are."""
     return ()
 
 
@@ -78,7 +84,7 @@ def planned(
       init: Makes the parameters; default none.
       restrict: For methods that decide element by element too: maps the caller's mask to the one
         that `attend` applies, which `info.mask` is to be.
-      init_state: Makes the state of the first step of decoding, for methods that carry one.
+      init_state: For methods that decode by themselves; see `Method`.
     """
 
     def attend_to_plan(
@@ -127,9 +133,11 @@ def masked(
 ) -> Method:
     """Completes a mask to a method: the tiles it touches, and the mask inside them.
 
+    It knows each query by its position, so a single one gets its row of the whole.
+
     Args:
       own_mask: The method's mask for some queries; None hides nothing.
-      block_q: Queries per tile.
+      block_q: Queries per tile; of a single query 1.
       block_kv: Keys per tile.
     """
 
@@ -144,7 +152,8 @@ def masked(
         info = MaskedInfo(whole)
         if whole is None:
             return None, info
-        sizes = {"block_q": block_q, "block_kv": block_kv}
-        return block_mask(whole, q.shape[-3], k.shape[-3], **sizes), info
+        q_len = q.shape[-3]
+        sizes = {"block_q": 1 if q_len == 1 else block_q, "block_kv": block_kv}
+        return block_mask(whole, q_len, k.shape[-3], **sizes), info
 
-    return planned(plan, restrict=restrict)
+    return planned(plan, restrict=restrict, init_state=no_state)

@@ -4,6 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jsparse import _compat
+from jsparse.checks.attention import positions_fit
 
 
 def of_single_keys(**values: Any) -> None:
@@ -149,6 +153,19 @@ def a_state(state: Any, expected: Any) -> None:
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise ValueError(
             "The cache has no state for the layer's method; make it by `layer.init_cache`."
+        )
+
+
+def positions_of_a_grid(positions: Any, length: int) -> None:
+    """Known positions are those of all tokens of a grid: where they stand is the grid's to say."""
+    if positions is None:
+        return
+    positions_fit(positions, length)
+    if not _compat.is_traced(positions) and (np.asarray(positions)[..., 0] != 0).any():
+        raise ValueError(
+            f"positions={np.asarray(positions)} must be 0 to {length - 1}: a grid's tokens are all "
+            "there, row-major from its first. Leave positions out; a part of a grid is a grid of "
+            "its own."
         )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jsparse import checks
-from jsparse.attention.planned import no_params
+from jsparse.attention.planned import no_params, no_state
 from jsparse.attention.skipping import attend_skipping
 from jsparse.core.tiling import block_mask
 from jsparse.types import BlockMask, Method, TileGrid
@@ -21,10 +21,12 @@ class BlasstInfo(NamedTuple):
     Attributes:
       scored: The tiles whose logits were computed: those that the mask touches.
       kept: Those of them that were not skipped, for each query head.
+      state: A step of decoding needs nothing from the one before.
     """
 
     scored: BlockMask
     kept: BlockMask
+    state: tuple[()] = ()
 
     @property
     def sparsity(self) -> Float[Array, "*batch heads"]:
@@ -176,4 +178,4 @@ def blasst(
         )
         return ((out, lse) if return_lse else out), info
 
-    return Method(no_params, plan, attend)
+    return Method(no_params, plan, attend, no_state)

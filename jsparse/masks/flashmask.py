@@ -32,7 +32,8 @@ def flashmask(
     Args:
       startend_row_indices: Interval bounds per key; see `js.masks.intervals` for the meaning of 1,
         2 or 4 of them. The heads axis is 1, the number of kv heads or that of query heads.
-        Default: no intervals.
+        Default: no intervals. Rows are queries as they come, or, where their positions are given,
+        by those: so in a cache, for which the columns are as many as it has room.
       causal: Whether keys past the query's own position are hidden too, bottom-right aligned.
 
     Differs from the paper:
@@ -56,6 +57,6 @@ def flashmask(
         count = columns.shape[-3]
         checks.multiple(of=count, heads=heads)
         per_head = columns if count == 1 else jnp.repeat(columns, heads // count, axis=-3)
-        return intervals(per_head, causal=causal, q_len=q_len)
+        return intervals(per_head, causal=causal, q_len=q_len, offset=queries.offset)
 
     return masked(own_mask)

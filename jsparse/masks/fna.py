@@ -40,8 +40,8 @@ def fna(
       `js.attend`.
 
     Raises:
-      ValueError: if a number is out of range, there are not as many as axes, or the tokens are not
-        those of the grid.
+      ValueError: if a number is out of range, there are not as many as axes, or the tokens, or
+        known positions, are not those of the grid.
     """
     local = Neighborhoods(
         grid,

@@ -130,8 +130,8 @@ def gna(
       nothing of are dropped.
 
     Raises:
-      ValueError: if a number is out of range, there are not as many as axes, or the tokens are not
-        those of the grid.
+      ValueError: if a number is out of range, there are not as many as axes, or the tokens, or
+        known positions, are not those of the grid.
     """
     local = Neighborhoods(
         grid,

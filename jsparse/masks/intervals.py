@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
+from jsparse.masks.causal import as_int32
 from jsparse.masks.causal import causal as causal_mask
 from jsparse.types import (
     Frame,
@@ -83,7 +84,11 @@ class Intervals(Mask):
 
 
 def intervals(
-    startend_row_indices: Int[Array, "*batch heads kv_len bounds"], *, causal: bool, q_len: int
+    startend_row_indices: Int[Array, "*batch heads kv_len bounds"],
+    *,
+    causal: bool,
+    q_len: int,
+    offset: Int[Array, "*sequences"] | int | None = None,
 ) -> Mask:
     """Hides each key from at most two intervals of queries.
 
@@ -95,10 +100,12 @@ def intervals(
         an upper start 0.
       causal: Whether keys after the query's own position are hidden as well, bottom-right aligned.
       q_len: Number of queries.
+      offset: The key index that query 0 sits at, per sequence, for queries that are part of what
+        the bounds were made for: rows then count from the query at key 0. Default: from query 0.
 
     Raises:
-      ValueError: if the bounds are not integers, known ones are too large for int32, or there are
-        not 1, 2 or 4 of them as `causal` asks.
+      ValueError: if the bounds, or `offset`, are not integers, known ones are too large for int32,
+        or there are not 1, 2 or 4 bounds as `causal` asks.
     """
     checks.integers(startend_row_indices=startend_row_indices)
     checks.within_int32(
@@ -108,9 +115,12 @@ def intervals(
     bounds = startend_row_indices.shape[-1]
     checks.interval_bounds(bounds, causal)
     columns = [jnp.asarray(startend_row_indices[..., n], jnp.int32) for n in range(bounds)]
+    start = as_int32(offset=offset)
+    if start is not None:
+        columns = [column - start[..., None, None] for column in columns]
     if causal:
         lower_end = columns[1] if bounds == 2 else None
-        return Intervals(columns[0], lower_end, None, None, q_len) & causal_mask()
+        return Intervals(columns[0], lower_end, None, None, q_len) & causal_mask(offset=start)
     if bounds == 2:
         return Intervals(columns[0], None, None, columns[1], q_len)
     lower_start, lower_end, upper_start, upper_end = columns

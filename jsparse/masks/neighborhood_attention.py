@@ -205,9 +205,10 @@ class Neighborhoods(NamedTuple):
         # where the length is not known yet, no window is too long
         self._layout((_ANY_LENGTH,) if self.grid is None else self.grid)
 
-    def layout(self, q_len: int, kv_len: int) -> Layout:
+    def layout(self, q_len: int, kv_len: int, positions: Any) -> Layout:
         """How these tokens are laid out."""
         checks.whole_grid(self.grid, q_len, kv_len)
+        checks.positions_of_a_grid(positions, q_len)
         return self._layout((q_len,) if self.grid is None else self.grid)
 
     def _layout(self, grid: Sequence[int]) -> Layout:
@@ -256,7 +257,7 @@ class Neighborhoods(NamedTuple):
         key: Any = None,
     ) -> tuple[BlockMask, NeighborhoodInfo]:
         """The tiles, of tokens in the order that the info names."""
-        layout = self.layout(q.shape[-3], k.shape[-3])
+        layout = self.layout(q.shape[-3], k.shape[-3], positions)
         return self._restricted(layout, mask), layout.info()
 
     def _restricted(self, layout: Layout, mask: Mask | None) -> BlockMask:
@@ -285,7 +286,7 @@ class Neighborhoods(NamedTuple):
         implementation: str | None = None,
     ) -> tuple[Any, NeighborhoodInfo]:
         """Attention in the plan's order; the result is in that of the tokens."""
-        layout = self.layout(q.shape[-3], k.shape[-3])
+        layout = self.layout(q.shape[-3], k.shape[-3], positions)
         out, lse = attend(
             layout.q_order.permute(q),
             layout.kv_order.permute(k),

@@ -146,9 +146,10 @@ class SparseAttention(nnx.Module):
             there, whatever room is left, and a causal mask is added; arrays over keys are as long
             as the cache has room.
           positions: For the rotary embedding; default 0, 1, ... counted on from the cache.
-          cache: Tokens before these. A step of one token attends to all of them that the mask
-            allows: what most methods choose is a prompt's tiles. A method that carries a state
-            does every step by itself.
+          cache: Tokens before these. Methods that decode by themselves do so: those that are a
+            mask, whose step is the row of a prompt, `blasst`, and those that carry a state. What
+            others choose is a prompt's tiles, from several queries together: a step of one token
+            then attends to all tokens that the mask allows.
 
         Returns:
           The output, `[*batch, length, features]`; with a cache `(output, cache)`.

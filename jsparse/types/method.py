@@ -48,8 +48,9 @@ class Method(NamedTuple):
         Where it mixes several attentions, the field `branches` of either `info` has a `Branch` of
         each.
       init_state: `init_state(k, v) -> state`, the `state` of the first step over a cache of these
-        shapes; `info.state` is that of the next. None where there is nothing to carry, and a step
-        of decoding may attend to all keys instead.
+        shapes; `info.state` is that of the next. A method that has it decodes by itself, and one
+        that has nothing to carry has `()` there. None where a choice is made for several queries
+        together, such as a tile of them, so that a step of decoding attends to all keys instead.
       update: `update(params, info) -> params`, what a step of training makes of the parameters
         that are `Untrained`. None where there are none.
     """

@@ -518,6 +518,20 @@ def test_bad_input_is_named(arguments, message):
         js.gna(**arguments)
 
 
+@pytest.mark.parametrize("method", [js.gna(window=4), js.fna(window=4)], ids=["gna", "fna"])
+def test_known_positions_are_those_of_the_grid(method):
+    """Others are not quietly taken for the grid's own."""
+    q, k, v = qkv(64)
+    with pytest.raises(ValueError, match=r"must be 0 to 63: .* Leave positions out"):
+        js.sparse_attention(q, k, v, method, positions=on_device(np.arange(64) + 100, jnp.int32))
+    with pytest.raises(ValueError, match="must be consecutive in each sequence"):
+        method.plan((), q, k, positions=on_device(np.arange(64)[::-1], jnp.int32))
+    with pytest.raises(ValueError, match=r"positions has shape \(60,\)"):
+        method.plan((), q, k, positions=jnp.arange(60))
+    plan, _ = method.plan((), q, k, positions=jnp.arange(64))
+    np.testing.assert_array_equal(plan.to_dense(), method.plan((), q, k)[0].to_dense())
+
+
 def test_tokens_that_are_not_the_grid_are_refused(without_shape_checks):
     q, k, v = qkv(64)
     method = js.gna(grid=(8, 8), window=4)

@@ -47,6 +47,9 @@ def test_row_counts_of_the_specification():
     counts = [int(tiles[row].sum()) for row in (0, 3, 7, 8, 15, 31, 127, 511)]
     assert counts == [1, 4, 6, 6, 7, 8, 10, 12]
     assert tiles[:128, :128].sum() == 1141
+    for blocks, density in ((128, 0.1382), (256, 0.0775), (512, 0.0428)):
+        kept = tiles[:blocks, :blocks].sum()
+        assert kept / (blocks * (blocks + 1) / 2) == pytest.approx(density, abs=5e-5)
 
 
 def test_short_sequences_are_dense_and_the_seventh_block_drops_one_pair():
@@ -104,7 +107,7 @@ def test_tiles_of_any_size_cover_what_is_visible_and_know_when_all_is(block_q, b
 
 def coverage(tiles, hops):
     field = js.receptive_field([plan_of_blocks(tiles)] * hops)
-    return int(np.asarray(field)[0, -1].sum())
+    return int(np.asarray(field)[-1].sum())
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,7 @@ def coverage(tiles, hops):
         (oracle.blocks(128), [10, 35, 75, 110, 126, 128]),
         (oracle.window_and_sink(128, window=9), [10, 18, 26]),
         (oracle.stride_slash(128, window=6, stride=32), [10, 30, 50, 70, 90, 110, 126, 128]),
+        (oracle.longnet(128), [8, 20, 41, 58, 75, 80, 80, 80]),
     ],
 )
 def test_coverage_over_layers_is_that_of_the_specification(tiles, counts):
@@ -130,7 +134,7 @@ def test_a_window_takes_sixteen_hops_and_dilation_never_sees_all():
 def test_distances_with_few_ones_in_binary_are_reached():
     tiles = tiles_of(64, window_size=1, num_sink_blocks=0)
     for hops in (1, 2, 3):
-        field = np.asarray(js.receptive_field([plan_of_blocks(tiles)] * hops))[0]
+        field = np.asarray(js.receptive_field([plan_of_blocks(tiles)] * hops))
         for i in range(64):
             for j in range(i + 1):
                 assert field[i, j] == (bin(i - j).count("1") <= hops)
@@ -153,6 +157,30 @@ def test_layers_pass_on_what_the_receptive_field_says():
         for j in range(i + 1):
             reached[i, j] = bin(i - j).count("1") <= layers
     np.testing.assert_array_equal(np.abs(np.asarray(gradient)).max(-1) > 0, reached)
+
+
+def test_a_projection_lets_one_head_pass_on_what_another_has_read():
+    """Two layers of two heads, at distances 0 and 1, and 0 and 4: distance 5 is reached."""
+    blocks, heads, dim = 12, 2, 4
+    i, j = np.indices((blocks, blocks))
+    tiles = np.stack([np.isin(i - j, (0, near)) for near in (1, 4)])
+    sizes = {"q_len": blocks, "kv_len": blocks, "block_q": 1, "block_kv": 1}
+    plan = js.BlockMask.from_dense(on_device(tiles), **sizes)
+    q, k, x = qkv(blocks, heads=heads, kv_heads=heads, dim=dim)
+    weights = jax.random.normal(jax.random.key(3), (heads * dim, heads * dim))
+
+    def stack(x):
+        for _ in range(2):
+            out = js.attend(q, k, x, plan, implementation="reference")
+            x = (out.reshape(blocks, -1) @ weights).reshape(out.shape)
+        return x.reshape(blocks, -1).sum(-1)
+
+    gradient = np.asarray(jax.jit(jax.jacrev(stack))(x)).reshape(blocks, blocks, -1)
+    field = np.asarray(js.receptive_field([plan, plan]))
+    np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, field)
+    assert field[7, 2]
+    # at distances 0, 1, 2, 4 and 5
+    assert field[7].sum() == 5
 
 
 @pytest.mark.parametrize(

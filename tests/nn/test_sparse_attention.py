@@ -10,6 +10,7 @@ from flax import linen, nnx
 
 import jsparse as js
 import jsparse.nn
+from jsparse.masks.flashmask import causal_document_columns
 from jsparse.nn import KVCache, rotary
 from tests.inputs import on_device
 
@@ -93,11 +94,55 @@ def test_decoding_equals_the_whole(split):
     np.testing.assert_array_equal(cache.length, [40, 40])
 
 
-@pytest.mark.parametrize("method", [js.streaming(num_sink=2, window=6), js.flashmask()])
-def test_a_method_in_a_cache_stands_where_its_queries_stand(method):
-    module, x = layer(method=method), inputs()
-    out, _ = decoded(module, x, module.init_cache((2,), 48), (24, 16))
-    np.testing.assert_allclose(out, applied(module, x, CAUSAL), atol=5e-6)
+DOCUMENTS = causal_document_columns(on_device([10] * 10 + [30] * 20 + [40] * 10, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        js.streaming(num_sink=2, window=6),
+        js.flashmask(startend_row_indices=DOCUMENTS),
+        js.powerattention(block_size=4, window_size=1),
+        js.s2_attention(block_size=4, local_blocks=1, vert_stride=2),
+        js.moa(
+            rules=[js.ElasticRule(0, 0.3), js.ElasticRule(12, 0.0)] * 2,
+            num_sink=4,
+            min_span=8,
+            block_size=4,
+        ),
+    ],
+    ids=["streaming", "documents", "powerattention", "s2_attention", "moa"],
+)
+def test_a_mask_in_a_cache_stands_where_its_queries_stand_and_decodes(method):
+    """A prompt, some more tokens and steps of one: rows of the whole."""
+    # forms every pair, which is soon compiled; methods' own tests take steps by the others
+    module, x = layer(method=method, implementation="reference"), inputs()
+
+    whole = applied(module, x, CAUSAL)
+    dense = applied(layer(implementation="reference"), x, CAUSAL)
+    out, _ = decoded(module, x, module.init_cache((2,), 40), (16, 16, 1, 1, 1))
+    np.testing.assert_allclose(out, whole[:, :35], atol=5e-6)
+    # what is left out makes a difference in the rows of the steps
+    assert float(jnp.abs(whole - dense)[:, 32:35].max(-1).min()) > 1e-3
+
+
+def test_a_method_that_skips_on_the_way_skips_in_steps():
+    """Its threshold for decoding acts in a step of the layer."""
+    method = js.blasst(threshold=0.0, decode_threshold=1.0, block_q=8, block_kv=8)
+    module, dense = (layer(method=m, implementation="reference") for m in (method, None))
+    x, told = 3.0 * inputs(), []
+    _, cache = dense(x[:, :39], cache=dense.init_cache((2,), 48))
+    module.observe = told.append
+    out, _ = module(x[:, 39:], cache=cache)
+    (info,) = told
+    scored, kept = info.scored.kv_num_blocks, info.kept.kv_num_blocks
+    # of 40 tokens, not of the room for 48
+    np.testing.assert_array_equal(scored, 5)
+    assert kept.shape == (2, 4, 1)
+    assert int(kept.min()) >= 1
+    assert int(kept.sum()) < 2 * 4 * 5
+    whole, _ = dense(x[:, 39:], cache=cache)
+    assert float(jnp.abs(out - whole).max()) > 1e-3
 
 
 def test_a_method_with_a_state_decodes_by_itself(tmp_path):

@@ -63,3 +63,14 @@ def dilated(count, *, window, dilation):
         for j in range(i + 1):
             tiles[i, j] = (i - j) % dilation == 0 and i - j < window
     return tiles
+
+
+def longnet(count):
+    """Segments of 8, 16, ..., 128 blocks, of which every 1st, 2nd, ..., 16th is left."""
+    tiles = np.zeros((count, count), bool)
+    for i in range(count):
+        for j in range(i + 1):
+            for power in range(5):
+                same_segment = (i ^ j) < 8 << power
+                tiles[i, j] |= same_segment and (i | j) % (1 << power) == 0
+    return tiles
