@@ -27,8 +27,9 @@ def block_mask(
 ) -> BlockMask:
     """Lists the tiles in which `mask` lets some query see some key.
 
-    Costs time proportional to the number of tiles and memory proportional to the lists, whatever
-    the lengths, and works under `jit`. The lists say which tiles to visit; pass the mask to
+    Costs time proportional to the number of tiles, or to those that the mask names as candidates,
+    and memory proportional to the lists, whatever the lengths; works under `jit`. The lists say
+    which tiles to visit; pass the mask to
     `js.attend` as well, for the tiles that are only partly visible.
 
     Args:
@@ -116,39 +117,62 @@ def _listed_and_visible(
 @functools.partial(jax.jit, static_argnums=1)
 def visible_tiles(mask: Mask, grid: TileGrid) -> Bool[Array, "batch heads q_blocks kv_blocks"]:
     """One bool per tile: does the flattened `mask` leave anything to see in it."""
-    return _map_rows(mask, grid, lambda some: some)
+    columns = jnp.arange(grid.kv_blocks)
+    return _map_rows(mask, grid, lambda *_: columns, lambda columns, some: some)
+
+
+def _named(mask: Mask, grid: TileGrid):
+    """The columns to classify in a row: the mask's candidates where they are fewer than all."""
+
+    def columns(q_block, frame):
+        named = mask.candidates(q_block, grid, frame)
+        if named is None or len(named) >= grid.kv_blocks:
+            return jnp.arange(grid.kv_blocks)
+        again = jnp.concatenate([jnp.zeros(1, bool), named[1:] == named[:-1]])
+        return jnp.where(again | (named < 0), grid.kv_blocks, named)
+
+    return columns
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _fullest_row(mask: Mask, grid: TileGrid) -> Int[Array, ""]:
-    return _map_rows(mask, grid, lambda some: some.sum(-1, dtype=jnp.int32)).max()
+    def count(columns, some):
+        return some.sum(-1, dtype=jnp.int32)
+
+    return _map_rows(mask, grid, _named(mask, grid), count).max()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _plan(mask: Mask, grid: TileGrid, width: int, batch_shape: tuple[int, ...]) -> BlockMask:
-    def compact(some):
-        return dense_to_lists(some, width), some.sum(-1, dtype=jnp.int32)
+    def compact(columns, some):
+        count = some.sum(-1, dtype=jnp.int32)
+        listed = columns[dense_to_lists(some, width)]
+        return jnp.where(jnp.arange(width) < count, listed, 0), count
 
-    lists, counts = _map_rows(mask, grid, compact)
+    lists, counts = _map_rows(mask, grid, _named(mask, grid), compact)
     overflowed = (counts > width).any(-1)
     plan = BlockMask(lists, jnp.minimum(counts, width), overflowed, *grid)
     return jax.tree.map(lambda x: x.reshape(*batch_shape, *x.shape[1:]), plan)
 
 
-def _map_rows(mask: Mask, grid: TileGrid, summarise):
-    """Applies `summarise` to the visibility of each row of tiles, [kv_blocks] bools at a time."""
+def _map_rows(mask: Mask, grid: TileGrid, columns_of, summarise):
+    """Applies `summarise` to some columns of each row of tiles and their visibility.
+
+    Columns outside of the grid are not visible.
+    """
     classify = mask.classifier(grid)
     batches = 1
     for leaf_batch in mask.batch_shape:
         batches *= leaf_batch
     rows = batches * mask.heads * grid.q_blocks
-    columns = jnp.arange(grid.kv_blocks)
 
     def one_row(row):
         row, q_block = jnp.divmod(row, grid.q_blocks)
         batch, head = jnp.divmod(row, mask.heads)
-        bounds = classify(q_block, columns, Frame(grid.q_len, grid.kv_len, batch, head))
-        return summarise(jnp.broadcast_to(bounds.some, columns.shape))
+        frame = Frame(grid.q_len, grid.kv_len, batch, head)
+        columns = columns_of(q_block, frame)
+        some = classify(q_block, columns, frame).some & (columns < grid.kv_blocks)
+        return summarise(columns, some)
 
     out = jax.lax.map(one_row, jnp.arange(rows), batch_size=min(rows, _ROWS_AT_ONCE))
     shape = (batches, mask.heads, grid.q_blocks)

@@ -64,6 +64,11 @@ class InRoom(Mask):
     def max_tiles(self, grid: TileGrid) -> int:
         return self.mask.max_tiles(grid)
 
+    def candidates(
+        self, q_block: Index, grid: TileGrid, frame: Frame
+    ) -> Int[Array, " count"] | None:
+        return self.mask.candidates(q_block, grid, self._frame(frame))
+
     def _frame(self, frame: Frame) -> Frame:
         return frame._replace(kv_len=self.kv_lengths[entry(len(self.kv_lengths), frame.batch)])
 

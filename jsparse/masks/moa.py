@@ -93,8 +93,8 @@ def moa(
             spans = spans[:1]
         first, last = zip(*spans, strict=True)
         offset = queries.offset
-        windows = head_windows(num_sink=first, window=last, block_size=block_size, offset=offset)
-        return windows & causal(offset=offset)
+        sizes_of_heads = {"num_sink": first, "window": last, "block_size": block_size}
+        return head_windows(**sizes_of_heads, right=0, offset=offset) & causal(offset=offset)
 
     return masked(own_mask, block_q=min(128, block_size), block_kv=min(128, block_size))
 

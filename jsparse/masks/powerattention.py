@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.attention.planned import Queries, masked
+from jsparse.core.block_tiles import blocks_of, tiles_of_blocks, tiles_per_block
 from jsparse.masks.causal import as_int32, causal, key_position
 from jsparse.types import (
     Frame,
@@ -51,12 +52,23 @@ class PowerBlocks(Mask):
         return TileBounds(some, every | (kv_last < self.num_sink_blocks))
 
     def max_tiles(self, grid: TileGrid) -> int:
-        blocks = -(-grid.kv_len // self.block_size)
-        # distances 1, 2, 4, ... below `blocks`, the window, the sinks
-        per_row = blocks.bit_length() + self.window_size + self.num_sink_blocks
-        rows = (grid.block_q - 2) // self.block_size + 2
-        tiles = (self.block_size - 2) // grid.block_kv + 2
-        return min(grid.kv_blocks, per_row * rows * tiles)
+        blocks, rows = blocks_of(grid, self.block_size)
+        # distances 1, 2, 4, ... past the window: of each row a block, of all rows one window
+        far = (blocks - 1).bit_length() - (self.window_size - 1).bit_length()
+        listed = rows * max(0, far) + self.window_size + rows - 1 + self.num_sink_blocks
+        return min(grid.kv_blocks, listed * tiles_per_block(grid, self.block_size))
+
+    def candidates(self, q_block: Index, grid: TileGrid, frame: Frame) -> Int[Array, " count"]:
+        blocks, rows = blocks_of(grid, self.block_size)
+        first, last = grid.q_range(q_block)
+        first = (first + key_position(self.offset, frame)) // self.block_size
+        last = (last + key_position(self.offset, frame)) // self.block_size
+        # the greatest distances that occur, so many that the others reach past the keys
+        powers = _greatest_power(last) >> jnp.arange((blocks + rows).bit_length())
+        far = (first - powers)[:, None] + jnp.arange(rows)
+        window = first - self.window_size + 1 + jnp.arange(self.window_size + rows - 1)
+        listed = [jnp.arange(self.num_sink_blocks), far.reshape(-1), window]
+        return tiles_of_blocks(jnp.sort(jnp.concatenate(listed)), grid, self.block_size)
 
 
 def _greatest_power(x: Index) -> Int[Array, "..."]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.attention.planned import Queries, masked
+from jsparse.core.block_tiles import blocks_of, tiles_of_blocks, tiles_per_block
 from jsparse.masks.causal import as_int32, causal, key_position
 from jsparse.types import (
     BlockMask,
@@ -14,6 +15,7 @@ from jsparse.types import (
     Mask,
     Method,
     TileBounds,
+    TileGrid,
     array_field,
     pytree_dataclass,
     static_field,
@@ -56,6 +58,24 @@ class ShardedBlocks(Mask):
         some = (kv_first <= q_last) & (local | (multiples > 0))
         all_kept = (q_last - kv_first < self.local_blocks) | (multiples == kv_last - kv_first + 1)
         return TileBounds(some, (kv_last <= q_first) & all_kept)
+
+    def max_tiles(self, grid: TileGrid) -> int:
+        blocks, rows = blocks_of(grid, self.block_size)
+        window = self.local_blocks + rows - 1
+        old = -(-max(0, blocks - window) // min(self.strides))
+        return min(grid.kv_blocks, (window + old) * tiles_per_block(grid, self.block_size))
+
+    def candidates(self, q_block: Index, grid: TileGrid, frame: Frame) -> Int[Array, " count"]:
+        blocks, rows = blocks_of(grid, self.block_size)
+        stride, residue = self._of_head(frame)
+        first = grid.q_range(q_block)[0] + key_position(self.offset, frame)
+        window = first // self.block_size - self.local_blocks + 1
+        # the head's share up to the newest block before the window, which then repeats
+        newest = window - 1 - (window - 1 + residue) % stride
+        old = -residue % stride + stride * jnp.arange(-(-blocks // min(self.strides)))
+        recent = window + jnp.arange(self.local_blocks + rows - 1)
+        listed = jnp.concatenate([jnp.minimum(old, newest), recent])
+        return tiles_of_blocks(listed, grid, self.block_size)
 
     def _of_head(self, frame: Frame) -> tuple[Array, Array]:
         return jnp.asarray(self.strides)[frame.head], jnp.asarray(self.residues)[frame.head]

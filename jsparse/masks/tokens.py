@@ -1,7 +1,7 @@
 """Sink and global tokens: a few keys that everyone sees."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
@@ -24,6 +24,9 @@ class FirstKeys(Mask):
 
     def max_tiles(self, grid: TileGrid) -> int:
         return max(1, min(grid.kv_blocks, -(-self.count // grid.block_kv)))
+
+    def candidates(self, q_block: Index, grid: TileGrid, frame: Frame) -> Int[Array, " count"]:
+        return jnp.arange(self.max_tiles(grid))
 
 
 @pytree_dataclass

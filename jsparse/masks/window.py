@@ -49,6 +49,14 @@ class SlidingWindow(Mask):
         # a span of n keys that starts anywhere touches at most this many tiles
         return min(grid.kv_blocks, (keys - 2) // grid.block_kv + 2)
 
+    def candidates(
+        self, q_block: Index, grid: TileGrid, frame: Frame
+    ) -> Int[Array, " count"] | None:
+        if self.left is None or self.right is None:
+            return None
+        first = grid.q_range(q_block)[0] + key_position(self.offset, frame) - self.left
+        return first // grid.block_kv + jnp.arange(self.max_tiles(grid))
+
     def _inside(self, low: Index, high: Index) -> Bool[Array, "..."]:
         """True where `low >= -right` and `high <= left`."""
         inside = jnp.ones(jnp.broadcast_shapes(jnp.shape(low), jnp.shape(high)), bool)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.types.pytree import flatten_batch, pytree_dataclass
@@ -128,6 +128,17 @@ class Mask:
         """Bounds from static numbers how many tiles one row of tiles can need."""
         return grid.kv_blocks
 
+    def candidates(
+        self, q_block: Index, grid: TileGrid, frame: Frame
+    ) -> Int[Array, " count"] | None:
+        """Names the kv blocks that one row of tiles can need, where a closed form does.
+
+        Ascending; what is named again, or lies outside of the grid, does not count, and what is not
+        needed may be named. None: any may be needed. How many there are depends on static numbers
+        alone; masks that name few have their lists made in time proportional to those.
+        """
+        return None
+
     @property
     def heads(self) -> int:
         """How many query heads the mask tells apart; 1 when it is the same for all."""
@@ -218,6 +229,12 @@ class And(Mask):
     def max_tiles(self, grid: TileGrid) -> int:
         return min(self.left.max_tiles(grid), self.right.max_tiles(grid))
 
+    def candidates(
+        self, q_block: Index, grid: TileGrid, frame: Frame
+    ) -> Int[Array, " count"] | None:
+        named = [side.candidates(q_block, grid, frame) for side in (self.left, self.right)]
+        return min((of for of in named if of is not None), key=len, default=None)
+
 
 @pytree_dataclass
 class Or(Mask):
@@ -238,6 +255,12 @@ class Or(Mask):
 
     def max_tiles(self, grid: TileGrid) -> int:
         return min(grid.kv_blocks, self.left.max_tiles(grid) + self.right.max_tiles(grid))
+
+    def candidates(
+        self, q_block: Index, grid: TileGrid, frame: Frame
+    ) -> Int[Array, " count"] | None:
+        left, right = (side.candidates(q_block, grid, frame) for side in (self.left, self.right))
+        return None if left is None or right is None else jnp.sort(jnp.concatenate([left, right]))
 
 
 @pytree_dataclass

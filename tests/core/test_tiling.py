@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.core.tiling import visible_tiles
+from jsparse.masks.powerattention import powers_of_two
+from jsparse.masks.s2_attention import sharded_blocks
+from jsparse.masks.streaming import sink_and_window
+from jsparse.types import Frame, TileGrid
 from tests.inputs import on_device
 
 SIZES = {"block_q": 8, "block_kv": 8}
@@ -62,3 +67,90 @@ def test_more_rows_than_are_classified_at_once():
     plan = js.block_mask(js.masks.causal(), 200, 200, block_q=2, block_kv=8)
     rows, columns = np.arange(100)[:, None], np.arange(25)
     np.testing.assert_array_equal(plan.to_dense()[0], columns * 8 <= rows * 2 + 1)
+
+
+def closed_forms(offset):
+    """Masks that name the tiles that a row can need, for queries that start at `offset`."""
+    at = {"offset": offset}
+    causal, blocks = js.masks.causal(**at), {"block_size": 8, **at}
+    spans = {"num_sink": [8, 0, 16], "window": [16, 40, 24], "right": 0}
+    shares = {"heads": 4, "kv_heads": 4, "local_blocks": 2, "vert_stride": 4}
+    return {
+        "powerattention": powers_of_two(**blocks, window_size=2) & causal,
+        "s2_attention": sharded_blocks(**blocks, **shares) & causal,
+        "moa": js.masks.head_windows(**blocks, **spans) & causal,
+        "streaming": sink_and_window(num_sink=5, window=21, **at) & causal,
+    }
+
+
+@pytest.mark.parametrize("name", closed_forms(0))
+@pytest.mark.parametrize(
+    "grid",
+    [(64, 400, 8, 8), (61, 397, 4, 4), (70, 601, 16, 3)],
+    ids=["tiles are blocks", "smaller tiles", "tiles across blocks"],
+)
+def test_tiles_by_closed_form_are_those_by_classification(name, grid):
+    """At any place among the keys, before the first and past the last included."""
+    grid = TileGrid(*grid)
+    starts = np.r_[-9:26, 100, 325:345, 400, 900]
+
+    @jax.jit
+    def both(starts):
+        mask = closed_forms(starts)[name]
+        return js.block_mask(mask, **grid._asdict()), visible_tiles(
+            mask.flatten_batch(starts.shape), grid
+        )
+
+    mask = closed_forms(0)[name]
+    named = mask.flatten_batch(()).candidates(0, grid, Frame(grid.q_len, grid.kv_len))
+    assert named is not None
+    assert len(named) < grid.kv_blocks
+    plan, tiles = both(on_device(starts, jnp.int32))
+    np.testing.assert_array_equal(plan.to_dense(), tiles)
+    # a width that is known without the offset is enough, and hardly more than what is needed
+    most = int(tiles.sum(-1).max())
+    assert not plan.overflowed.any()
+    assert plan.width < grid.kv_blocks
+    if name in ("s2_attention", "streaming") and grid.block_kv == 8:
+        assert plan.width == most
+    assert plan.width <= 2 * most
+
+
+def shapes_in(jaxpr):
+    """Of every array that a program makes, those of its loops included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(value, "jaxpr"):
+                yield from shapes_in(value.jaxpr)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        js.powerattention(),
+        js.s2_attention(block_size=128, local_blocks=4, vert_stride=4),
+        js.moa(
+            rules=[js.ElasticRule(4096, 0.0), js.ElasticRule(1000, 0.0)] * 2,
+            block_size=128,
+            num_sink=128,
+            min_span=256,
+        ),
+        js.streaming(),
+    ],
+    ids=["powerattention", "s2_attention", "moa", "streaming"],
+)
+def test_a_million_tokens_are_planned_by_what_is_listed(method):
+    """Where positions are traced; neither all tiles nor all of one row are ever looked at."""
+    q = jax.ShapeDtypeStruct((2**19, 4, 1), jnp.float32)
+    k = jax.ShapeDtypeStruct((2**20, 4, 1), jnp.float32)
+    positions = jax.ShapeDtypeStruct((2**19,), jnp.int32)
+    program, plan = jax.make_jaxpr(
+        lambda q, k, p: method.plan((), q, k, positions=p)[0], return_shape=True
+    )(q, k, positions)
+    shapes = set(shapes_in(program.jaxpr))
+    assert len(shapes) > 10
+    assert plan.grid.kv_blocks == 2**13
+    assert plan.width < 2**13 // 3
+    assert not any(2**13 in shape for shape in shapes)
+    assert max(map(np.prod, shapes)) <= plan.kv_indices.size
