@@ -15,7 +15,6 @@ os.environ["JSPARSE_TUNED"] = ""
 import jax
 import jaxtyping
 import pytest
-from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
 
@@ -36,32 +35,9 @@ def compile_quickly():
         os.environ["XLA_FLAGS"] = given
 
 
-# what MLIR keeps of the programs of one module
-CONTEXTS = []
-
-
-def lower_quickly():
-    """Lowers all programs of a module in one MLIR context.
-
-    JAX makes one for each program, which takes a fifth of what a program of one operation does.
-    """
-    make = mlir.make_ir_context
-
-    def kept():
-        # a program that is needed while another is lowered would become a part of it
-        if mlir.ir.Context.current is not None:
-            return make()
-        if not CONTEXTS:
-            CONTEXTS.append(make())
-        return CONTEXTS[0]
-
-    mlir.make_ir_context = kept
-
-
-# later versions do not have the one, and may not have the other
+# later versions do not have it
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     compile_quickly()
-    lower_quickly()
 install_import_hook("jsparse", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -120,5 +96,4 @@ def programs(request):
     optimized = jax.__version_info__ >= (0, 11) and request.path.is_relative_to(OPTIMIZED)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
-    CONTEXTS.clear()
     jax.clear_caches()

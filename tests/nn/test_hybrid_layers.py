@@ -90,16 +90,6 @@ def test_a_file_restores_what_each_layer_has_learnt(tmp_path):
     np.testing.assert_allclose(run(restored, TEXT), run(model, TEXT), atol=0.05)
 
 
-def prefixes_then_last(layer):
-    """A layer without a state takes all its keys for a query that comes alone."""
-
-    def attention(q, k, v, *, mask, x, positions):
-        rows = layer._method(q, k, v, mask=mask, x=x, positions=positions)
-        return rows.at[:, -1:].set(js.attend(q[:, -1:], k, v))
-
-    return attention
-
-
 def test_layers_decode_each_in_its_way():
     model, _ = trained()
     step = nnx.jit(lambda model, tokens, caches: model(tokens, caches))
@@ -108,15 +98,8 @@ def test_layers_decode_each_in_its_way():
     for start in range(0, LENGTH, 5):
         out, caches = step(model, TEXT[:, start : start + 5], caches)
         parts.append(out)
-    *together, single = parts
     # logits of some units, after three layers in f32
-    np.testing.assert_allclose(jnp.concatenate(together, 1), run(model, TEXT)[:, :15], atol=1e-4)
-    alone = nnx.merge(*nnx.split(model))
-    for layer in js.nn.attention_layers(alone):
-        if layer.method is WINDOW:
-            layer.attention = prefixes_then_last(layer)
-    np.testing.assert_allclose(single, run(alone, TEXT)[:, 15:], atol=1e-4)
-    assert np.abs(single - run(model, TEXT)[:, 15:]).max() > 1e-2
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), run(model, TEXT), atol=1e-4)
 
 
 def test_a_built_model_takes_methods_with_parameters():
