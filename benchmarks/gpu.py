@@ -89,11 +89,8 @@ DRY = Run(
 )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--numerics", action="store_true", help="do not time anything")
+def arguments_of(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespace, Path]:
+    """What was asked for on the command line, and the JSON's path, whose folder is made."""
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, any machine")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
@@ -102,12 +99,23 @@ def main() -> int:
             f"jax finds no GPU here (its backend is {jax.default_backend()}); "
             "--dry-run tries the script without one"
         )
-    run = DRY if arguments.dry_run else FULL
     device = jax.devices()[0].device_kind.replace(" ", "_").lower()
     output = arguments.output or Path(
-        "build/gpu_dry_run.json" if arguments.dry_run else f"benchmarks/results/gpu_{device}.json"
+        f"build/{name}_dry_run.json"
+        if arguments.dry_run
+        else f"benchmarks/results/{name}_{device}.json"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
+    return arguments, output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--numerics", action="store_true", help="do not time anything")
+    arguments, output = arguments_of(parser, "gpu")
+    run = DRY if arguments.dry_run else FULL
     record: dict[str, Any] = {"machine": machine(), "numerics": [], "timings": [], "scorers": []}
 
     def save() -> None:

@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # first: it says to jax what has to be said before that is loaded
@@ -358,22 +357,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="time only cases whose name has this in it")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, any machine")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    arguments = parser.parse_args()
-    if jax.default_backend() != "gpu" and not arguments.dry_run:
-        parser.error(
-            f"jax finds no GPU here (its backend is {jax.default_backend()}); "
-            "--dry-run tries the script without one"
-        )
+    arguments, output = gpu.arguments_of(parser, "gpu_kin")
     run = DRY if arguments.dry_run else FULL
-    device = jax.devices()[0].device_kind.replace(" ", "_").lower()
-    output = arguments.output or Path(
-        "build/gpu_kin_dry_run.json"
-        if arguments.dry_run
-        else f"benchmarks/results/gpu_kin_{device}.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"machine": gpu.machine(), "kin": []}
     for case in CASES:
         if arguments.only in case.name:
