@@ -29,8 +29,8 @@ def block_mask(
 
     Costs time proportional to the number of tiles, or to those that the mask names as candidates,
     and memory proportional to the lists, whatever the lengths; works under `jit`. The lists say
-    which tiles to visit; pass the mask to
-    `js.attend` as well, for the tiles that are only partly visible.
+    which tiles to visit; pass the mask to `js.attend` as well, for the tiles that are only partly
+    visible.
 
     Args:
       mask: Who may see whom. Its arrays' batch axes become the plan's.
