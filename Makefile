@@ -19,8 +19,7 @@ JAX_NEWEST := $(shell sed -n 's/^jax==//p' requirements/newest.txt)
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# packages hold many times the modules that are imported; the first import compiles those, and
-# compileall, on all cores, what the many processes of a test run share
+# packages hold many times the modules that are imported, and the first import compiles those
 export PIP_COMPILE := 0
 export JAX_PLATFORMS ?= cpu
 
@@ -54,10 +53,9 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml $(PIN)
 	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(BIN)/python pyproject.toml $(PIN)
 	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[report,test,lint]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
-	@touch $@
+	@touch $(VENV)/.demo $@
 
 # where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
 $(VENV)/.bench: $(VENV)/.demo
@@ -102,7 +100,6 @@ $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
 	sh .ci/find-python.sh > /dev/null
 	"$$(sh .ci/find-python.sh)" -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --constraint requirements/newest.txt --editable '.[report,test]'
-	$(NEWEST_VENV)/bin/python -m compileall -qq -j 0 $(NEWEST_VENV)/lib
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/.test

@@ -130,7 +130,9 @@ def gradients(loss, model):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in found}
 
 
-@pytest.mark.parametrize("sparse_from", [1, 64], ids=["sparse", "dense"])
+@pytest.mark.parametrize(
+    "sparse_from", [1, pytest.param(64, marks=pytest.mark.slow)], ids=["sparse", "dense"]
+)
 def test_the_indexer_learns_by_its_loss_and_all_else_by_the_models(sparse_from):
     method = js.hisa(top_k=4, block_kv=8, block_top_k=2, **INDEXER)
     model = model_with(js.from_length(method, min_length=sparse_from))

@@ -69,7 +69,7 @@ def value_and_gradients(run, operands, *rest):
     return value, gradients
 
 
-@pytest.mark.parametrize("list_heads", [KV_HEADS, HEADS])
+@pytest.mark.parametrize("list_heads", [KV_HEADS, pytest.param(HEADS, marks=pytest.mark.slow)])
 def test_everything_at_once_against_float64_and_the_reference(list_heads):
     q, k, v = qkv(Q_LEN, KV_LEN, heads=HEADS, kv_heads=KV_HEADS, v_dim=24, batch=(2,))
     rng = np.random.default_rng(1)

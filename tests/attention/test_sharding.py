@@ -36,7 +36,12 @@ def mesh_of(kind, devices=1):
     return jax.make_mesh((devices,), ("parts",), axis_types=(kind,))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    # the one with most to share stands for the others
+    ["dense", "flashmoba"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("xattention", "blasst")],
+)
 def test_each_device_computes_its_sequences(name):
     q, k, v = qkv(24, heads=4, kv_heads=2, dim=8, batch=(2,))
     attention, spec = attention_by(METHODS[name]), PartitionSpec("parts")

@@ -38,6 +38,10 @@ class TestSkippingNothing(AttentionSuite):
                 ],
             )
 
+    @pytest.mark.slow  # the same of the executor that this one is
+    def test_dropping_a_feature_is_noticed(self):
+        super().test_dropping_a_feature_is_noticed()
+
 
 @functools.cache
 def compiled(implementation, causal, block_q, block_kv):

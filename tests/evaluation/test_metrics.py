@@ -50,7 +50,9 @@ def key_order(info, heads, kv_len):
     return np.tile(np.arange(kv_len), (heads, 1)) if order is None else np.asarray(order)
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(70, 70), (40, 75), (75, 40)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [pytest.param(70, 70, marks=pytest.mark.slow), (40, 75), (75, 40)]
+)
 @pytest.mark.parametrize(
     "method",
     [

@@ -70,7 +70,7 @@ def test_lists_per_head_grouped_heads_and_an_empty_row():
     compare(q, k, v, plan)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_consumers_share_a_ring_that_is_used_again(stages, monkeypatch):
     config = mosaic.Config(stages, columns=64, overlap=stages > 1)
     forward = mosaic.FORWARD._replace(default_config=lambda *_: config)

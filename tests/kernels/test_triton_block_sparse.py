@@ -63,7 +63,10 @@ def value_and_gradients(loss, implementation, *operands):
 
 
 @interpreted
-@pytest.mark.parametrize("pieces", [None, (16, 16), (16, 32), (32, 16)])
+@pytest.mark.parametrize(
+    "pieces",
+    [None, *(pytest.param(p, marks=pytest.mark.slow) for p in ((16, 16), (32, 16))), (16, 32)],
+)
 def test_everything_at_once_in_pieces_of_tiles(pieces, monkeypatch):
     """Programs compute a part of a tile, and read tiles part by part."""
     if pieces:

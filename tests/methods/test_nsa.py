@@ -96,7 +96,7 @@ def test_branches_blocks_and_gates_equal_the_oracle(name):
     assert info.state.k.shape == (Windows(8, 4).count(kv_len), 2, 16)
 
 
-@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_branches_with_keys_and_values_of_their_own_equal_the_oracle(group):
     """As in the paper, for groups of one head, of its 16, and of a number that no tile has."""
     q_len, kv_len, heads = 50, 66, 2 * group

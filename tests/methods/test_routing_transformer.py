@@ -349,7 +349,9 @@ def clusters_by_pairs(q, k, v, own, members):
     return total / np.maximum(counts, 1)[..., None]
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize(
+    "shared", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["shared", "apart"]
+)
 def test_gradients_are_those_of_masked_dense_attention(shared):
     q, k, v = qkv(45)
     method = js.routing_transformer(clusters=4, window=9, shared=shared)
@@ -429,7 +431,7 @@ def test_balanced_membership_looks_ahead_and_own_clusters_do_not():
         assert leaks > 0.1 if balanced else leaks < 1e-6
 
 
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("balanced", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_decoding_sees_what_is_there(balanced):
     """Each step is the last of a call over the tokens so far; of own clusters, one of the whole."""
     method = js.routing_transformer(clusters=3, window=6, balanced=balanced)

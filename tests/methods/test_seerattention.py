@@ -21,7 +21,9 @@ def params_of(method, heads=4, kv_heads=2, dim=16):
     return method.init(jax.random.key(0), **sizes)
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(70, 70), (45, 61)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [pytest.param(70, 70, marks=pytest.mark.slow), (45, 61)]
+)
 def test_gate_targets_loss_and_tiles_equal_the_oracle(q_len, kv_len):
     q, k, _ = qkv(q_len, kv_len)
     params = params_of(js.seerattention(**SMALL))
@@ -89,7 +91,11 @@ def test_how_many_tiles_a_density_is():
         assert expected.sum() / (512 * 513 / 2) == pytest.approx(exact, abs=1e-4)
 
 
-@pytest.mark.parametrize("density", [0.4, [0.2, 0.4, 0.6, 1.0]], ids=["one", "per head"])
+@pytest.mark.parametrize(
+    "density",
+    [pytest.param(0.4, marks=pytest.mark.slow), [0.2, 0.4, 0.6, 1.0]],
+    ids=["one", "per head"],
+)
 def test_the_room_of_a_cache_changes_nothing(density):
     """Neither the gate nor the count of tiles, and each sequence has its own length."""
     density = on_device(density, jnp.float32) if isinstance(density, list) else density

@@ -175,9 +175,13 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
             marks=pytest.mark.slow,
         ),
         js.from_length(js.hisa(top_k=4, index_heads=2, index_dim=8, rotary_dim=4), min_length=1),
-        js.nsa(
-            **{"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6},
-            **{"own_projections": True, "rope_base": 10_000.0},
+        # its own test decodes so too, without a layer
+        pytest.param(
+            js.nsa(
+                **{"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6},
+                **{"own_projections": True, "rope_base": 10_000.0},
+            ),
+            marks=pytest.mark.slow,
         ),
         js.seerattention_r(block_size=4, token_budget=8, gate_dim=4),
     ],
@@ -198,9 +202,9 @@ def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     "mask",
     [
         js.masks.sliding_window(left=4),
-        js.masks.dilated(stride=2, window=3),
+        pytest.param(js.masks.dilated(stride=2, window=3), marks=pytest.mark.slow),
         js.masks.global_tokens(3) | js.masks.sliding_window(left=2),
-        ~js.masks.sliding_window(left=3),
+        pytest.param(~js.masks.sliding_window(left=3), marks=pytest.mark.slow),
         js.masks.lengths(kv_lengths=jnp.array([6, 9])) | js.masks.sliding_window(left=1),
     ],
     ids=["window", "dilated", "global", "not", "lengths"],
