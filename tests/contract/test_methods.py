@@ -104,7 +104,7 @@ def plan(row):
     return jax.jit(lambda q, k: lists_of(method, q, k))
 
 
-@by_name
+@by_kind
 def test_jit_equals_eager(row):
     method = sparsest(row)
     q, k, v = inputs_of(row, LENGTH)
@@ -146,7 +146,7 @@ def test_batch_axes_and_vmap_agree(row):
     np.testing.assert_allclose(mapped, together, atol=2e-6)
 
 
-@by_name
+@by_kind
 def test_each_sequence_gets_its_own_tiles(row):
     q, k, _ = inputs_of(row, 1200, batch=(2,))
     together = tiles_of(plan(row)(q, k))
