@@ -169,6 +169,8 @@ class LatentAttention(AttentionLayer):
             an array.
         """
         positions = self._positions(x, mask, positions, cache)
+        if cache is not None:
+            checks.a_latent_cache(cache, self.kv_lora_rank + self.rope_dim)
         q_latent = x if self.q_a_proj is None else self.q_a_proj(x)
         if self.q_a_norm is not None:
             q_latent = self.q_a_norm(q_latent)
@@ -179,7 +181,6 @@ class LatentAttention(AttentionLayer):
         latents = self._latents(x, positions)
         where = None
         if cache is not None:
-            checks.a_latent_cache(cache, latents.shape[-1])
             mask, where = self._after(cache, x.shape[-2], mask)
             cache = cache.append(latents)
             latents = cache.latents.astype(latents.dtype)
