@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jsparse import checks
 from jsparse.core.appending import written
-from jsparse.types import pytree_dataclass, static_field
+from jsparse.types import pytree_dataclass
 
 
 @pytree_dataclass
@@ -63,27 +63,21 @@ class KVCache:
 class LatentCache:
     """What latent attention keeps of the tokens so far, with room for `max_len`, and a state.
 
-    A token's one vector is its key for all heads, and the first `v_dim` numbers of it its value.
+    A token has one vector, which is its key and its value for all heads.
     """
 
     latents: Float[Array, "*batch max_len 1 dim"]
     length: Int[Array, "*batch"]
-    v_dim: int = static_field()
     state: Any = ()
 
     @classmethod
     def empty(
-        cls,
-        batch_shape: tuple[int, ...],
-        max_len: int,
-        dim: int,
-        v_dim: int,
-        dtype: Any = jnp.float32,
+        cls, batch_shape: tuple[int, ...], max_len: int, dim: int, dtype: Any = jnp.float32
     ) -> "LatentCache":
         """A cache that holds no token yet."""
         checks.positive(max_len=max_len)
         latents = jnp.zeros((*batch_shape, max_len, 1, dim), dtype)
-        return cls(latents, jnp.zeros(batch_shape, jnp.int32), v_dim)
+        return cls(latents, jnp.zeros(batch_shape, jnp.int32))
 
     @property
     def k(self) -> Float[Array, "*batch max_len 1 dim"]:
@@ -91,9 +85,9 @@ class LatentCache:
         return self.latents
 
     @property
-    def v(self) -> Float[Array, "*batch max_len 1 v_dim"]:
-        """The values, a part of the keys."""
-        return self.latents[..., : self.v_dim]
+    def v(self) -> Float[Array, "*batch max_len 1 dim"]:
+        """The values, which are the keys."""
+        return self.latents
 
     @property
     def max_len(self) -> int:

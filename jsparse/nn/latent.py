@@ -18,19 +18,22 @@ class LatentAttention(AttentionLayer):
 
     Of each token `kv_lora_rank + rope_dim` numbers are kept: the latent, which each head's keys and
     values are projections of, and a key of `rope_dim` features that has the position and is the
-    same for all heads. A method, and whatever stands in the place of `attention`, sees the absorbed
-    form: queries projected to the latents, and for all heads one key, those numbers, of which the
-    first `kv_lora_rank` are its value. The queries have a factor such that the default scale of
-    whoever takes them is right. Without either, attention over a prompt is computed with the keys
-    and values of each head, that of a few tokens over a cache in the absorbed form: whichever
-    multiplies less. Both are the same function. A window or documents given as `mask` leave that
-    choice; as a method they do not.
+    same for all heads.
 
-    Methods that look at products of queries and keys see the true ones; they choose for all heads
-    as for the heads that share a key. Those that turn positions back take all features of a key to
-    have one, which is so of the last `rope_dim` alone: `seerattention` and `seerattention_r` with a
-    `rope_base`, and `nsa` with one, are not for this layer. `hisa` makes its indexer's queries of
-    the low-rank ones.
+    A method, and whatever stands in the place of `attention`, sees the absorbed form: queries
+    projected to the latents, and one key for all heads, those numbers, which is the value too; of
+    the output the first `kv_lora_rank` features are taken. The queries have a factor with which the
+    default scale of whoever takes them is the layer's. Without either, attention of a prompt is
+    computed with the keys and values of each head, that of a few tokens over a cache in the
+    absorbed form: whichever multiplies less. Both are the same function. A window or documents
+    given as `mask` leave that choice; as a method they do not.
+
+    Methods that look at products of queries and keys see the true ones, and choose for all heads as
+    for a group that shares a key. Those that turn positions back expect all features of a key to
+    have one: `seerattention` and `seerattention_r`, and `nsa` with a `rope_base`, are not for this
+    layer, in which the last `rope_dim` alone have. `hisa` makes its indexer's queries of the
+    low-rank ones; it learns as in `js.nn.SparseAttention`, by `index_loss` of what `attention` is
+    given.
 
     Parameters are those of DeepSeek's checkpoints: the kernel of `kv_b_proj` is `kv_b_proj.weight`
     transposed, and so on, with `kv_a_proj` for `kv_a_proj_with_mqa`, norms' `scale` for their
@@ -141,8 +144,8 @@ class LatentAttention(AttentionLayer):
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32
     ) -> LatentCache:
         """An empty cache for `max_len` tokens of this layer, and what its method carries."""
-        sizes = self.kv_lora_rank + self.rope_dim, self.kv_lora_rank
-        return self._with_state(LatentCache.empty(batch_shape, max_len, *sizes, dtype))
+        dim = self.kv_lora_rank + self.rope_dim
+        return self._with_state(LatentCache.empty(batch_shape, max_len, dim, dtype))
 
     def __call__(
         self,
@@ -192,14 +195,16 @@ class LatentAttention(AttentionLayer):
             out, cache = self._run(
                 self._scaled(self._absorbed(q), turned, q.dtype),
                 latents,
-                latents[..., : self.kv_lora_rank],
+                # not a part of them, which would be a copy of the cache: what comes of the rest
+                # is left out of the output
+                latents,
                 mask=mask,
                 x=LatentStates(x, q_latent) if both else x,
                 positions=where,
                 cache=cache,
             )
             up = self._up(out.dtype)[..., self.head_dim :]
-            out = jnp.einsum("...hc,chv->...hv", out, up)
+            out = jnp.einsum("...hc,chv->...hv", out[..., : self.kv_lora_rank], up)
         out = self.out_proj(out.reshape(*x.shape[:-1], -1))
         return out if cache is None else (out, cache)
 
@@ -220,7 +225,7 @@ class LatentAttention(AttentionLayer):
         q_len, kv_len, latent = q.shape[-3], latents.shape[-3], self.kv_lora_rank
         up = self.head_dim + self.v_dim
         of_heads = kv_len * latent * up + q_len * kv_len * (up + self.rope_dim)
-        of_latents = q_len * latent * up + q_len * kv_len * (2 * latent + self.rope_dim)
+        of_latents = q_len * latent * up + q_len * kv_len * 2 * (latent + self.rope_dim)
         return of_heads < of_latents
 
     def _up(self, dtype: Any) -> Float[Array, "kv_lora_rank heads both"]:
