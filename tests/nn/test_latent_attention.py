@@ -506,6 +506,9 @@ def test_states_that_do_not_fit_the_method_are_named():
     with pytest.raises(ValueError, match=r"q_latent \(24, 16\) must be \(24, 10\)"):
         js.sparse_attention(q, k, k, TWO_STAGES, params=params, x=x)
     given = {"x": js.LatentStates(x, x), "mask": CAUSAL}
-    for options in ({}, {"params": {"gates": jnp.zeros((16, 9))}}):
-        with pytest.raises(ValueError, match="has parameters|looks at hidden states alone"):
-            js.sparse_attention(q, k, k, js.nsa(), **given, **options)
+    says = "this method has parameters: make them by method.init"
+    for method in (TWO_STAGES, js.nsa()):
+        with pytest.raises(ValueError, match=says):
+            js.sparse_attention(q, k, k, method, **given)
+    with pytest.raises(ValueError, match="x is LatentStates; this method looks at hidden states"):
+        js.sparse_attention(q, k, k, js.nsa(), params={"gates": jnp.zeros((16, 9))}, **given)
