@@ -47,6 +47,7 @@ from jsparse.routing import flashmoba as flashmoba
 from jsparse.routing import routing_transformer as routing_transformer
 from jsparse.types import BlockMask as BlockMask
 from jsparse.types import BlockPyramid as BlockPyramid
+from jsparse.types import LatentStates as LatentStates
 from jsparse.types import Method as Method
 from jsparse.types import PagedKV as PagedKV
 from jsparse.types import TokenGroups as TokenGroups

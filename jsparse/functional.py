@@ -11,7 +11,7 @@ from jsparse.attention.attend import attend
 from jsparse.attention.planned import has_parameters
 from jsparse.core.merging import merge
 from jsparse.masks import causal, dense, lengths, sliding_window
-from jsparse.types import Mask, Method
+from jsparse.types import LatentStates, Mask, Method
 
 
 def sparse_attention(
@@ -24,7 +24,7 @@ def sparse_attention(
     mask: Mask | None = None,
     extra_k: Float[Array, "*batch extra_len kv_heads dim"] | None = None,
     extra_v: Float[Array, "*batch extra_len kv_heads v_dim"] | None = None,
-    x: Float[Array, "*batch q_len features"] | None = None,
+    x: Float[Array, "*batch q_len features"] | LatentStates | None = None,
     positions: Int[Array, "*batch q_len"] | None = None,
     state: Any = None,
     key: Any = None,
@@ -44,7 +44,8 @@ def sparse_attention(
       mask: Who may see whom; the method plans within it.
       extra_k: Keys of further tokens, which method, mask, bias and score_mod leave alone.
       extra_v: Their values.
-      x: Hidden states, for methods that look at them.
+      x: Hidden states, for methods that look at them; or with low-rank queries, for those that are
+        `of_latents`.
       positions: Where each query stands among the keys, consecutive per sequence; default the last
         `q_len` of them. A mask of one's own is aligned by its `offset`.
       state: What the method returned as `info.state` at the step or layer before.
@@ -81,7 +82,8 @@ def _check_parameters(method: Method, params: Any, q: Any, k: Any, v: Any, x: An
         checks.attention_inputs(q, k, v)
         heads, dim = q.shape[-2:]
         sizes = {"num_heads": heads, "num_kv_heads": k.shape[-2], "dim": dim}
-        features = heads * dim if x is None else x.shape[-1]
+        x = x if method.of_latents else LatentStates.of(x).x
+        features = heads * dim if x is None else jax.tree.map(lambda y: y.shape[-1], x)
         checks.parameters_given(has_parameters(method, **sizes, features=features))
 
 

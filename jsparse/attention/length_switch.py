@@ -52,4 +52,4 @@ def from_length(method: Method, *, min_length: int) -> Method:
         return moves(params, info)
 
     own = None if moves is None else update
-    return Method(method.init, plan, attend, method.init_state, own)
+    return method._replace(plan=plan, attend=attend, update=own)

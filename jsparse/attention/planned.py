@@ -8,7 +8,7 @@ import jax
 from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.core.tiling import block_mask
-from jsparse.types import Mask, Method
+from jsparse.types import LatentStates, Mask, Method
 
 
 class Queries(NamedTuple):
@@ -60,7 +60,7 @@ def no_state(k: Any, v: Any) -> tuple[()]:
 
 
 def has_parameters(
-    method: Method, *, num_heads: int, num_kv_heads: int, dim: int, features: int
+    method: Method, *, num_heads: int, num_kv_heads: int, dim: int, features: int | LatentStates
 ) -> bool:
     """Whether `method.init` makes any for these sizes; it is traced, nothing is computed."""
     if method.init is no_params:

@@ -75,6 +75,7 @@ from jsparse.checks.files import tunable as tunable
 from jsparse.checks.files import tuned_file as tuned_file
 from jsparse.checks.files import tuned_place as tuned_place
 from jsparse.checks.files import writable as writable
+from jsparse.checks.methods import a_latent_cache as a_latent_cache
 from jsparse.checks.methods import a_state as a_state
 from jsparse.checks.methods import an_indexer_for as an_indexer_for
 from jsparse.checks.methods import centroids_fit as centroids_fit
@@ -90,6 +91,7 @@ from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import parameters_given as parameters_given
 from jsparse.checks.methods import per_kv_head as per_kv_head
 from jsparse.checks.methods import positions_of_a_grid as positions_of_a_grid
+from jsparse.checks.methods import query_latents as query_latents
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens

@@ -465,7 +465,10 @@ def interval_bounds(bounds: int, causal: bool) -> None:
 def some_layers(found: Any) -> None:
     """A model has attention layers to reach."""
     if not found:
-        raise ValueError("The model has no js.nn.SparseAttention layer; build it with those.")
+        raise ValueError(
+            "The model has no js.nn.SparseAttention or js.nn.LatentAttention layer; build it with "
+            "those."
+        )
 
 
 def each_runs_once(calls: Any) -> None:

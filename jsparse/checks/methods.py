@@ -36,8 +36,34 @@ def hidden_states(x: Any, q: Any, features: int) -> None:
         raise ValueError(
             f"This method looks at hidden states; pass x {expected}, one vector per query."
         )
+    if not hasattr(x, "shape"):
+        raise ValueError(
+            f"x is {type(x).__name__}; this method looks at hidden states alone: pass x "
+            f"{expected}, one vector per query."
+        )
     if x.shape != expected:
         raise ValueError(f"x {x.shape} must be {expected}, one vector per query.")
+
+
+def query_latents(q_latent: Any, q: Any, features: int) -> None:
+    """The low-rank queries that a method looks at fit its queries and parameters."""
+    expected = (*q.shape[:-2], features)
+    if q_latent.shape != expected:
+        raise ValueError(
+            f"q_latent {q_latent.shape} must be {expected}, one vector per query, for which the "
+            "parameters were made: pass x=js.LatentStates(x, q_latent)."
+        )
+
+
+def a_latent_cache(cache: Any, width: int) -> None:
+    """A cache is one of latent attention, of the layer's sizes."""
+    found = getattr(cache, "latents", None)
+    if found is None or found.shape[-2:] != (1, width):
+        shape = "" if found is None else f" of latents {found.shape}"
+        raise ValueError(
+            f"The cache is {type(cache).__name__}{shape}; this layer keeps one vector of {width} "
+            "numbers per token. Make the cache by `layer.init_cache`."
+        )
 
 
 def keys_of_all_tokens(q_len: int, kv_len: int) -> None:

@@ -45,3 +45,23 @@ def unrotated(
 ) -> Float[Array, "*batch length heads dim"]:
     """Turns back what `rotary` has turned."""
     return rotary(x, -positions, base=base)
+
+
+@functools.partial(jax.jit, static_argnames="base")
+def interleaved_rotary(
+    x: Float[Array, "*batch length heads dim"],
+    positions: Int[Array, "*batch length"],
+    *,
+    base: float = 10_000.0,
+) -> Float[Array, "*batch length heads dim"]:
+    """Rotates as `rotary` does, with neighbours paired: feature `2 i` and `2 i + 1`.
+
+    Trained parameters are for one of the two; each is the other with features in another order.
+
+    Reference:
+      Su et al. 2021, arXiv:2104.09864, equation 34.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    halves = rotary(jnp.swapaxes(pairs, -1, -2).reshape(x.shape), positions, base=base)
+    turned = halves.reshape(*x.shape[:-1], 2, -1)
+    return jnp.swapaxes(turned, -1, -2).reshape(x.shape)

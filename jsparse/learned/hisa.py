@@ -20,7 +20,7 @@ from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import relu_weighted
 from jsparse.core.tiling import block_mask
 from jsparse.masks.any_head import any_head
-from jsparse.types import BlockMask, Frame, Mask, Method, TileGrid
+from jsparse.types import BlockMask, Frame, LatentStates, Mask, Method, TileGrid
 from jsparse.types.block_mask import dense_to_lists
 
 # queries at a time: of two stages, of one, and how many keys those meet at once
@@ -297,7 +297,9 @@ def hisa(
     `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
     the output, nor hidden states through it. Attention over one latent key and value per token is
-    that of one kv head. While decoding, the indexer's keys are `info.state`.
+    that of one kv head, as `js.nn.LatentAttention` has it; the indexer's queries are then made of
+    its low-rank queries, for which `x` is `js.LatentStates(x, q_latent)`. While decoding, the
+    indexer's keys are `info.state`.
 
     Args:
       top_k: Tokens per query, at most as many as its blocks hold; 2048 in the paper.
@@ -312,9 +314,9 @@ def hisa(
         a Hadamard transform) or bfloat16; default f32.
 
     Differs from the paper:
-      The indexer's queries are made of hidden states, not of the low-rank queries that only latent
-      attention has. Ties go to the lower token. Mean keys are not rounded again, nor are the
-      scores of blocks.
+      Where there are no low-rank queries, which only latent attention has, the indexer's queries
+      are made of hidden states. Ties go to the lower token. Mean keys are not rounded again, nor
+      are the scores of blocks.
 
     Raises:
       ValueError: if a number is out of range, or blocks do not hold `top_k` tokens.
@@ -335,8 +337,9 @@ def hisa(
     def init(key, *, num_heads, num_kv_heads, dim, features):
         normal = jax.nn.initializers.lecun_normal()
         of_q, of_k, of_weights = jax.random.split(key, 3)
+        features, of_queries = LatentStates.of(features)
         return {
-            "q": normal(of_q, (features, index_heads * index_dim)),
+            "q": normal(of_q, (of_queries, index_heads * index_dim)),
             "k": normal(of_k, (features, index_dim)),
             "k_scale": jnp.ones(index_dim),
             "k_bias": jnp.zeros(index_dim),
@@ -352,8 +355,9 @@ def hisa(
 
     def index(params, x, positions) -> Indexed:
         """Of the tokens of `x` alone, which nothing reaches through the indexer."""
-        x = jax.lax.stop_gradient(x).astype(jnp.float32)
-        q = (x @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
+        states = jax.lax.stop_gradient(LatentStates.of(x))
+        x, q_latent = (y.astype(jnp.float32) for y in states)
+        q = (q_latent @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
         k = jax.nn.standardize(x @ params["k"], epsilon=1e-6)
         k = (k * params["k_scale"] + params["k_bias"])[..., None, :]
         weights = (x @ params["weights"]) * (index_heads * index_dim) ** -0.5
@@ -361,7 +365,9 @@ def hisa(
         return Indexed(q, weights, k[..., 0, :])
 
     def indexed_tokens(params, q, k, x, positions, state):
-        checks.hidden_states(x, q, params["q"].shape[0])
+        states = LatentStates.of(x)
+        checks.hidden_states(states.x, q, params["k"].shape[0])
+        checks.query_latents(states.q_latent, q, params["q"].shape[0])
         batch_shape, q_len, kv_len = q.shape[:-3], q.shape[-3], k.shape[-3]
         offset = Queries.of(q, k, positions).offset
         start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
@@ -400,4 +406,4 @@ def hisa(
         tokens, info = choose(params, q, k, x, positions, mask, state)
         return attend(q, k, v, tokens, mask=mask, **options), info
 
-    return Method(init, plan, attend_to_tokens, init_state)
+    return Method(init, plan, attend_to_tokens, init_state, of_latents=True)

@@ -1,43 +1,22 @@
 """`SparseAttention`: projections, rotary positions and any method, as a Flax NNX module."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jsparse import checks
-from jsparse.attention.attend import attend
 from jsparse.core.rotary import rotary
-from jsparse.masks import causal
-from jsparse.masks.lengths import in_room
 from jsparse.nn.cache import KVCache
-from jsparse.types import Mask, Method, Untrained
-
-AttentionFn = Callable[..., Array]
-
-
-class Statistic(nnx.Variable):
-    """What a method's own rule moves, and no optimizer: leaves of `jsparse.types.Untrained`."""
+from jsparse.nn.layer import AttentionLayer
+from jsparse.types import Mask, Method
 
 
-class SparseAttention(nnx.Module):
+class SparseAttention(AttentionLayer):
     """Multi-head attention with grouped keys and values, sparse by any method.
 
-    The attribute `attention` is what turns projected q, k, v into the output; assign another
-    callable of the same form to a built model to capture tensors or to change the method. A state
-    that the module's method carries while decoding then stays as it is.
-
-    Attributes:
-      attention: `attention(q, k, v, *, mask, x, positions) -> out`; default: the module's method.
-      observe: `observe(info)` is given what the method says of each call, while it is traced: for a
-        loss that is added to a model's own. Default: nothing is.
-      use_running_average: Whether the method's statistics stay as they are, which they always do
-        while decoding. `model.train()` makes it False: each call then moves them, after its output
-        is computed; `model.eval()` makes it True.
+    What can be assigned to a built one stands at `AttentionLayer`.
     """
 
     def __init__(
@@ -91,7 +70,7 @@ class SparseAttention(nnx.Module):
             checks.multiple(of=2, head_dim=head_dim)
         self.in_features, self.head_dim = in_features, head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.method, self.rope_base = method, rope_base
+        self.rope_base = rope_base
         self.softcap, self.implementation = softcap, implementation
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
@@ -104,31 +83,24 @@ class SparseAttention(nnx.Module):
         self.v_proj = linear(in_features, num_kv_heads * head_dim)
         self.out_proj = linear(num_heads * head_dim, in_features)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else None
-        self.method_params = nnx.data(self.new_params(method, rngs))
-        self.attention: AttentionFn | None = None
-        self.observe: Callable[[Any], None] | None = None
-        self.use_running_average = True
+        self._take(method, rngs)
 
-    def new_params(self, method: Method | None, rngs: nnx.Rngs) -> Any:
-        """The parameters of a method for this layer's sizes, as `method_params` has them."""
-        if method is None:
-            return ()
-        checks.method_type(method)
-        return _variables(method.init(rngs.params(), **self.sizes()))
-
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, method: Method | None = None) -> dict[str, Any]:
         """What a method's parameters are made for."""
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
         return {**heads, "dim": self.head_dim, "features": self.in_features}
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `js.attend` that the layer calls it with."""
+        sinks = None if self.sinks is None else self.sinks[...]
+        return {"sinks": sinks, "softcap": self.softcap, "implementation": self.implementation}
 
     def init_cache(
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32
     ) -> KVCache:
         """An empty cache for `max_len` tokens of this layer, and what its method carries."""
-        cache = KVCache.empty(batch_shape, max_len, self.num_kv_heads, self.head_dim, dtype)
-        if self.method is None or self.method.init_state is None:
-            return cache
-        return dataclasses.replace(cache, state=self.method.init_state(cache.k, cache.v))
+        sizes = self.num_kv_heads, self.head_dim
+        return self._with_state(KVCache.empty(batch_shape, max_len, *sizes, dtype))
 
     def __call__(
         self,
@@ -154,13 +126,8 @@ class SparseAttention(nnx.Module):
         Returns:
           The output, `[*batch, length, features]`; with a cache `(output, cache)`.
         """
-        checks.features(x.shape[-1], self.in_features)
-        if mask is not None:
-            checks.mask_type(mask)
+        positions = self._positions(x, mask, positions, cache)
         batch_shape, length = x.shape[:-2], x.shape[-2]
-        if positions is None:
-            start = jnp.zeros(batch_shape, jnp.int32) if cache is None else cache.length
-            positions = start[..., None] + jnp.arange(length, dtype=jnp.int32)
 
         def heads(projected: Array) -> Array:
             return projected.reshape(*batch_shape, length, -1, self.head_dim)
@@ -172,83 +139,9 @@ class SparseAttention(nnx.Module):
             k = rotary(k, positions, base=self.rope_base)
         where = None
         if cache is not None:
-            past = causal(offset=cache.length)
-            where = cache.length[..., None] + jnp.arange(length, dtype=jnp.int32)
-            mask = past if mask is None else in_room(mask, cache.length + length) & past
+            mask, where = self._after(cache, length, mask)
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        method = self.method if self.attention is None else None
-        if cache is not None and method is not None and method.init_state is not None:
-            checks.a_state(cache.state, jax.eval_shape(method.init_state, cache.k, cache.v))
-            out, info = method.attend(
-                self.params(),
-                q,
-                k,
-                v,
-                mask=mask,
-                x=x,
-                positions=where,
-                state=cache.state,
-                **self._options(),
-            )
-            cache = dataclasses.replace(cache, state=info.state)
-            self._tell(info)
-        else:
-            decodes = cache is not None and length == 1
-            run = self._dense if decodes else self.attention or self._method
-            out = run(q, k, v, mask=mask, x=x, positions=where)
+        out, cache = self._run(q, k, v, mask=mask, x=x, positions=where, cache=cache)
         out = self.out_proj(out.reshape(*batch_shape, length, -1))
         return out if cache is None else (out, cache)
-
-    def _dense(
-        self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
-    ) -> Array:
-        return attend(q, k, v, mask=mask, **self._options())
-
-    def _method(
-        self, q: Array, k: Array, v: Array, *, mask: Mask | None, x: Array, positions: Array | None
-    ) -> Array:
-        if self.method is None:
-            return self._dense(q, k, v, mask=mask, x=x, positions=positions)
-        params = self.params()
-        out, info = self.method.attend(
-            params, q, k, v, mask=mask, x=x, positions=positions, **self._options()
-        )
-        if self.method.update is not None and not self.use_running_average:
-            moved = self.method.update(params, info)
-            jax.tree.map(_write, self.method_params, moved, is_leaf=_is_variable)
-        self._tell(info)
-        return out
-
-    def _tell(self, info: Any) -> None:
-        if self.observe is not None:
-            self.observe(info)
-
-    def params(self) -> Any:
-        """The method's parameters, as it takes them."""
-        return jax.tree.map(lambda x: x[...], self.method_params, is_leaf=_is_variable)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "softcap": self.softcap,
-            "implementation": self.implementation,
-        }
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
-
-
-def _variables(params: Any) -> Any:
-    """Parameters as variables, of a kind that optimizers take or of one that they do not."""
-
-    def variables(x: Any) -> Any:
-        return jax.tree.map(Statistic if isinstance(x, Untrained) else nnx.Param, x)
-
-    return jax.tree.map(variables, params, is_leaf=lambda x: isinstance(x, Untrained))
-
-
-def _write(variable: nnx.Variable, value: Array) -> None:
-    if isinstance(variable, Statistic):
-        variable[...] = value

@@ -9,14 +9,14 @@ from jaxtyping import Array
 
 from jsparse import checks
 from jsparse.attention.planned import has_parameters
-from jsparse.nn.attention import AttentionFn, SparseAttention
+from jsparse.nn.layer import AttentionFn, AttentionLayer
 from jsparse.types import Method
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-def attention_layers(model: nnx.Module) -> list[SparseAttention]:
-    """The model's `SparseAttention` layers, in the order of their paths.
+def attention_layers(model: nnx.Module) -> list[AttentionLayer]:
+    """The model's `SparseAttention` and `LatentAttention` layers, in the order of their paths.
 
     Numbers in a path count as numbers: `layer2` comes before `layer10`. Whatever lists something by
     layer, such as a table of `jsparse plan`, has this order, not that in which the layers run.
@@ -24,7 +24,7 @@ def attention_layers(model: nnx.Module) -> list[SparseAttention]:
     Raises:
       ValueError: if there are none.
     """
-    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, SparseAttention)]
+    found = [(path, m) for path, m in nnx.iter_modules(model) if isinstance(m, AttentionLayer)]
     checks.some_layers(found)
     return [module for _, module in sorted(found, key=lambda item: _in_order(item[0]))]
 
@@ -71,7 +71,7 @@ def with_methods(model: M, methods: Sequence[Method | None], *, rngs: nnx.Rngs |
             continue
         if method is not None:
             checks.method_type(method)
-            needed = rngs is None and has_parameters(method, **layer.sizes())
+            needed = rngs is None and has_parameters(method, **layer.sizes(method))
             checks.nothing_to_learn(number, needed)
         layer.method = method
         layer.method_params = None if rngs is None else nnx.data(layer.new_params(method, rngs))

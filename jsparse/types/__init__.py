@@ -9,6 +9,7 @@ from jsparse.types.mask import Mask as Mask
 from jsparse.types.mask import TileBounds as TileBounds
 from jsparse.types.mask import TileGrid as TileGrid
 from jsparse.types.method import Branch as Branch
+from jsparse.types.method import LatentStates as LatentStates
 from jsparse.types.method import Method as Method
 from jsparse.types.method import Untrained as Untrained
 from jsparse.types.paged_kv import PagedKV as PagedKV

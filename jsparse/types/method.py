@@ -33,6 +33,24 @@ class Untrained:
     """
 
 
+class LatentStates(NamedTuple):
+    """Hidden states, and the low-rank queries that latent attention makes of them.
+
+    Attributes:
+      x: The hidden states; or their width.
+      q_latent: The low-rank queries, normalised, of which it makes those of its heads; or their
+        width.
+    """
+
+    x: Any
+    q_latent: Any
+
+    @classmethod
+    def of(cls, x: Any) -> "LatentStates":
+        """Both of what a method is given; hidden states by themselves stand for both."""
+        return x if isinstance(x, cls) else cls(x, x)
+
+
 class Method(NamedTuple):
     """What a factory such as `js.xattention(threshold=0.9)` returns.
 
@@ -53,6 +71,8 @@ class Method(NamedTuple):
         together, such as a tile of them, so that a step of decoding attends to all keys instead.
       update: `update(params, info) -> params`, what a step of training makes of the parameters
         that are `Untrained`. None where there are none.
+      of_latents: Whether it makes something of low-rank queries where there are some: its `x` may
+        be `LatentStates` then, and `features` of `init` the widths of both.
     """
 
     init: Callable[..., Any]
@@ -60,3 +80,4 @@ class Method(NamedTuple):
     attend: Callable[..., Any]
     init_state: Callable[..., Any] | None = None
     update: Callable[..., Any] | None = None
+    of_latents: bool = False

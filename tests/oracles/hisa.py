@@ -15,9 +15,13 @@ def rotate(x, position, base):
     return out
 
 
-def index(x, params, heads, dim, rotary_dim, base):
-    """Queries [length, heads, dim], weights [length, heads] and keys [length, dim]."""
+def index(x, params, heads, dim, rotary_dim, base, q_latent=None):
+    """Queries [length, heads, dim], weights [length, heads] and keys [length, dim].
+
+    Queries are made of `q_latent`, where there is none of `x`.
+    """
     x = np.float64(x)
+    q_latent = x if q_latent is None else np.float64(q_latent)
     p = {name: np.float64(value) for name, value in params.items()}
     q, weights, k = (
         np.zeros((len(x), heads, dim)),
@@ -28,7 +32,7 @@ def index(x, params, heads, dim, rotary_dim, base):
         raw = x[t] @ p["k"]
         normal = (raw - raw.mean()) / np.sqrt(raw.var() + 1e-6)
         k[t] = normal * p["k_scale"] + p["k_bias"]
-        q[t] = (x[t] @ p["q"]).reshape(heads, dim)
+        q[t] = (q_latent[t] @ p["q"]).reshape(heads, dim)
         weights[t] = x[t] @ p["weights"] / math.sqrt(heads * dim)
         k[t, :rotary_dim] = rotate(k[t, :rotary_dim], t, base)
         for h in range(heads):
