@@ -118,7 +118,8 @@ def powerattention(
       num_sink_blocks: First blocks that every query sees; 1 in the paper.
 
     Differs from the paper:
-      Nothing; its dense layers (2 of 7) are the model's to choose.
+      Nothing in what is seen; its dense layers (2 of 7) are the model's to choose. Distances are
+      all powers of two, without a cap.
 
     Raises:
       ValueError: if a number is out of range.

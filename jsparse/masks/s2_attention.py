@@ -199,8 +199,11 @@ def s2_attention(
       homo_head: Whether all heads keep the same blocks.
 
     Differs from the paper:
+      The defaults are those of Phi-3-small. Which layers stay dense is the model's to choose.
       Causality inside the diagonal blocks is exact also where the cache is longer than the
-      queries. Attention in both directions is a mask of its own, `two_sided_blocks`.
+      queries, and so are tiles of several blocks; the authors' kernel sees too much in these where
+      a pattern is not `kv_efficient`. Attention in both directions is a mask of its own,
+      `two_sided_blocks`. A cache keeps all keys, those as well that no head needs again.
 
     Raises:
       ValueError: if a number is out of range.
