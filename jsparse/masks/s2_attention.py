@@ -20,7 +20,7 @@ from jsparse.types import (
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -76,6 +76,16 @@ class ShardedBlocks(Mask):
         recent = window + jnp.arange(self.local_blocks + rows - 1)
         listed = jnp.concatenate([jnp.minimum(old, newest), recent])
         return tiles_of_blocks(listed, grid, self.block_size)
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        offset, size = key_position(self.offset, frame), self.block_size
+        kv_first, kv_last = (index // size for index in grid.kv_range(kv_block))
+        stride, residue = self._of_head(frame)
+        # rows up to the last that has it in its window; all, where one of its blocks is kept
+        kept = kv_first + -(kv_first + residue) % stride <= kv_last
+        window = grid.end_row((kv_last + self.local_blocks) * size - offset)
+        first = grid.first_row(kv_first * size - offset)
+        return Runs.one(first, jnp.where(kept, grid.q_blocks, window))
 
     def _of_head(self, frame: Frame) -> tuple[Array, Array]:
         return jnp.asarray(self.strides)[frame.head], jnp.asarray(self.residues)[frame.head]
