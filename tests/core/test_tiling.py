@@ -151,10 +151,10 @@ def random_mask(rng, kind):
 
 @pytest.mark.parametrize("kind", ["power", "shares", "spans", "sinks"])
 def test_columns_by_closed_form_are_the_lists_turned_round(kind):
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         mask = random_mask(rng, kind)
-        if seed == 2:
+        if seed == 1:
             mask = in_room(mask, on_device([50, 131]))
         lengths, blocks = rng.integers(40, 200, 2), rng.choice([1, 3, 4, 8, 16], 2)
         grid = TileGrid(*map(int, (*lengths, *blocks)))
