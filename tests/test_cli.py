@@ -219,6 +219,8 @@ def test_plan_goes_on_where_it_was_interrupted(capsys, tmp_path, thresholds_of_f
     command, done = thresholds_of_four
     output = tmp_path / "plan.json"
     main(command)
+    # of the bar
+    assert "4/4" in capsys.readouterr().out
     whole = output.read_bytes()
     output.unlink()
     done.clear()

@@ -156,7 +156,8 @@ def search_rules(
       search counts a block more. Losses of heads that share a rule add up, where theirs takes the
       largest in each block. Rules of the same spans at all lengths are tried once. HiGHS solves the
       programs, theirs is Gurobi, and may be stopped by `time_limit`. Influences are not normalised
-      by head or layer.
+      by head or layer, which theirs can be. Any lengths and any loss may be profiled; theirs is
+      that of answers which the model gave.
 
     Raises:
       ValueError: if there is no text, texts differ in layers or heads, a number is out of range, or
