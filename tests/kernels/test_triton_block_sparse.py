@@ -209,7 +209,10 @@ def test_gradients_of_static_masks_turn_no_lists_round(monkeypatch):
             options = {"positions": positions, "implementation": implementation}
             return js.sparse_attention(q, k, v, method, **options)
 
-        return jnp.sin(jax.vmap(alone)(q, k, v, positions)).sum()
+        # and of a mask without a method
+        short = [x[0, 0, 24:] for x in (q, k, v)]
+        more = js.attend(*short, mask=js.masks.causal(), implementation=implementation)
+        return jnp.sin(jax.vmap(alone)(q, k, v, positions)).sum() + jnp.sin(more).sum()
 
     expected = value_and_gradients(loss, "reference", q, k, v)
     counted = []
