@@ -188,7 +188,7 @@ def inverse(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def static_masks(length: int) -> dict[str, tuple[Mask, int]]:
+def static_masks() -> dict[str, tuple[Mask, int]]:
     """Masks that name the rows of a column, with the side of their tiles."""
     spans = {"num_sink": [64] * 8, "window": [64 * (8 + 16 * head) for head in range(8)]}
     shares = {"heads": 8, "kv_heads": 8, "local_blocks": 16, "vert_stride": 8}
@@ -201,10 +201,10 @@ def static_masks(length: int) -> dict[str, tuple[Mask, int]]:
     return {name: (mask & js.masks.causal(), block) for name, (mask, block) in masks.items()}
 
 
-def columns(length: int, repeats: int) -> list[dict[str, Any]]:
+def columns(masks: dict[str, tuple[Mask, int]], length: int, repeats: int) -> list[dict[str, Any]]:
     """The lists of static masks, turned round and by the masks' closed forms."""
     rows = []
-    for name, (mask, block) in static_masks(length).items():
+    for name, (mask, block) in masks.items():
 
         def plan(mask=mask, block=block):
             return js.block_mask(mask, length, length, block_q=block, block_kv=block)
@@ -264,7 +264,7 @@ def main() -> None:
     if only in (None, "inverse"):
         keep("inverse", inverse(inverses, repeats))
     if only in (None, "columns"):
-        keep("columns", columns(2**14 if arguments.quick else 2**19, repeats))
+        keep("columns", columns(static_masks(), 2**14 if arguments.quick else 2**19, repeats))
     console.print(f"{time.perf_counter() - start:.0f} s")
 
 
