@@ -28,6 +28,11 @@ from jsparse.attention import kv_major, xla
 from jsparse.attention.block_sparse import block_sparse_attention
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.packing import Rows, pack, unpack
+from jsparse.core.tiling import with_inverse
+from jsparse.masks.powerattention import powers_of_two
+from jsparse.masks.s2_attention import sharded_blocks
+from jsparse.masks.streaming import sink_and_window
+from jsparse.types import Mask
 
 RESULTS = Path(__file__).parent / "results" / "kin_rows_cpu.json"
 DIM = 64
@@ -69,6 +74,7 @@ LENGTHS = [Case(length, 64, 8) for length in (2048, 8192, 32768, 65536)]
 DENSITIES = [Case(4096, 64, width) for width in (1, 3, 8, 16, 32)]
 ROUTED = [Case(4096, block_kv, 8) for block_kv in (16, 32, 64, 128)]
 INVERSES = [*LENGTHS, Case(65536, 64, 32)]
+PARTS = "lengths densities routed groups inverse columns".split()
 GROUPS = [Case(4096, 64, 16, 8, 2, 2), Case(16384, 64, 16, 4, 1, 1)]
 
 
@@ -182,21 +188,61 @@ def inverse(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def static_masks() -> dict[str, tuple[Mask, int]]:
+    """Masks that name the rows of a column, with the side of their tiles."""
+    spans = {"num_sink": [64] * 8, "window": [64 * (8 + 16 * head) for head in range(8)]}
+    shares = {"heads": 8, "kv_heads": 8, "local_blocks": 16, "vert_stride": 8}
+    masks = {
+        "s2_attention": (sharded_blocks(block_size=64, **shares), 64),
+        "powerattention": (powers_of_two(block_size=256, window_size=5), 128),
+        "moa": (js.masks.head_windows(**spans, block_size=64, right=0), 64),
+        "streaming": (sink_and_window(num_sink=4, window=1024), 128),
+    }
+    return {name: (mask & js.masks.causal(), block) for name, (mask, block) in masks.items()}
+
+
+def columns(masks: dict[str, tuple[Mask, int]], length: int, repeats: int) -> list[dict[str, Any]]:
+    """The lists of static masks, turned round and by the masks' closed forms."""
+    rows = []
+    for name, (mask, block) in masks.items():
+
+        def plan(mask=mask, block=block):
+            return js.block_mask(mask, length, length, block_q=block, block_kv=block)
+
+        made = plan()
+
+        def by_mask(made=made, mask=mask):
+            return with_inverse(made, mask).turned
+
+        calls = {"plan": plan, "ranks": made.inverse, "closed form": by_mask}
+        pairs = zip(
+            *(jax.tree.leaves(calls[way]()) for way in ("ranks", "closed form")), strict=True
+        )
+        if not all(bool((a == b).all()) for a, b in pairs):
+            raise ArithmeticError(f"columns of {name} are not its lists turned round")
+        listed = int(made.kv_num_blocks.sum())
+        for way, times in timed(calls, repeats).items():
+            rows.append({"mask": name, "way": way, "length": length, "listed": listed, **times})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few cases, writes nothing")
+    parser.add_argument("--only", choices=PARTS, help="the others stay as they are in the file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    repeats = arguments.repeats
+    repeats, only = arguments.repeats, arguments.only
     if arguments.quick:
         parts = {"routed": [Case(1024, 64, 4)], "groups": [Case(1024, 64, 4, 8, 2, 2)]}
     else:
         parts = {"lengths": LENGTHS, "densities": DENSITIES, "routed": ROUTED, "groups": GROUPS}
     start = time.perf_counter()
-    result: dict[str, Any] = {"machine": machine()}
+    result: dict[str, Any] = json.loads(arguments.output.read_text()) if only else {}
+    result["machine"] = machine()
     console = Console(width=max(Console().width, 150))
 
     def keep(name: str, rows: list[dict[str, Any]]) -> None:
@@ -211,10 +257,14 @@ def main() -> None:
 
     for name, cases in parts.items():
         # which way is chosen is known from the others
-        only = ("keys",) if name in ("densities", "lengths") else ()
-        keep(name, [row for case in cases for row in attend(case, repeats, only)])
+        ways = ("keys",) if name in ("densities", "lengths") else ()
+        if only in (None, name):
+            keep(name, [row for case in cases for row in attend(case, repeats, ways)])
     inverses = [Case(1024, 64, 4)] if arguments.quick else INVERSES
-    keep("inverse", inverse(inverses, repeats))
+    if only in (None, "inverse"):
+        keep("inverse", inverse(inverses, repeats))
+    if only in (None, "columns"):
+        keep("columns", columns(static_masks(), 2**14 if arguments.quick else 2**19, repeats))
     console.print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -28,6 +28,7 @@ from jsparse.estimators import pbs_attn as pbs_attn
 from jsparse.estimators import xattention as xattention
 from jsparse.attention.explain import explain as explain
 from jsparse.evaluation.density import density_report as density_report
+from jsparse.evaluation.density import reporting as reporting
 from jsparse.functional import dot_product_attention as dot_product_attention
 from jsparse.functional import sparse_attention as sparse_attention
 from jsparse.hierarchical import nsa as nsa

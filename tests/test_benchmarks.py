@@ -437,6 +437,20 @@ def test_lists_turned_round_are_compared_with_a_sort():
     assert ranks["listed"] == sort["listed"] == 2 * 256 * 2
 
 
+def test_columns_of_static_masks_are_made_both_ways():
+    masks = kin_rows.static_masks()
+    made = kin_rows.columns({"streaming": masks["streaming"]}, 2**12, 1)
+    ways = [row["way"] for row in made]
+    assert ways == ["plan", "ranks", "closed form"]
+    kept = json.loads(kin_rows.RESULTS.read_text())["columns"]
+    assert [(row["mask"], row["way"]) for row in kept] == [(m, way) for m in masks for way in ways]
+    assert {row["length"] for row in kept} == {2**19}
+    times = {(row["mask"], row["way"]): row["cpu_ms"] for row in kept}
+    # where there is something to gain: of lists of many entries
+    for name in ("s2_attention", "moa"):
+        assert times[name, "closed form"] < times[name, "ranks"] / 2
+
+
 def test_long_scorers_are_timed_less_often():
     assert [kin_scorers.fewer(3, length) for length in (2048, 16384, 32768)] == [3, 3, 1]
 

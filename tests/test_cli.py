@@ -1,5 +1,6 @@
 """The command line: what it prints, and one line and exit code 2 for a wrong call."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from jsparse.planning import (
     Table,
     load_table,
     near_outputs,
+    thresholds,
 )
 from jsparse.registry import METHODS
 from tests.inputs import leveled, qkv
@@ -194,6 +196,103 @@ def test_plan_prints_the_choices_and_writes_a_table(capsys, file, tmp_path):
     assert table.provenance.search == {"coverage": 0.8}
     assert f"{table.layers[1][3].value:.2f}" in out
     assert [p.name for p in output.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.fixture
+def thresholds_of_four(tmp_path, monkeypatch):
+    """A search in four steps: what is typed, and which layers were worked on, as they are."""
+    file, output = tmp_path / "captured.safetensors", tmp_path / "plan.json"
+    save_captured([Captured(*qkv(64, heads=2, seed=seed)) for seed in range(4)], file)
+    options = ["--method", "xattention", "--stride", "4", "--block", "16"]
+    compute, done = thresholds._figures, []
+
+    def counted(*tensors, **given):
+        done.append(tensors)
+        return compute(*tensors, **given)
+
+    monkeypatch.setattr(thresholds, "_figures", counted)
+    return ["plan", str(file), *options, "--output", str(output)], done
+
+
+def test_plan_goes_on_where_it_was_interrupted(capsys, tmp_path, thresholds_of_four, monkeypatch):
+    """By Ctrl-C, after two of four layers; nothing is done twice, and the file is the same."""
+    command, done = thresholds_of_four
+    output = tmp_path / "plan.json"
+    main(command)
+    # of the bar
+    assert "4/4" in capsys.readouterr().out
+    whole = output.read_bytes()
+    output.unlink()
+    done.clear()
+    counted = thresholds._figures
+
+    def interrupted(*tensors, **given):
+        if len(done) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return counted(*tensors, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thresholds, "_figures", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+    assert stop.value.code == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert len(done) == 2
+    assert not output.exists()
+    main(command)
+    assert len(done) == 4
+    assert output.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["captured.safetensors", "plan.json"]
+
+
+# waits to be killed once two layers are done
+KILLED = """
+import sys, time
+from jsparse import cli
+from jsparse.planning import thresholds
+
+compute, done = thresholds._figures, []
+
+def figures(*tensors, **options):
+    if len(done) == 2:
+        print("killed here", flush=True)
+        time.sleep(600)
+    done.append(tensors)
+    return compute(*tensors, **options)
+
+thresholds._figures = figures
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_plan_goes_on_where_it_was_killed(tmp_path, thresholds_of_four):
+    """The same by a signal that nothing can catch."""
+    command, done = thresholds_of_four
+    main(command)
+    whole = load_table(tmp_path / "plan.json")
+    (tmp_path / "plan.json").unlink()
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *command],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout is not None
+        assert any("killed here" in line for line in child.stdout)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert not (tmp_path / "plan.json").exists()
+    done.clear()
+    main(command)
+    assert len(done) == 2
+    found = load_table(tmp_path / "plan.json")
+    assert found._replace(layers=()) == whole._replace(layers=())
+    assert found.layers[2:] == whole.layers[2:]
+    # a process of its own, whose programs are not compiled quickly, rounds otherwise
+    np.testing.assert_allclose(found.layers[:2], whole.layers[:2], rtol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["captured.safetensors", "plan.json"]
 
 
 def test_plan_calibrates_blasst(capsys, tmp_path):

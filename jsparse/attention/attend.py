@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention import (
     grouped,
     kv_major,
@@ -23,7 +23,7 @@ from jsparse.attention.logits import LogitRule, Operands, ScoreMod, hoist
 from jsparse.attention.packing import Rows, pack, unpack
 from jsparse.attention.problem import Lowered, Plan, Problem
 from jsparse.core.merging import merge
-from jsparse.core.tiling import block_mask, every_tile
+from jsparse.core.tiling import block_mask, every_tile, with_inverse
 from jsparse.types import BlockMask, BlockPyramid, Mask, TileGrid, TokenGroups
 from jsparse.types.pytree import flatten_axes, flatten_batch
 
@@ -318,10 +318,13 @@ def _xla_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
 def _by_kernels(
     adapter: Any, passes: Callable[[], Passes], problem: Problem
 ) -> tuple[Array, Array]:
-    of_any = passes()
+    of_any, plan = passes(), with_plan(problem)
+    # as in `planned`: what no gradient needs is left out of a program
+    if problem.plan is None and problem.mask is not None and _compat.is_traced(problem.operands):
+        plan = with_inverse(plan, problem.mask)
     return _executed(
         problem.operands,
-        with_plan(problem),
+        plan,
         problem.mask,
         problem.rule,
         lambda plan: of_any,

@@ -24,6 +24,7 @@ class Lists(NamedTuple):
     kv_indices: Int[Array, "list_batch list_heads q_blocks width"]
     kv_num_blocks: Int[Array, "list_batch list_heads q_blocks"]
     mask: Mask | None
+    turned: InverseList | None = None
 
 
 class Sizes(NamedTuple):
@@ -137,7 +138,7 @@ def _whole_tiles(
         v=_pad_tokens(operands.v, grid.kv_blocks * grid.block_kv),
         bias=_pad_bias(operands.bias, grid, rule.group),
     )
-    return sizes, Lists(plan.kv_indices, plan.kv_num_blocks, mask), padded
+    return sizes, Lists(plan.kv_indices, plan.kv_num_blocks, mask, plan.turned), padded
 
 
 def _pad_tokens(x: Array, length: int) -> Array:
@@ -263,6 +264,8 @@ def by_spans(
 
 def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:
     """For each tile of keys the tiles of queries that list it."""
+    if lists.turned is not None:
+        return lists.turned
     plan = BlockMask(
         lists.kv_indices,
         lists.kv_num_blocks,

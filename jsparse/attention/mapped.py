@@ -72,15 +72,14 @@ def as_one_batch(
             bias=jax.tree.map(of_bias, operands.bias, mapped[0].bias),
         )
         # indices and counts are of one batch
-        of_lists = flat if mapped[1].kv_indices or mapped[1].kv_num_blocks else shared
+        listed = lists._replace(mask=None)
+        are_mapped = jax.tree.leaves(mapped[1]._replace(mask=None))
+        of_lists = flat if any(are_mapped) else shared
         mask = lists.mask
         if mask is not None:
             mask = map_batched(lambda _, x, is_mapped: shared(x, is_mapped), mask, mapped[1].mask)
-        lists = lists._replace(
-            kv_indices=of_lists(lists.kv_indices, mapped[1].kv_indices),
-            kv_num_blocks=of_lists(lists.kv_num_blocks, mapped[1].kv_num_blocks),
-            mask=mask,
-        )
+        listed = jax.tree.map(of_lists, listed, mapped[1]._replace(mask=None))
+        lists = listed._replace(mask=mask)
         longer = as_one_batch(
             compute,
             _within_calls(rule, sizes.batches),

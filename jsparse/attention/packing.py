@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.types import BlockMask
+from jsparse.types.pytree import carrying
 
 Packed = tuple[Operands, BlockMask, LogitRule]
 
@@ -44,7 +45,9 @@ def pack(operands: Operands, plan: BlockMask, rule: LogitRule, rows: Rows) -> Pa
     group = next(n for n in range(min(whole, most), 0, -1) if whole % n == 0)
     if group == 1 or plan.list_heads > kv_heads or plan.block_q >= rows.enough:
         return operands, plan, rule
-    plan = dataclasses.replace(plan, q_len=plan.q_len * group, block_q=plan.block_q * group)
+    packed = dataclasses.replace(plan, q_len=plan.q_len * group, block_q=plan.block_q * group)
+    # rows of tiles are as many as before
+    plan = carrying(packed, turned=plan.turned)
     operands = operands._replace(q=_to_rows(operands.q, group))
     return operands, plan, rule._replace(group=group)
 

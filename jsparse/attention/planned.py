@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.attend import attend
-from jsparse.core.tiling import block_mask
+from jsparse.core.tiling import block_mask, with_inverse
 from jsparse.types import LatentStates, Mask, Method
 
 
@@ -76,6 +76,7 @@ def planned(
     init: Callable[..., Any] = no_params,
     restrict: Callable[[Mask | None, Queries], Mask | None] = lambda mask, queries: mask,
     init_state: Callable[..., Any] | None = None,
+    turn: Callable[[Any, Mask | None], Any] = lambda tiles, mask: tiles,
 ) -> Method:
     """Completes a plan function to a method: plan, then attend to what was planned.
 
@@ -85,6 +86,8 @@ def planned(
       restrict: For methods that decide element by element too: maps the caller's mask to the one
         that `attend` applies, which `info.mask` is to be.
       init_state: For methods that decode by themselves; see `Method`.
+      turn: Gives a plan the inverse that a gradient needs, where it knows a shorter way, from what
+        `restrict` gave.
     """
 
     def attend_to_plan(
@@ -109,12 +112,16 @@ def planned(
         tiles, info = plan(
             params, q, k, v=v, x=x, positions=positions, mask=mask, state=state, key=key
         )
+        whole = restrict(mask, Queries.of(q, k, positions))
+        # what is not needed is left out of a program, but not where each step runs at once
+        if _compat.is_traced(q):
+            tiles = turn(tiles, whole)
         out = attend(
             q,
             k,
             v,
             tiles,
-            mask=restrict(mask, Queries.of(q, k, positions)),
+            mask=whole,
             bias=bias,
             score_mod=score_mod,
             sinks=sinks,
@@ -156,4 +163,7 @@ def masked(
         sizes = {"block_q": 1 if q_len == 1 else block_q, "block_kv": block_kv}
         return block_mask(whole, q_len, k.shape[-3], **sizes), info
 
-    return planned(plan, restrict=restrict, init_state=no_state)
+    def turn(tiles, whole):
+        return tiles if whole is None else with_inverse(tiles, whole)
+
+    return planned(plan, restrict=restrict, init_state=no_state, turn=turn)

@@ -87,6 +87,7 @@ from jsparse.checks.methods import keys_of_all_tokens as keys_of_all_tokens
 from jsparse.checks.methods import method_type as method_type
 from jsparse.checks.methods import nothing_to_learn as nothing_to_learn
 from jsparse.checks.methods import of_single_keys as of_single_keys
+from jsparse.checks.methods import offsets_of_axes as offsets_of_axes
 from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import parameters_given as parameters_given
 from jsparse.checks.methods import per_kv_head as per_kv_head

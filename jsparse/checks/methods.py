@@ -195,6 +195,15 @@ def positions_of_a_grid(positions: Any, length: int) -> None:
         )
 
 
+def offsets_of_axes(shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
+    """A table has heads and, for each axis of a grid, as many offsets to either side."""
+    if len(shape) != 1 + len(grid) or not all(size % 2 for size in shape[1:]):
+        wanted = ", ".join(["heads", *["2 * window - 1"] * len(grid)])
+        raise ValueError(
+            f"table has shape {shape}; of a grid of {len(grid)} axes it must be [{wanted}]."
+        )
+
+
 def token_lists(plan: Any) -> None:
     """A plan lists single tokens for single queries, the same for all heads."""
     if plan is not None and (plan.block_q, plan.block_kv, plan.list_heads) != (1, 1, 1):

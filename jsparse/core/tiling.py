@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jsparse import _compat, checks
-from jsparse.types import BlockMask, Frame, Mask, TileGrid
+from jsparse.types import BlockMask, Frame, InverseList, Mask, TileGrid
 from jsparse.types.block_mask import dense_to_lists
+from jsparse.types.inverse_list import from_runs
 from jsparse.types.pytree import entry, flatten_batch
 
 # rows of tiles classified at once: enough to fill vector units, little enough to stay in cache
@@ -58,6 +59,36 @@ def block_mask(
     checks.positive(width=width)
     width = min(width, grid.kv_blocks)
     return _plan(flat, grid, width, batch_shape)
+
+
+def with_inverse(plan: BlockMask, mask: Mask) -> BlockMask:
+    """Has a plan carry its inverse, where the mask that it was made from has closed forms for it.
+
+    Rows of tiles that need a column are then named by `mask.rows`; nothing is sorted or counted.
+
+    Args:
+      plan: What `block_mask(mask, ...)` gave, of a width that was left to it.
+      mask: Who may see whom.
+    """
+    flat = mask.flatten_batch(mask.batch_shape)
+    inverse = _inverse(flat, plan.grid, plan.width, plan.batch_shape)
+    return plan if inverse is None else plan.with_inverse(inverse)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _inverse(
+    mask: Mask, grid: TileGrid, width: int, batch_shape: tuple[int, ...]
+) -> InverseList | None:
+    batches = math.prod(mask.batch_shape)
+
+    def one_list(number):
+        batch, head = jnp.divmod(number, mask.heads)
+        frame = Frame(grid.q_len, grid.kv_len, batch, head)
+        runs = jax.vmap(lambda column: mask.rows(column, grid, frame))(jnp.arange(grid.kv_blocks))
+        return None if runs is None else from_runs(*runs, grid.q_blocks * width)
+
+    turned = jax.lax.map(one_list, jnp.arange(batches * mask.heads))
+    return jax.tree.map(lambda x: x.reshape(*batch_shape, mask.heads, -1), turned)
 
 
 @functools.partial(jax.jit, static_argnums=0)

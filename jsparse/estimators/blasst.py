@@ -96,7 +96,9 @@ def blasst(
       Thresholds above 1, which a scale factor gives short inputs, count as 1: the authors' kernel
       would skip tiles that hold a row's largest logit. The gradient is that of attention over the
       kept tiles; theirs drops those tiles that are small beside the final sum. While decoding, each
-      query head of a group skips for itself; theirs skip together.
+      query head of a group skips for itself; theirs skip together. Thresholds, factors and
+      calibrations may differ by head; theirs are one for a model. All queries of a tile vote
+      together, where some of their kernels let groups of 32 or 64 rows vote apart.
 
     Raises:
       ValueError: if a number is out of range, or both factors and a calibration are given.

@@ -175,7 +175,9 @@ def minference(
       tiles at block offsets d // block_size and, unless it is a multiple, one more. These hold the
       block_size keys that a row of tiles reaches at that distance, and not what the authors' kernel
       adds where it merges such runs. Ties go to the lower key and distance. Means of a ragged last
-      tile are over the tokens it has. Layers that stay dense are the model's to choose.
+      tile are over the tokens it has. Estimates are of what the caller's mask shows. Layers that
+      stay dense are the model's to choose. Decoding stays dense in `js.nn.SparseAttention`, as in
+      the paper; a single query that is handed to the method itself is planned like any other.
 
     Raises:
       ValueError: if a number is out of range, a pattern is none of the three, or there is not one

@@ -128,7 +128,11 @@ def pbs_attn(
       Where the sum stays below the threshold, all blocks are kept; in theirs, none.
       Queries may be fewer than keys, aligned by `positions`; a block of them that spans segments
       owns each. Any mask will do, or none: the other segments are those before and after.
-      `share_in_group` is not in the paper.
+      Keys of equal weight stay in their order, and of equal blocks the lower is taken first; the
+      authors' sorts leave both open. Hidden keys have no weight; theirs have logits lowered by a
+      million. `share_in_group` is not in the paper. Decoding stays dense in
+      `js.nn.SparseAttention`, as in the paper; a single query that is handed to the method itself
+      is planned like any other.
 
     Raises:
       ValueError: if `block_size` does not divide `segment_size`, or a number is out of range.

@@ -91,7 +91,11 @@ def xattention(
     Differs from the paper:
       Lengths need not be multiples of anything: a ragged last block counts the cells that exist.
       Ties go to the lower block (the authors' sort is unstable). A ragged last cell averages over
-      `stride` as if its missing tokens had logit 0.
+      `stride` as if its missing tokens had logit 0. Logits and sums are in f32; theirs are in the
+      inputs' dtype and in f64. Any mask forces the first and the last visible block, in the paper
+      causality does; the authors' `keep_sink` and `keep_recent`, which force them without it, are
+      no arguments here, nor are their other patterns of a cell (diagonal, random, doubled) and
+      estimates from some query cells only. How many rows are scored at once is not an argument.
 
     Raises:
       ValueError: if `stride` does not divide `block_size`, or a number is out of range.

@@ -16,6 +16,7 @@ from jsparse.evaluation.cost import plan_cost as plan_cost
 from jsparse.evaluation.density import DensityReport as DensityReport
 from jsparse.evaluation.density import density_of_layers as density_of_layers
 from jsparse.evaluation.density import density_report as density_report
+from jsparse.evaluation.density import reporting as reporting
 from jsparse.evaluation.metrics import OutputError as OutputError
 from jsparse.evaluation.metrics import output_error as output_error
 from jsparse.evaluation.metrics import pairs_attended as pairs_attended

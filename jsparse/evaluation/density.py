@@ -1,5 +1,6 @@
 """How much a method computes of what it could, head by head: of one call, and of a model's."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +86,33 @@ def density_report(
     return DensityReport(tiles, attended / jnp.maximum(visible, 1.0), overflowed)
 
 
+def reporting(method: Method | None, observe: Callable[[DensityReport], None]) -> Method:
+    """The same method, which says of each call how much it computes, whatever calls it.
+
+    It goes where methods go: `js.nn.SparseAttention`, `js.nn.attention_fn`,
+    `js.dot_product_attention`, `js.sparse_attention`. What it computes stays as it was; the report
+    costs a plan and attention besides.
+
+    Args:
+      method: What plans and attends; None attends to all that the mask allows.
+      observe: `observe(report)` is given a `density_report` of each call, `reports.append` say.
+        While a function is traced its arrays are traced too: return them from that function.
+
+    Raises:
+      ValueError: if `method` is of another type.
+    """
+    of = dense if method is None else method
+    checks.method_type(of)
+
+    def attend(params, q, k, v, *, x=None, positions=None, mask=None, state=None, key=None, **more):
+        given = {"x": x, "positions": positions, "mask": mask, "state": state, "key": key}
+        still = jax.lax.stop_gradient((q, k, v))
+        observe(density_report(of, *still, params=params, **given))
+        return of.attend(params, q, k, v, **given, **more)
+
+    return of._replace(attend=attend)
+
+
 def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityReport]:
     """Runs a model and reports on each attention layer, in the order of `js.nn.attention_layers`.
 
@@ -102,7 +130,7 @@ def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityR
 
     from jsparse.nn import attention_layers
 
-    def reporting(layer: Any, found: list[DensityReport]):
+    def reported(layer: Any, found: list[DensityReport]):
         run = layer.attention or layer._method
 
         def attention(q, k, v, *, mask, x, positions):
@@ -116,7 +144,7 @@ def density_of_layers(model: Any, *inputs: Any, **options: Any) -> list[DensityR
     layers = attention_layers(copy)
     reports: list[list[DensityReport]] = [[] for _ in layers]
     for layer, found in zip(layers, reports, strict=True):
-        layer.attention = reporting(layer, found)
+        layer.attention = reported(layer, found)
     copy(*inputs, **options)
     checks.each_runs_once(reports)
     return [report for (report,) in reports]

@@ -7,8 +7,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
-from jsparse.types import Frame, Mask, TileBounds, array_field, entry, pytree_dataclass
-from jsparse.types.mask import Index, Range
+from jsparse.types import (
+    Frame,
+    Mask,
+    TileBounds,
+    TileGrid,
+    array_field,
+    entry,
+    pytree_dataclass,
+)
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -32,6 +40,10 @@ class Causal(Mask):
         (q_first, q_last), (kv_first, kv_last) = q_range, kv_range
         some = kv_first <= self._last_key(q_last, frame)
         return TileBounds(some, kv_last <= self._last_key(q_first, frame))
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        first, _ = grid.kv_range(kv_block)
+        return Runs.one(grid.first_row(first - key_position(self.offset, frame)), grid.q_blocks)
 
 
 def key_position(offset: Int[Array, " batch"] | None, frame: Frame) -> Index:

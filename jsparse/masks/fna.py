@@ -2,9 +2,50 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jsparse import checks
+from jsparse.attention.logits import ScoreMod
 from jsparse.attention.planned import no_params
+from jsparse.masks.neighborhood import for_each_axis
 from jsparse.masks.neighborhood_attention import Neighborhoods
 from jsparse.types import Method
+
+
+def relative_bias(
+    table: Float[Array, "heads ..."],
+    *,
+    grid: Sequence[int],
+    dilation: int | Sequence[int] = 1,
+) -> ScoreMod:
+    """A `score_mod` that adds what a table holds of a head and of where a key lies from its query.
+
+    Offsets of neighbors are from -1 to 1 whatever the dilation. Near borders the query is not in
+    the middle of its window, so that offsets of a window of w keys are from `1 - w` to `w - 1`.
+
+    Args:
+      table: Per query head, for each axis of the grid `2 * window - 1` offsets, ascending.
+      grid: Size of the grid along each axis, as for `js.fna`.
+      dilation: Distance between neighboring keys of a window.
+
+    Raises:
+      ValueError: if the table does not have an odd number of offsets for each axis of the grid.
+    """
+    grid, apart = tuple(grid), for_each_axis(dilation, grid, "dilation")
+    checks.offsets_of_axes(table.shape, grid)
+
+    def score_mod(logit, batch, head, q_index, kv_index):
+        at = []
+        for length, size, step in reversed([*zip(grid, table.shape[1:], apart, strict=True)]):
+            (q_index, query), (kv_index, key) = (
+                jnp.divmod(index, length) for index in (q_index, kv_index)
+            )
+            at.append(key // step - query // step + size // 2)
+        # what is outside of every window is hidden, whatever is added
+        return logit + table.at[(head, *at[::-1])].get(mode="clip")
+
+    return score_mod
 
 
 def fna(
@@ -35,9 +76,11 @@ def fna(
 
     Differs from the paper:
       Tiles of keys lie at multiples of their size, in tokens that were put in order tile by tile,
-      instead of starting at each window. Even windows, which came later. A window may be left out.
-      The table of relative position biases, which its fused kernel lacks as well, is a `bias` of
-      `js.attend`.
+      instead of starting at each window. Even windows, which came later. Grid and window may be
+      left out, and then are one axis and the whole of it. The table of relative position biases,
+      which its fused kernel lacks, is no argument: `relative_bias` makes it the `score_mod` of
+      `js.sparse_attention`, on causal axes too. One pair of tiles serves the gradient as well, of
+      which sums are in a fixed order. There is no form that returns the weights.
 
     Raises:
       ValueError: if a number is out of range, there are not as many as axes, or the tokens, or

@@ -125,9 +125,11 @@ def gna(
       kv_tile: Keys of a tile along each axis; default as for queries.
 
     Differs from the paper:
-      A window may be left out, and then is the whole axis. Dilated tokens are put in order with
-      the others instead of along the batch. A caller's mask is obeyed, and tiles that it leaves
-      nothing of are dropped.
+      Grid and window may be left out, and then are one axis and the whole of it. Dilated tokens are
+      put in order with the others instead of along the batch. A caller's mask is obeyed, and tiles
+      that it leaves nothing of are dropped. The tiles of each box are listed, where the authors'
+      kernels count along its axes. One pair of tiles serves the gradient too, which sums in a fixed
+      order; theirs has tiles of its own, and its sums meet in any order.
 
     Raises:
       ValueError: if a number is out of range, there are not as many as axes, or the tokens, or

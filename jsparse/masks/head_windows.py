@@ -16,7 +16,7 @@ from jsparse.types import (
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 # a window that no distance between two tokens exceeds
 _ENDLESS = 2**30
@@ -79,6 +79,17 @@ class HeadWindows(Mask):
         first_keys = jnp.minimum(jnp.arange(most_sinks), sinks - 1)
         near = jnp.maximum(first // grid.block_kv, sinks) + jnp.arange(most_near)
         return jnp.concatenate([first_keys, near])
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        num_sink, window = self._of_head(frame)
+        kv_first, kv_last = grid.kv_range(kv_block)
+        offset = key_position(self.offset, frame)
+        size = self.block_size
+        after = (kv_last // size - -window // size) * size
+        first = 0 if self.right is None else grid.first_row(kv_first - offset - self.right)
+        every = kv_first < num_sink
+        end = jnp.where(every, grid.q_blocks, grid.end_row(after - offset))
+        return Runs.one(jnp.where(every, 0, first), end)
 
     @property
     def _bounded(self) -> bool:

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Int
 
 from jsparse.masks.causal import as_int32, causal
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, array_field, entry, pytree_dataclass
-from jsparse.types.mask import Index, Range, TileClassifier
+from jsparse.types.mask import Index, Range, Runs, TileClassifier
 
 
 @pytree_dataclass
@@ -68,6 +68,9 @@ class InRoom(Mask):
         self, q_block: Index, grid: TileGrid, frame: Frame
     ) -> Int[Array, " count"] | None:
         return self.mask.candidates(q_block, grid, self._frame(frame))
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs | None:
+        return self.mask.rows(kv_block, grid, self._frame(frame))
 
     def _frame(self, frame: Frame) -> Frame:
         return frame._replace(kv_len=self.kv_lengths[entry(len(self.kv_lengths), frame.batch)])

@@ -69,9 +69,11 @@ def moa(
 
     Differs from the paper:
       The length is that of the keys, a cache's room included, so `max_new_tokens` is 0 by default;
-      the authors' cache is made for 1024 tokens more than the prompt. Heads with grouped keys and
-      values have rules of their own. Heads are not put in another order, for lists are per head. A
-      single query keeps whole blocks as its row of a prompt does; see `span` for the ring buffer.
+      the authors' cache is made for 1024 tokens more than the prompt. Without rules found by a
+      search, all heads see half of the length, which is what the authors' search allows on average.
+      Heads with grouped keys and values have rules of their own. Heads are not put in another
+      order, for lists are per head. A single query keeps whole blocks as its row of a prompt does,
+      and a cache keeps all keys; `span` says what a ring buffer would hold.
 
     Raises:
       ValueError: if a number is out of range, or there is not one rule per head.

@@ -18,7 +18,7 @@ from jsparse.types import (
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -70,6 +70,21 @@ class PowerBlocks(Mask):
         listed = [jnp.arange(self.num_sink_blocks), far.reshape(-1), window]
         return tiles_of_blocks(jnp.sort(jnp.concatenate(listed)), grid, self.block_size)
 
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        offset, size = key_position(self.offset, frame), self.block_size
+        kv_first, kv_last = (index // size for index in grid.kv_range(kv_block))
+        # where queries sit at the last keys no distance is greater than there are blocks
+        most = 31 if self.offset is not None else (grid.kv_len // size).bit_length() + 1
+        powers = 1 << jnp.arange(most)
+        near = jnp.concatenate([jnp.zeros(1, jnp.int32), powers])
+        far = jnp.concatenate([jnp.full(1, self.window_size - 1, jnp.int32), powers])
+        # blocks behind the last query's are none of any row: not so far that numbers overflow
+        behind = (grid.q_len - 1 + offset) // size + 1
+        first = grid.first_row(jnp.minimum(kv_first + near, behind) * size - offset)
+        end = grid.end_row((jnp.minimum(kv_last + far, behind) + 1) * size - offset)
+        every = (kv_first < self.num_sink_blocks) & (near == 0)
+        return Runs(jnp.where(every, 0, first), jnp.where(every, grid.q_blocks, end))
+
 
 def _greatest_power(x: Index) -> Int[Array, "..."]:
     """The greatest power of 2 that is at most `x`; 0 where there is none."""
@@ -118,7 +133,8 @@ def powerattention(
       num_sink_blocks: First blocks that every query sees; 1 in the paper.
 
     Differs from the paper:
-      Nothing; its dense layers (2 of 7) are the model's to choose.
+      Nothing in what is seen; its dense layers (2 of 7) are the model's to choose. Distances are
+      all powers of two, without a cap.
 
     Raises:
       ValueError: if a number is out of range.

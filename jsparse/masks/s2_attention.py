@@ -20,7 +20,7 @@ from jsparse.types import (
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -76,6 +76,16 @@ class ShardedBlocks(Mask):
         recent = window + jnp.arange(self.local_blocks + rows - 1)
         listed = jnp.concatenate([jnp.minimum(old, newest), recent])
         return tiles_of_blocks(listed, grid, self.block_size)
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        offset, size = key_position(self.offset, frame), self.block_size
+        kv_first, kv_last = (index // size for index in grid.kv_range(kv_block))
+        stride, residue = self._of_head(frame)
+        # rows up to the last that has it in its window; all, where one of its blocks is kept
+        kept = kv_first + -(kv_first + residue) % stride <= kv_last
+        window = grid.end_row((kv_last + self.local_blocks) * size - offset)
+        first = grid.first_row(kv_first * size - offset)
+        return Runs.one(first, jnp.where(kept, grid.q_blocks, window))
 
     def _of_head(self, frame: Frame) -> tuple[Array, Array]:
         return jnp.asarray(self.strides)[frame.head], jnp.asarray(self.residues)[frame.head]
@@ -199,8 +209,11 @@ def s2_attention(
       homo_head: Whether all heads keep the same blocks.
 
     Differs from the paper:
+      The defaults are those of Phi-3-small. Which layers stay dense is the model's to choose.
       Causality inside the diagonal blocks is exact also where the cache is longer than the
-      queries. Attention in both directions is a mask of its own, `two_sided_blocks`.
+      queries, and so are tiles of several blocks; the authors' kernel sees too much in these where
+      a pattern is not `kv_efficient`. Attention in both directions is a mask of its own,
+      `two_sided_blocks`. A cache keeps all keys, those as well that no head needs again.
 
     Raises:
       ValueError: if a number is out of range.

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Int
 
 from jsparse import checks
 from jsparse.types import Frame, Mask, TileBounds, TileGrid, pytree_dataclass, static_field
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -27,6 +27,10 @@ class FirstKeys(Mask):
 
     def candidates(self, q_block: Index, grid: TileGrid, frame: Frame) -> Int[Array, " count"]:
         return jnp.arange(self.max_tiles(grid))
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        first, _ = grid.kv_range(kv_block)
+        return Runs.one(0, jnp.where(first < self.count, grid.q_blocks, 0))
 
 
 @pytree_dataclass

@@ -14,7 +14,7 @@ from jsparse.types import (
     pytree_dataclass,
     static_field,
 )
-from jsparse.types.mask import Index, Range
+from jsparse.types.mask import Index, Range, Runs
 
 
 @pytree_dataclass
@@ -56,6 +56,13 @@ class SlidingWindow(Mask):
             return None
         first = grid.q_range(q_block)[0] + key_position(self.offset, frame) - self.left
         return first // grid.block_kv + jnp.arange(self.max_tiles(grid))
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs:
+        first, last = (key - key_position(self.offset, frame) for key in grid.kv_range(kv_block))
+        return Runs.one(
+            0 if self.right is None else grid.first_row(first - self.right),
+            grid.q_blocks if self.left is None else grid.end_row(last + self.left + 1),
+        )
 
     def _inside(self, low: Index, high: Index) -> Bool[Array, "..."]:
         """True where `low >= -right` and `high <= left`."""

@@ -150,11 +150,14 @@ def search_rules(
         on where it was; removed at the end.
 
     Differs from the paper:
-      A rule is charged, in loss and in tokens, for what `js.moa` does by it, so that the bound is
-      one on what runs; the authors' search counts a block more. Losses of heads that share a rule
-      add up, where theirs takes the largest in each block. Rules of the same spans at all lengths
-      are tried once. HiGHS solves the programs, theirs is Gurobi. Influences are not normalised by
-      head or layer.
+      The choice at the unseen length is by the first-order estimate on `held_out`, where the paper
+      runs the model with each plan; with `loss=` it is by that. A rule is charged, in loss and in
+      tokens, for what `js.moa` does by it, so that the bound is one on what runs; the authors'
+      search counts a block more. Losses of heads that share a rule add up, where theirs takes the
+      largest in each block. Rules of the same spans at all lengths are tried once. HiGHS solves the
+      programs, theirs is Gurobi, and may be stopped by `time_limit`. Influences are not normalised
+      by head or layer, which theirs can be. Any lengths and any loss may be profiled; theirs is
+      that of answers which the model gave.
 
     Raises:
       ValueError: if there is no text, texts differ in layers or heads, a number is out of range, or

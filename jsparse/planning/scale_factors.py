@@ -104,7 +104,8 @@ def search_scale_factors(
 
     Differs from the paper:
       A fit per head, where the authors fit one for the model. Any captured text serves, where they
-      take 24 prompts of several lengths up to 32,768.
+      take 24 prompts of several lengths up to 32,768; decoding is read off the last tile's queries
+      of the same text, where they decode.
 
     Raises:
       ValueError: if there is no layer, layers differ in shape or lack queries, a length is below a

@@ -13,7 +13,7 @@ from jsparse import _compat, checks
 from jsparse.types.integers import as_int32
 from jsparse.types.inverse_list import InverseList, invert
 from jsparse.types.mask import TileGrid
-from jsparse.types.pytree import array_field, pytree_dataclass, static_field
+from jsparse.types.pytree import array_field, carrying, pytree_dataclass, static_field
 
 
 @pytree_dataclass
@@ -24,6 +24,9 @@ class BlockMask:
     padding. The heads axis is 1 (shared by all), kv_heads (shared by a group) or heads. Everything
     but the sizes may be traced, so a list can depend on data under `jit`; its `width` is static,
     and `overflowed` says, per head, that some row needed more than that.
+
+    A plan may carry its inverse, `turned`, for gradients in kernels and whoever asks for it: see
+    `with_inverse`. A plan made from another by `dataclasses.replace` carries none.
     """
 
     kv_indices: Int[Array, "*batch list_heads q_blocks width"] = array_field(core_ndim=3)
@@ -33,6 +36,7 @@ class BlockMask:
     kv_len: int = static_field()
     block_q: int = static_field()
     block_kv: int = static_field()
+    turned: InverseList | None = dataclasses.field(init=False, default=None)
 
     @classmethod
     def from_lists(
@@ -162,7 +166,9 @@ class BlockMask:
             )
 
         lists, counts = cleaned(self.kv_indices, self.kv_num_blocks)
-        return dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+        clean = dataclasses.replace(self, kv_indices=lists, kv_num_blocks=counts)
+        # of lists that count as before
+        return carrying(clean, turned=self.turned)
 
     @jax.jit
     def to_dense(self) -> Bool[Array, "*batch list_heads q_blocks kv_blocks"]:
@@ -183,12 +189,25 @@ class BlockMask:
         # a mean, not a sum: the number of tiles may exceed an int32
         return self.kv_num_blocks.mean(-1, dtype=jnp.float32) / self.grid.kv_blocks
 
-    @jax.jit
     def inverse(self) -> InverseList:
         """The lists turned round: per kv block the query blocks that use it."""
+        return self._inverted() if self.turned is None else self.turned
+
+    @jax.jit
+    def _inverted(self) -> InverseList:
         lists = jnp.where(self.entries(), self.kv_indices, -1)
         found = invert(lists.reshape(-1, *lists.shape[-2:]), self.grid.kv_blocks)
         return jax.tree.map(lambda x: x.reshape(*lists.shape[:-2], -1), found)
+
+    def with_inverse(self, inverse: InverseList | None = None) -> "BlockMask":
+        """The same plan with its inverse, so that no gradient has to make it again.
+
+        It pays where a plan serves several layers or steps. Kernels on GPUs use it.
+
+        Args:
+          inverse: What `inverse()` would give, if it is known; default that.
+        """
+        return carrying(self, turned=self.inverse() if inverse is None else inverse)
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
         """The tiles that either plan computes."""

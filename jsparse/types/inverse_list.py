@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jsparse.types.pytree import array_field, pytree_dataclass
 
-class InverseList(NamedTuple):
+
+@pytree_dataclass
+class InverseList:
     """Per kv block the query blocks that use it, as one flat list per head (CSR).
 
     The ids of kv block `j` are `q_indices[..., offsets[j] : offsets[j + 1]]`, ascending.
     """
 
-    q_indices: Int[Array, "*batch list_heads entries"]
-    offsets: Int[Array, "*batch list_heads kv_blocks_plus_1"]
+    q_indices: Int[Array, "*batch list_heads entries"] = array_field(core_ndim=2)
+    offsets: Int[Array, "*batch list_heads kv_blocks_plus_1"] = array_field(core_ndim=2)
 
     @property
     def q_num_blocks(self) -> Int[Array, "*batch list_heads kv_blocks"]:
@@ -65,6 +68,29 @@ def column_ranks(entries: Int[Array, "lists rows width"], columns: int) -> Ranks
     _, ranks = jax.lax.scan(step, before - table, jnp.moveaxis(padded, 2, 0))
     ranks = jnp.moveaxis(ranks, 0, 2).reshape(lists, segments * steps, width)
     return Ranks(ranks[:, :rows], counts)
+
+
+def from_runs(
+    first: Int[Array, "columns runs"], end: Int[Array, "columns runs"], entries: int
+) -> InverseList:
+    """The inverse of one list, of which runs of rows name each column, ascending by `first`.
+
+    Its ids have places for so many entries. Time and memory are those of the entries, which are
+    only added up: rows go up by one but for the jumps from run to run.
+    """
+    end = jax.lax.cummax(end, axis=1)
+    # what an earlier run has, a later one has not
+    first = jnp.maximum(first, jnp.pad(end[:, :-1], ((0, 0), (1, 0))))
+    runs = jnp.maximum(end - first, 0).reshape(-1)
+    ends = jnp.cumsum(runs, dtype=jnp.int32)
+    starts, listed = ends - runs, ends[-1]
+    # where each run's rows stand before their places; runs without any add up to nothing
+    ahead = first.reshape(-1) - starts
+    jumps = jnp.zeros(entries, jnp.int32).at[starts].add(jnp.diff(ahead, prepend=0), mode="drop")
+    place = jnp.arange(entries, dtype=jnp.int32)
+    rows = jnp.where(place < listed, jnp.cumsum(jumps, dtype=jnp.int32) + place, 0)
+    of_columns = ends.reshape(first.shape)[:, -1]
+    return InverseList(rows[None], jnp.pad(of_columns, (1, 0))[None])
 
 
 def invert(

@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -62,6 +63,15 @@ class TileGrid(NamedTuple):
         first = kv_block * self.block_kv
         return first, jnp.minimum(first + self.block_kv, self.kv_len) - 1
 
+    def first_row(self, query: Index) -> Index:
+        """The first row of tiles that has a query from `query` on; past the last if none has."""
+        row = jnp.maximum(query, 0) // self.block_q
+        return jnp.where(query < self.q_len, row, self.q_blocks)
+
+    def end_row(self, query: Index) -> Index:
+        """The row of tiles after the last that has a query before `query`."""
+        return jnp.clip(-(-query // self.block_q), 0, self.q_blocks)
+
 
 class TileBounds(NamedTuple):
     """What is known of a tile without looking at its elements.
@@ -72,6 +82,37 @@ class TileBounds(NamedTuple):
 
     some: Bool[Array, "..."]
     every: Bool[Array, "..."]
+
+
+class Runs(NamedTuple):
+    """Rows of tiles from each `first` up to `end`, which is none of them; ascending by `first`.
+
+    They may overlap, and be empty.
+    """
+
+    first: Int[Array, " runs"]
+    end: Int[Array, " runs"]
+
+    @classmethod
+    def one(cls, first: Index, end: Index) -> "Runs":
+        """A single one."""
+        return cls(*(jnp.asarray(x, jnp.int32).reshape(1) for x in (first, end)))
+
+    def united(self, other: "Runs") -> "Runs":
+        """What is in either."""
+        return Runs._sorted(map(jnp.concatenate, zip(self, other, strict=True)))
+
+    def common(self, other: "Runs") -> "Runs":
+        """What is in both."""
+        first = jnp.maximum(self.first[:, None], other.first).reshape(-1)
+        end = jnp.minimum(self.end[:, None], other.end).reshape(-1)
+        # cut by a single run they stay in order
+        cut_by_one = 1 in (len(self.first), len(other.first))
+        return Runs(first, end) if cut_by_one else Runs._sorted((first, end))
+
+    @classmethod
+    def _sorted(cls, runs: Iterable[Array]) -> "Runs":
+        return cls(*jax.lax.sort(tuple(runs), num_keys=1))
 
 
 TileClassifier = Callable[[Index, Index, Frame], TileBounds]
@@ -136,6 +177,14 @@ class Mask:
         Ascending; what is named again, or lies outside of the grid, does not count, and what is not
         needed may be named. None: any may be needed. How many there are depends on static numbers
         alone; masks that name few have their lists made in time proportional to those.
+        """
+        return None
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs | None:
+        """Names the rows of tiles that need a column, where a closed form does.
+
+        They are those and no others in which `classifier` finds something to see. None: there is no
+        closed form. How many runs there are depends on static numbers alone.
         """
         return None
 
@@ -235,6 +284,10 @@ class And(Mask):
         named = [side.candidates(q_block, grid, frame) for side in (self.left, self.right)]
         return min((of for of in named if of is not None), key=len, default=None)
 
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs | None:
+        left, right = (side.rows(kv_block, grid, frame) for side in (self.left, self.right))
+        return None if left is None or right is None else left.common(right)
+
 
 @pytree_dataclass
 class Or(Mask):
@@ -261,6 +314,10 @@ class Or(Mask):
     ) -> Int[Array, " count"] | None:
         left, right = (side.candidates(q_block, grid, frame) for side in (self.left, self.right))
         return None if left is None or right is None else jnp.sort(jnp.concatenate([left, right]))
+
+    def rows(self, kv_block: Index, grid: TileGrid, frame: Frame) -> Runs | None:
+        left, right = (side.rows(kv_block, grid, frame) for side in (self.left, self.right))
+        return None if left is None or right is None else left.united(right)
 
 
 @pytree_dataclass

@@ -34,6 +34,7 @@ def map_batched(function: Callable[..., Any], tree: T, *others: Any) -> T:
     Other fields stay as they are.
     """
     changes: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
     for field in dataclasses.fields(tree):  # type: ignore[arg-type]
         value, *rest = (getattr(x, field.name) for x in (tree, *others))
         if value is None:
@@ -41,8 +42,19 @@ def map_batched(function: Callable[..., Any], tree: T, *others: Any) -> T:
         if "core_ndim" in field.metadata:
             changes[field.name] = function(field.metadata["core_ndim"], value, *rest)
         elif dataclasses.is_dataclass(value):
-            changes[field.name] = map_batched(function, value, *rest)
-    return dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+            of = changes if field.init else carried
+            of[field.name] = map_batched(function, value, *rest)
+    changed = dataclasses.replace(tree, **changes) if changes else tree  # type: ignore[type-var]
+    return carrying(changed, **carried) if carried else changed
+
+
+def carrying(tree: T, **values: Any) -> T:
+    """A copy with fields that no constructor takes, so that `dataclasses.replace` drops them."""
+    copy = object.__new__(type(tree))
+    for field in dataclasses.fields(tree):  # type: ignore[arg-type]
+        value = values.get(field.name, getattr(tree, field.name))
+        object.__setattr__(copy, field.name, value)
+    return copy
 
 
 def batched_values(tree: Any) -> Iterator[Any]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.core.tiling import visible_tiles
+from jsparse.core.tiling import visible_tiles, with_inverse
+from jsparse.masks.lengths import in_room
 from jsparse.masks.powerattention import powers_of_two
 from jsparse.masks.s2_attention import sharded_blocks
 from jsparse.masks.streaming import sink_and_window
@@ -97,15 +98,19 @@ def test_tiles_by_closed_form_are_those_by_classification(name, grid):
     @jax.jit
     def both(starts):
         mask = closed_forms(starts)[name]
-        return js.block_mask(mask, **grid._asdict()), visible_tiles(
-            mask.flatten_batch(starts.shape), grid
-        )
+        plan = js.block_mask(mask, **grid._asdict())
+        tiles = visible_tiles(mask.flatten_batch(starts.shape), grid)
+        if grid.block_q == grid.block_kv:  # the others are seen below
+            return plan, tiles, None, None
+        return plan, tiles, with_inverse(plan, mask).turned, plan.inverse()
 
     mask = closed_forms(0)[name]
     named = mask.flatten_batch(()).candidates(0, grid, Frame(grid.q_len, grid.kv_len))
     assert named is not None
     assert len(named) < grid.kv_blocks
-    plan, tiles = both(on_device(starts, jnp.int32))
+    plan, tiles, turned, expected = both(on_device(starts, jnp.int32))
+    # as are columns, without counting or sorting any
+    jax.tree.map(np.testing.assert_array_equal, turned, expected)
     np.testing.assert_array_equal(plan.to_dense(), tiles)
     # a width that is known without the offset is enough, and hardly more than what is needed
     most = int(tiles.sum(-1).max())
@@ -114,6 +119,69 @@ def test_tiles_by_closed_form_are_those_by_classification(name, grid):
     if name in ("s2_attention", "streaming") and grid.block_kv == 8:
         assert plan.width == most
     assert plan.width <= 2 * most
+
+
+def random_mask(rng, kind):
+    """A mask of some kind with random numbers, with and without an offset."""
+    size = int(rng.choice([1, 4, 6]))
+    at = {} if rng.random() < 0.5 else {"offset": int(rng.integers(-20, 200))}
+    near = js.masks.sliding_window(
+        left=[None, int(rng.integers(0, 50))][rng.integers(2)],
+        right=[None, int(rng.integers(0, 50))][rng.integers(2)],
+        **at,
+    )
+    blocks = {"block_size": size, **at}
+    if kind == "power":
+        sizes = {"window_size": int(rng.integers(1, 5)), "num_sink_blocks": int(rng.integers(0, 3))}
+        mask = powers_of_two(**sizes, **blocks)
+    elif kind == "shares":
+        sizes = {"local_blocks": int(rng.integers(1, 6)), "vert_stride": int(rng.integers(1, 6))}
+        mask = sharded_blocks(heads=3, kv_heads=3, num_dense_heads=1, **sizes, **blocks)
+    elif kind == "spans":
+        mask = js.masks.head_windows(
+            num_sink=rng.integers(0, 30, 3).tolist(),
+            window=[None, *rng.integers(1, 60, 2).tolist()],
+            right=[None, 0, 7][rng.integers(3)],
+            **blocks,
+        )
+    else:
+        mask = js.masks.sinks(int(rng.integers(0, 30)))
+    # several runs of rows on either side
+    mask = (mask | near) & (powers_of_two(block_size=2, window_size=1) | near) & near
+    return mask & js.masks.causal(**at) if rng.random() < 0.5 else mask
+
+
+@pytest.mark.parametrize("kind", ["power", "shares", "spans", "sinks"])
+def test_columns_by_closed_form_are_the_lists_turned_round(kind):
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        mask = random_mask(rng, kind)
+        if seed == 1:
+            mask = in_room(mask, on_device([50, 131]))
+        lengths, blocks = rng.integers(40, 200, 2), rng.choice([1, 3, 4, 8, 16], 2)
+        grid = TileGrid(*map(int, (*lengths, *blocks)))
+
+        @jax.jit
+        def both(mask, grid=grid):
+            tiles = visible_tiles(mask.flatten_batch(mask.batch_shape), grid)
+            tiles = tiles.reshape(*mask.batch_shape, *tiles.shape[1:])
+            plan = js.BlockMask.from_dense(tiles, **grid._asdict(), width=grid.kv_blocks)
+            return tiles, with_inverse(plan, mask).turned
+
+        tiles, turned = both(mask)
+        for at in np.ndindex(tiles.shape[:-2]):
+            columns, rows = np.nonzero(np.asarray(tiles[at]).T)
+            assert len(rows)
+            np.testing.assert_array_equal(np.trim_zeros(turned.q_indices[at][len(rows) :]), [])
+            np.testing.assert_array_equal(turned.q_indices[at][: len(rows)], rows)
+            ends = np.searchsorted(columns, np.arange(grid.kv_blocks + 1))
+            np.testing.assert_array_equal(turned.offsets[at], ends)
+
+
+def test_a_mask_of_arrays_has_no_closed_form():
+    mask = js.masks.causal() & js.masks.segments(jnp.arange(40) // 9)
+    plan = js.block_mask(mask, 40, 40, **SIZES)
+    assert with_inverse(plan, mask) is plan
 
 
 def shapes_in(jaxpr):

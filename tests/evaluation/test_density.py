@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jsparse as js
 import jsparse.nn
@@ -12,6 +12,8 @@ from jsparse.evaluation import DensityReport, density_of_layers
 from tests.inputs import on_device, qkv
 
 CAUSAL = js.masks.causal()
+# every pair by itself, where what is asked is not how tiles are computed
+PLAIN = {"implementation": "reference"}
 
 
 def test_a_window_hides_pairs_inside_its_tiles():
@@ -111,6 +113,58 @@ def test_a_layer_whose_method_has_parameters_reports():
     (found,) = run(layer, jnp.ones((2, 20, 32)))
     # 1, 2, 3 tokens for the first queries, 4 for the others, of those that a query sees
     np.testing.assert_allclose(found.pairs, (6 + 17 * 4) / (20 * 21 / 2), rtol=1e-5)
+
+
+def wrapped(name, method, features=32):
+    """What attends in a wrapper of this name to hidden states [2, length, features]."""
+    if name == "SparseAttention":
+        sizes = {"num_heads": 4, "num_kv_heads": 2, "rngs": nnx.Rngs(0)}
+        layer = js.nn.SparseAttention(features, method=method, **sizes, **PLAIN)
+        return lambda x: layer(x, mask=CAUSAL)
+    attention_fn = js.nn.attention_fn(method, mask=CAUSAL, **PLAIN)
+    if name == "nnx":
+        sizes = {"decode": False, "rngs": nnx.Rngs(0)}
+        return nnx.MultiHeadAttention(4, features, attention_fn=attention_fn, **sizes)
+    if name == "linen":
+        module = linen.MultiHeadDotProductAttention(4, attention_fn=attention_fn)
+        params = jax.jit(module.init)(jax.random.key(0), jnp.ones((2, 8, features)))
+        return lambda x: module.apply(params, x)
+
+    def heads(x):
+        return x.reshape(*x.shape[:-1], 4, -1)
+
+    options = {"method": method, "is_causal": True, **PLAIN}
+    return lambda x: js.dot_product_attention(*[heads(x)] * 3, **options)
+
+
+WRAPPERS = "SparseAttention nnx linen dot_product_attention".split()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_every_wrapper_switches_by_length_and_reports(name):
+    """One method goes into each of them: dense below so many keys, and asked what it computes."""
+    sparse = js.streaming(num_sink=2, window=5)
+    reports = []
+    asked = wrapped(name, js.reporting(js.from_length(sparse, min_length=24), reports.append))
+    # each query's window, and the sinks before it
+    kept = sum(min(i + 1, 5) + min(max(i - 4, 0), 2) for i in range(24))
+    never = js.from_length(sparse, min_length=10**6)
+    for length, like, share in ((23, never, 1.0), (24, sparse, kept / (24 * 25 / 2))):
+        plain = wrapped(name, like)
+
+        @jax.jit
+        def both(x, plain=plain):
+            reports.clear()
+            return asked(x), plain(x), tuple(reports)
+
+        out, expected, (report,) = both(jax.random.normal(jax.random.key(1), (2, length, 32)))
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_allclose(report.pairs, np.full((2, 4), share), rtol=1e-5)
+
+
+def test_a_factory_is_no_method_to_report_on(without_shape_checks):
+    with pytest.raises(ValueError, match="js.xattention()"):
+        js.reporting(js.xattention, print)
 
 
 def test_attentions_that_are_mixed_are_added_up():

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.attention.planned import masked
 from jsparse.testing import CASES, AttentionSuite, Problem
+from jsparse.types import block_mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton
 from tests.inputs import leveled, on_device, qkv
@@ -192,6 +194,34 @@ def test_second_derivatives():
 
     got = value_and_gradients(slope, "triton", q, k, v)
     close(got, value_and_gradients(slope, "reference", q, k, v), 2e-4)
+
+
+@interpreted
+def test_gradients_of_static_masks_turn_no_lists_round(monkeypatch):
+    """Columns come from the mask: of each sequence, mapped, and with groups packed into rows."""
+    sizes = {"block_q": 8, "block_kv": 16}
+    method = masked(
+        lambda queries: js.masks.sinks(5) | js.masks.sliding_window(left=20, offset=queries.offset),
+        **sizes,
+    )
+    q, k, v = qkv(40, 60, heads=4, kv_heads=2, batch=(3, 1))
+    positions = on_device([[3], [20], [9]])[..., None] + jnp.arange(40)
+
+    def loss(implementation, q, k, v):
+        def alone(q, k, v, positions):
+            options = {"positions": positions, "implementation": implementation}
+            return js.sparse_attention(q, k, v, method, **options)
+
+        # and of a mask without a method
+        short = [x[0, 0, 24:] for x in (q, k, v)]
+        more = js.attend(*short, mask=js.masks.causal(), implementation=implementation)
+        return jnp.sin(jax.vmap(alone)(q, k, v, positions)).sum() + jnp.sin(more).sum()
+
+    expected = value_and_gradients(loss, "reference", q, k, v)
+    counted = []
+    monkeypatch.setattr(block_mask, "invert", lambda *lists: counted.append(lists))
+    close(value_and_gradients(loss, "triton", q, k, v), expected, 2e-5)
+    assert not counted
 
 
 @interpreted

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.masks.fna import relative_bias
 from jsparse.masks.neighborhood import Axis
 from jsparse.types import Frame
 from tests.inputs import on_device, qkv
@@ -171,6 +172,44 @@ def test_gradients_of_values_are_column_sums_of_the_weights():
     expected = np.broadcast_to(weights.sum(1).T[..., None], gradient.shape)
     np.testing.assert_allclose(gradient, expected, atol=4e-6)
     np.testing.assert_allclose(gradient.sum(0), np.full((2, 8), 63.0), rtol=1e-5)
+
+
+def test_a_table_of_relative_positions_is_a_change_of_the_logits():
+    """Each entry counts for its head and its distance, near borders and dilated too."""
+    grid, window, dilation = (7, 8), (3, 4), (2, 1)
+    q, k, v = qkv(56, heads=4, kv_heads=2, dim=8)
+    table = np.random.default_rng(0).normal(size=(4, 5, 7))
+    axes = {"grid": grid, "dilation": dilation}
+    method = js.fna(**axes, window=window, q_tile=(2, 4), kv_tile=(2, 4))
+
+    @jax.jit
+    def both(table):
+        def attended(table):
+            changed = relative_bias(table, **axes)
+            out = js.sparse_attention(q, k, v, method, score_mod=changed, **PLAIN)
+            return (out * jnp.cos(jnp.arange(8.0))).sum(), out
+
+        return jax.value_and_grad(attended, has_aux=True)(table)
+
+    (value, out), gradient = both(on_device(table, jnp.float32))
+    tensors = [np.asarray(x, np.float64) for x in (q, k, v)]
+
+    def expected(table):
+        return oracle.attention(
+            *tensors, grid, window, dilation, (False, False), 8**-0.5, table=table
+        )[0]
+
+    np.testing.assert_allclose(out, expected(table), atol=4e-6)
+    # the change along one direction, by a difference in double precision
+    step = 1e-6 * np.random.default_rng(1).normal(size=table.shape)
+    after = (expected(table + step) * np.cos(np.arange(8))).sum()
+    before = (expected(table - step) * np.cos(np.arange(8))).sum()
+    np.testing.assert_allclose((gradient * step / 1e-6).sum(), (after - before) / 2e-6, atol=1e-4)
+
+
+def test_a_table_of_other_offsets_is_refused():
+    with pytest.raises(ValueError, match=r"table has shape \(4, 6\); of a grid of 1 axes"):
+        relative_bias(jnp.zeros((4, 6)), grid=(8,))
 
 
 @pytest.mark.parametrize(

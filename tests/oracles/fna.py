@@ -28,8 +28,17 @@ def neighborhood(query, grid, window, dilation, is_causal):
     return tokens[np.ix_(*per_axis)].reshape(-1).tolist()
 
 
-def attention(q, k, v, grid, window, dilation, is_causal, scale):
-    """out [tokens, heads, dim], lse [heads, tokens] and the weights [heads, tokens, tokens]."""
+def offset(query, key, grid, window, dilation):
+    """Where a table of relative positions has a key's entry: its offset in its class, from 0 up."""
+    at = zip(np.unravel_index(query, grid), np.unravel_index(key, grid), strict=True)
+    return [int(j // d - i // d + w - 1) for (i, j), w, d in zip(at, window, dilation, strict=True)]
+
+
+def attention(q, k, v, grid, window, dilation, is_causal, scale, table=None):
+    """out [tokens, heads, dim], lse [heads, tokens] and the weights [heads, tokens, tokens].
+
+    `table` [heads, 2 * window - 1, ...] is added to logits by the distance of key and query.
+    """
     tokens, heads, _ = q.shape
     group = heads // k.shape[1]
     out = np.zeros((tokens, heads, v.shape[-1]))
@@ -39,6 +48,9 @@ def attention(q, k, v, grid, window, dilation, is_causal, scale):
         keys = neighborhood(i, grid, window, dilation, is_causal)
         for h in range(heads):
             logits = [scale * float(np.dot(q[i, h], k[j, h // group])) for j in keys]
+            if table is not None:
+                places = [offset(i, j, grid, window, dilation) for j in keys]
+                logits = [x + table[(h, *at)] for x, at in zip(logits, places, strict=True)]
             lse[h, i] = math.log(sum(math.exp(x - max(logits)) for x in logits)) + max(logits)
             for j, x in zip(keys, logits, strict=True):
                 weights[h, i, j] = math.exp(x - lse[h, i])

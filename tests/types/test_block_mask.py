@@ -1,5 +1,7 @@
 """The tile list: its invariants, its inverse, and what it says when it is too narrow."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jsparse as js
+from jsparse.types.pytree import flatten_batch
 from tests.inputs import on_device
 
 TILES = {"block_q": 8, "block_kv": 8}
@@ -46,6 +49,26 @@ def test_inverse_lists_the_queries_of_each_column(seed, density):
         expected = np.flatnonzero(tiles[at[:2]][:, at[2]])
         np.testing.assert_array_equal(ids[at[:2]][first:last], expected)
     np.testing.assert_array_equal(inverse.q_num_blocks, tiles.sum(-2))
+
+
+def test_a_plan_carries_its_inverse_until_it_is_another_plan():
+    plan = plan_of(random_tiles())
+    carrying = plan.with_inverse()
+    assert plan.turned is None
+    jax.tree.map(np.testing.assert_array_equal, carrying.turned, plan.inverse())
+    assert jax.jit(lambda p: p)(carrying).inverse().offsets.shape == plan.inverse().offsets.shape
+    # what is asked for is what is carried
+    told = jax.tree.map(jnp.zeros_like, carrying.turned)
+    assert plan.with_inverse(told).inverse() is told
+    flat = flatten_batch(jax.tree.map(lambda x: x[None], carrying), (1, 2))
+    jax.tree.map(np.testing.assert_array_equal, flat.turned, carrying.turned)
+    fewer = dataclasses.replace(carrying, kv_num_blocks=jnp.minimum(plan.kv_num_blocks, 1))
+    assert fewer.turned is None
+    assert (fewer.inverse().q_num_blocks <= plan.inverse().q_num_blocks).all()
+    assert (carrying | carrying).turned is None
+    jax.tree.map(
+        np.testing.assert_array_equal, carrying.without_missing_blocks().turned, carrying.turned
+    )
 
 
 def test_union_and_intersection():
