@@ -70,6 +70,9 @@ def stored(x: Float[Array, "*rest dim"], dtype: Any, *, power_of_two: bool = Fal
     checks.floating(dtype=dtype)
     kept = jnp.dtype(dtype)
     if kept.itemsize > 1:
+        # before the conversion: one there and back is what a compiler may leave out
+        bits = min(jnp.finfo(kept).nmant, jnp.finfo(x.dtype).nmant)
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=bits)
         return Stored(x.astype(kept), None)
     scale = jnp.maximum(jnp.abs(x).max(-1), _LEAST) / float(jnp.finfo(kept).max)
     if power_of_two:

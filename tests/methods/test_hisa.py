@@ -299,6 +299,18 @@ def test_steps_of_decoding_equal_the_whole(dtype):
     assert first == length
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_rounding_is_not_left_out_before_a_reduction(dtype):
+    """As a compiler does with a conversion there and back, where loops are long enough."""
+    x = on_device(np.random.default_rng(0).normal(size=(96, 96)), jnp.float32)
+
+    def largest(x):
+        return rounded(x, dtype).reshape(12, 8, 12, 8).max((1, 3))
+
+    expected = np.asarray(rounded(x, dtype)).reshape(12, 8, 12, 8).max((1, 3))
+    np.testing.assert_array_equal(jax.jit(largest)(x), expected)
+
+
 def test_eight_bits():
     x = hidden(50) * on_device([1e-6, 1.0, 300.0] * 4)
     eight = rounded(x, jnp.float8_e4m3fn)
