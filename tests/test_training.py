@@ -15,7 +15,7 @@ from flax import nnx
 import jsparse as js
 import jsparse.nn
 from examples import associative_recall as recall
-from examples import curves, train_sparse
+from examples import curves, train_sparse, what_clusters_miss
 from examples.language_model.model import Config, LanguageModel, load, save
 from examples.language_model.training import Course, Phase, Training, plain_loss
 from jsparse.core import clustering
@@ -291,6 +291,39 @@ def test_two_stages_that_look_into_every_block_choose_as_one_does():
         assert 0 < one < 1.0
 
 
+@pytest.mark.slow
+def test_what_clusters_hold_is_the_share_of_dense_attention_inside_them():
+    method = js.routing_transformer(
+        **{"clusters": 3, "balanced": False, "shared": False, "normalize_logits": False},
+        **{"num_local_heads": 1, "local_block": 8},
+    )
+    dense = model_with(heads=4, kv_heads=2, layers=1)
+    routed = LanguageModel(dense.config, method=method, rngs=nnx.Rngs(1))
+    tokens = on_device(TEXT[:1], jnp.int32)
+    found = what_clusters_miss.shares_held(dense, routed, method, tokens, window=5)
+    seen = capture(dense, tokens)[0]
+    q, k = np.float64(seen.q), np.repeat(np.float64(seen.k), 2, axis=1)
+    place = np.arange(len(q))
+    before = place[:, None] - place
+    logits = np.where(before[:, None] >= 0, np.einsum("qhd,khd->qhk", q, k) / np.sqrt(4), -np.inf)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+
+    def cluster(x):
+        means = routed.blocks[0].attention.method_params["centroids"].means[0]
+        return np.argmax(np.float64(clustering.layer_norm(on_device(x, jnp.float32))) @ means.T, -1)
+
+    # of this block, or of the one on either side
+    near_blocks = np.abs(place[:, None] // 8 - place // 8) <= 1
+    inside = [cluster(q[:, h])[:, None] == cluster(k[:, h]) for h in (2, 3)]
+    for name, pairs in (
+        ("held", [near_blocks, near_blocks, *inside]),
+        ("nearest", [before < 5] * 4),
+    ):
+        expected = [(probs[:, h] * pairs[h]).sum(-1).mean() for h in range(4)]
+        np.testing.assert_allclose(found[name][0], expected, atol=6e-5)
+
+
 def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
     found = curves.runs(curves.FOLDER)
     trained = {"nsa", "flashmoba", "hisa", "seerattention", "routing-transformer"}
@@ -315,6 +348,18 @@ def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
     page = (curves.FOLDER / "README.md").read_text()
     for shares in found["hisa"]["measured"].values():
         assert f"{100 * sum(shares) / len(shares):.1f} %" in page
+    missed = json.loads(what_clusters_miss.OUTPUT.read_text())
+    shares, local = missed["mean_over_layers"], missed["local_heads"]
+    by_kind = [
+        " and ".join(f"{100 * x:.0f}" for x in heads)
+        for heads in (shares["held"][local:], shares["held"][:local])
+    ]
+    for share in by_kind:
+        assert f"hold {share} %" in " ".join(page.split())
+    # the page says four fifths of the nearest
+    assert [round(5 * x) for x in shares["nearest"][local:]] == [4, 4]
+    assert missed["window"] == 64
+    assert missed["arguments"] == found["routing-transformer"]["arguments"]
     remedy = "run `python -m examples.curves`"
     assert curves.between(page, curves.RUNS) == curves.section(found), remedy
     assert curves.between(page, curves.RECALL) == curves.recall_table(recalled), remedy

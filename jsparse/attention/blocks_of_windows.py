@@ -5,6 +5,7 @@ import math
 import operator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -265,7 +266,9 @@ def by_kernel(problem: Problem, top_k: int) -> Best:
 
 def _rule(separated: Separated | str) -> Rule:
     assert not isinstance(separated, str)  # it was refused then
-    return Rule(separated.rule, separated.row_values, separated.column_values)
+    # the lse among them: a kernel has no derivative, not even one of zeros
+    values = jax.lax.stop_gradient((separated.row_values, separated.column_values))
+    return Rule(separated.rule, *values)
 
 
 def _keys_of_blocks(

@@ -13,7 +13,7 @@ from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
 from jsparse.core import selection
 from jsparse.core.appending import written
-from jsparse.core.low_precision import hadamard, rounded
+from jsparse.core.low_precision import Stored, hadamard, rounded, stored
 from jsparse.core.pooling import mean_blocks
 from jsparse.core.rotary import rotary
 from jsparse.core.running_top_k import TileScores, running_top_k
@@ -49,11 +49,11 @@ class HisaInfo(NamedTuple):
 
     Attributes:
       indexed: The indexer's queries, weights and keys.
-      state: The indexer's keys so far, for `state` of the next step.
+      state: The indexer's keys so far, for `state` of the next step, in their own dtype.
     """
 
     indexed: Indexed
-    state: Float[Array, "*batch kv_len index_dim"]
+    state: Stored
 
 
 def select_tokens(
@@ -299,7 +299,7 @@ def hisa(
     the output, nor hidden states through it. Attention over one latent key and value per token is
     that of one kv head, as `js.nn.LatentAttention` has it; the indexer's queries are then made of
     its low-rank queries, for which `x` is `js.LatentStates(x, q_latent)`. While decoding, the
-    indexer's keys are `info.state`.
+    indexer's keys are `info.state`, of `index_dtype`.
 
     Args:
       top_k: Tokens per query, at most as many as its blocks hold; 2048 in the paper.
@@ -350,42 +350,46 @@ def hisa(
         turned = rotary(x[..., :rotary_dim], positions, base=rope_base)
         return jnp.concatenate([turned, x[..., rotary_dim:]], axis=-1) if rotary_dim else x
 
-    def stored(x):
-        return rounded(hadamard(x) if eight_bits else x, index_dtype)
+    def index(params, x, positions) -> tuple[Indexed, Stored]:
+        """Of the tokens of `x` alone, which nothing reaches through the indexer; and what to keep.
 
-    def index(params, x, positions) -> Indexed:
-        """Of the tokens of `x` alone, which nothing reaches through the indexer."""
+        That nobody learns by: what is kept is read at another step.
+        """
         states = jax.lax.stop_gradient(LatentStates.of(x))
         x, q_latent = (y.astype(jnp.float32) for y in states)
         q = (q_latent @ params["q"]).reshape(*x.shape[:-1], index_heads, index_dim)
         k = jax.nn.standardize(x @ params["k"], epsilon=1e-6)
         k = (k * params["k_scale"] + params["k_bias"])[..., None, :]
         weights = (x @ params["weights"]) * (index_heads * index_dim) ** -0.5
-        q, k = (stored(placed(y, positions)) for y in (q, k))
-        return Indexed(q, weights, k[..., 0, :])
+        q, k = (placed(y, positions) for y in (q, k))
+        if eight_bits:
+            q, k = hadamard(q), hadamard(k)
+        k = k[..., 0, :]
+        own = Indexed(rounded(q, index_dtype), weights, rounded(k, index_dtype))
+        return own, stored(jax.lax.stop_gradient(k), index_dtype)
 
-    def indexed_tokens(params, q, k, x, positions, state):
+    def indexed_tokens(params, q, k, x, positions, state) -> HisaInfo:
         states = LatentStates.of(x)
         checks.hidden_states(states.x, q, params["k"].shape[0])
         checks.query_latents(states.q_latent, q, params["q"].shape[0])
         batch_shape, q_len, kv_len = q.shape[:-3], q.shape[-3], k.shape[-3]
         offset = Queries.of(q, k, positions).offset
         start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
-        own = index(params, x, start[..., None] + jnp.arange(q_len))
+        own, kept = index(params, x, start[..., None] + jnp.arange(q_len))
         if state is None:
             checks.keys_of_all_tokens(q_len, kv_len)
-            return own
-
-        return own._replace(k=written(state, own.k, start))
+            return HisaInfo(own, kept)
+        so_far = jax.tree.map(lambda x, new: written(x, new, start), state, kept)
+        return HisaInfo(own._replace(k=written(state.read(), own.k, start)), so_far)
 
     def init_state(k, v):
         """That of a step before the first, for keys and values of these shapes."""
-        return jnp.zeros((*k.shape[:-2], index_dim), jnp.float32)
+        return Stored.zeros((*k.shape[:-2], index_dim), index_dtype)
 
     def choose(params, q, k, x, positions, mask, state):
-        indexed = indexed_tokens(params, q, k, x, positions, state)
+        info = indexed_tokens(params, q, k, x, positions, state)
         sizes = {"top_k": top_k, "block_kv": block_kv, "block_top_k": block_top_k}
-        return select_tokens(indexed, mask=mask, **sizes), HisaInfo(indexed, indexed.k)
+        return select_tokens(info.indexed, mask=mask, **sizes), info
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         return choose(params, q, k, x, positions, mask, state)

@@ -141,7 +141,8 @@ def biformer(
       parameters, nor the weighting of chosen regions by their affinity.
 
     Raises:
-      ValueError: if a number is not positive, or the tokens are not those of the grid.
+      ValueError: if a number is not positive, or the tokens, by their number or by known positions,
+        are not those of the grid.
     """
     checks.positive(regions=regions)
     if top_k is None:
@@ -154,8 +155,9 @@ def biformer(
         checks.whole_grid(grid, q.shape[-3], k.shape[-3])
         return Regions.of((q.shape[-3],) if grid is None else grid, regions)
 
-    def route(q, k, mask):
+    def route(q, k, positions, mask):
         layout = laid_out(q, k)
+        checks.positions_of_a_grid(positions, q.shape[-3])
         affinity = region_affinity(q, k, layout, per_head=per_head)
         own = layout.mask(mask)
         heads = affinity.shape[-3] if own is None else max(affinity.shape[-3], own.heads)
@@ -167,7 +169,7 @@ def biformer(
         return tiles, BiFormerInfo(affinity, order, order)
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        return route(q, k, mask)
+        return route(q, k, positions, mask)
 
     def attend_to_regions(
         params: Any,
@@ -186,13 +188,15 @@ def biformer(
         return_lse: bool = False,
         **options: Any,
     ) -> tuple[Any, Any]:
-        tiles, info = route(q, k, mask)
+        tiles, info = route(q, k, positions, mask)
         scale = (q.shape[-2] * q.shape[-1]) ** -0.5 if scale is None else scale
         layout = laid_out(q, k)
         order = layout.order
         if bias is not None:
             checks.bias_array(bias)
+            full = (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3])
             bias = bias.reshape((1,) * (2 - bias.ndim) + bias.shape)
+            checks.broadcasts("bias", bias.shape, full)
             for axis in (-2, -1):
                 bias = reordering.reorder_pairs(bias, info.q_order, axis, q.shape[-2])
         if score_mod is not None:

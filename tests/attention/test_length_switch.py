@@ -87,6 +87,33 @@ def test_parameters_and_state_are_the_methods():
         np.testing.assert_allclose(out, factor * dense, atol=6e-6)
 
 
+def test_what_the_method_alone_is_given_is_left_alone_below_and_reaches_it_from_there_on():
+    q, k, v = qkv(16)
+    own = {"local": qkv(16, seed=1), "compressed": qkv(16, seed=2)}
+    # of another such method too
+    switched = js.from_length(js.from_length(js.nsa(), min_length=17), min_length=2)
+    out, _ = switched.attend((), q, k, v, mask=CAUSAL, implementation="reference", **own)
+    dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
+    np.testing.assert_array_equal(out, dense)
+    tiles, _ = switched.plan((), q, k, mask=CAUSAL, **own)
+    np.testing.assert_array_equal(tiles.to_dense(), js.block_mask(CAUSAL, 16, 16).to_dense())
+    # what neither knows is no method's own
+    with pytest.raises(TypeError, match="lokal"):
+        switched.attend((), q, k, v, lokal=own["local"])
+    with pytest.raises(TypeError, match="lokal"):
+        switched.plan((), q, k, lokal=own["local"])
+
+    def plan(params, q, k, *, local=None, **given):
+        return local, Counted(0)
+
+    def attend(params, q, k, v, *, local=None, **given):
+        return local, Counted(0)
+
+    told = js.from_length(Method(lambda *_, **sizes: (), plan, attend), min_length=16)
+    assert told.plan((), q, k, local="seen")[0] == "seen"
+    assert told.attend((), q, k, v, local="seen")[0] == "seen"
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="min_length=0 must be a positive int"):
         js.from_length(js.xattention(), min_length=0)

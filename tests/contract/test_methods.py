@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import jsparse as js
+from jsparse.attention import attend as executors
 from jsparse.attention.reference import visible
 from jsparse.core.blocks import candidates
 from jsparse.core.reordering import Orders
 from jsparse.masks.reordered import follow
-from jsparse.types import parts_of
+from jsparse.types import Frame, parts_of
 from tests.inputs import leveled, on_device, qkv
 
 CAUSAL = js.masks.causal()
@@ -36,6 +37,14 @@ by_kind = pytest.mark.parametrize(
 controlled = pytest.mark.parametrize(
     "row", [row for row in js.registry.METHODS if row.control], ids=lambda row: row.name
 )
+# one of each kind of plan: tiles, blocks of single queries, tokens in another order
+KINDS = "streaming flashmoba routing_transformer".split()
+# what methods learn besides, if they are told to
+FURTHER = {
+    "nsa": (("own_projections", True),),
+    "flashmoba": (("taps", 3),),
+    "routing_transformer": (("num_memory", 2),),
+}
 
 
 def made(row, value, **further):
@@ -44,9 +53,9 @@ def made(row, value, **further):
     return row.factory(**control, **dict(row.small), **further)
 
 
-def sparsest(row):
+def sparsest(row, **further):
     """The method at its sparsest setting, so that something is left out."""
-    return made(row, row.settings[0] if row.control else None)
+    return made(row, row.settings[0] if row.control else None, **further)
 
 
 def inputs_of(row, *sizes, **named):
@@ -71,8 +80,9 @@ def hidden(q):
     return q.reshape(*q.shape[:-2], -1)
 
 
-def run(method, q, k, v, x=None, mask=CAUSAL, **attend):
-    given = {"params": params_of(method, q, k), "x": hidden(q) if x is None else x}
+def run(method, q, k, v, x=None, mask=CAUSAL, params=None, **attend):
+    params = params_of(method, q, k) if params is None else params
+    given = {"params": params, "x": hidden(q) if x is None else x}
     return js.sparse_attention(q, k, v, method, mask=mask, **given, **attend)
 
 
@@ -99,9 +109,21 @@ def attend(row):
 
 
 @functools.cache
-def plan(row):
-    method = sparsest(row)
+def plan(row, further=()):
+    method = sparsest(row, **dict(further))
     return jax.jit(lambda q, k: lists_of(method, q, k))
+
+
+@functools.cache
+def gradients(row, implementation, further=()):
+    """By q, k, v and what is learnt, of outputs times weights."""
+    method = sparsest(row, **dict(further))
+
+    def loss(q, k, v, params, weights):
+        out = run(method, q, k, v, params=params, implementation=implementation)
+        return (out.astype(jnp.float32) * weights).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
 
 
 @by_kind
@@ -279,18 +301,79 @@ def test_output_is_attention_over_the_plan(row):
 
 @by_kind
 def test_gradients_are_finite_and_those_of_the_plan(row):
-    method = sparsest(row)
     q, k, v = inputs_of(row, LENGTH)
-
-    def gradients(implementation):
-        def loss(q, k, v):
-            return jnp.sin(run(method, q, k, v, implementation=implementation)).sum()
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-
-    got, expected = gradients("xla"), gradients("reference")
+    given = q, k, v, params_of(sparsest(row), q, k), qkv(LENGTH, seed=1)[0]
+    got, expected = gradients(row, "xla")(*given), gradients(row, "reference")(*given)
     chex.assert_tree_all_finite(got)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got[:3], expected[:3])
+    # what is learnt is used by all tokens
+    far = jax.tree.map(lambda a, b: norm(a - b) - 1e-5 * norm(b), got[3], expected[3])
+    assert all(x <= 0 for x in jax.tree.leaves(far)), far
+
+
+def norm(x):
+    return np.linalg.norm(np.asarray(x, np.float64))
+
+
+def dense(problem):
+    """Masked dense attention, differentiated by JAX; it multiplies in the dtype of its inputs."""
+    (q, k, v, *_), tiles, mask, rule, *_ = problem
+    assert not rule.changes_logits
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    shown = jnp.ones(logits.shape, bool)
+    if mask is not None:
+        batch, head = jnp.arange(len(q))[:, None, None, None], jnp.arange(q.shape[2])[:, None, None]
+        frame = Frame(rule.q_len, rule.kv_len, batch, head)
+        shown &= mask.visible(jnp.arange(rule.q_len)[:, None], jnp.arange(rule.kv_len), frame)
+    if tiles is not None:
+        shown &= visible(tiles, q.shape[2])
+    some = shown.any(-1, keepdims=True)
+    logits = jnp.where(shown | ~some, logits * rule.scale, -jnp.inf)
+    probs = jnp.where(some, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
+    lse = jnp.where(some[..., 0], jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", probs, v).astype(jnp.float32), lse
+
+
+def dense_skipping(problem, skipping=executors._SKIPPING_CALLS["reference"]):
+    """The same over the tiles that the reference keeps."""
+    kept = skipping(problem)[2]
+    return *dense(problem._replace(plan=kept)), kept
+
+
+@pytest.mark.parametrize(
+    ("row", "further"),
+    [
+        pytest.param(
+            *(row, further),
+            id=f"{row.name}{'-learning' if further else ''}",
+            marks=[] if row.name in KINDS and not further else pytest.mark.slow,
+        )
+        for row in js.registry.METHODS
+        for further in {(), FURTHER.get(row.name, ())}
+    ],
+)
+def test_gradients_through_bfloat16_are_as_good_as_plain_ones(row, further, monkeypatch):
+    """Beside those of dense attention in bf16, what methods do around it being the same."""
+    given = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
+    single = tuple(x.astype(jnp.float32) for x in given)
+    tiles = (tiles_of(plan(row, further)(*x[:2])) for x in (given, single))
+    np.testing.assert_array_equal(*tiles, err_msg="numbers of 16 bits choose alike")
+    params = params_of(sparsest(row, **dict(further)), *single[:2])
+    # numbers of 16 bits too, so that their rounding is none of attention's
+    rest = params, qkv(LENGTH, seed=1, dtype=jnp.bfloat16)[0].astype(jnp.float32)
+    exact = gradients(row, "reference", further)(*single, *rest)
+    got = gradients(row, "xla", further)(*given, *rest)
+    monkeypatch.setitem(executors._CALLS, "reference", dense)
+    monkeypatch.setitem(executors._SKIPPING_CALLS, "reference", dense_skipping)
+    plain = gradients.__wrapped__(row, "reference", further)(*given, *rest)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(got)]
+    for path, *found in zip(paths, *map(jax.tree.leaves, (got, plain, exact)), strict=True):
+        ours, its, true = (np.asarray(x, np.float64) for x in found)
+        lost = norm(its - true)
+        assert norm(ours - true) <= 2 * lost, path
+        # what no output depends on learns by a loss of its own
+        assert (lost > 0) == true.any(), path
 
 
 @by_kind

@@ -155,6 +155,26 @@ def test_native_sparse_attention_chooses_by_it():
     same(by_kernel, (plan, scores))
 
 
+def test_what_is_chosen_by_it_has_no_gradient():
+    """A derivative of it can be asked for all the same, by all that it is computed of."""
+    q, k = zeros_and_ones(33, 15, heads=2, kv_heads=1, dim=16)
+    options = {"windows": Windows(8, 4), "block_kv": 16, "top_k": 3, "kv_len": 64}
+    options["mask"] = js.masks.whole_windows(js.masks.causal(), size=8, stride=4, kv_len=64)
+    lse = lse_of(q, options["mask"], 15, 1)
+
+    def total(q, k, lse, scale):
+        plan, scores = select_blocks(q, k, lse, scale=scale, **options)
+        return scores.sum()
+
+    asked = []
+    compute = mosaic_sums.top_k
+    with pytest.MonkeyPatch.context() as patch, _compat.interpreter():
+        patch.setattr(mosaic_sums, "top_k", lambda *x: asked.append(1) or compute(*x))
+        # traced and not run
+        jax.eval_shape(jax.grad(total, argnums=(0, 1, 2, 3)), q, k, lse, on_device(200.0, q.dtype))
+    assert asked
+
+
 @pytest.mark.newest
 def test_an_indexer_is_a_sum_of_another_rule():
     """`weight * relu(q k)` over heads, one key per token; scores may be negative."""

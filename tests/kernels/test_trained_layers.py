@@ -1,5 +1,8 @@
 """Parameters serve every implementation: a layer trained on one device is used on another."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,19 +16,43 @@ from tests.inputs import on_device
 
 CAUSAL = js.masks.causal()
 INDEXER = {"index_heads": 2, "index_dim": 16, "rotary_dim": 8}
-# the method, and the kernels that take all its tiles
+
+
+def to_all(q, k, v, *, mask, x, positions):
+    return js.attend(q, k, v, mask=mask)
+
+
+def to_all_regions(q, k, v, *, mask, x, positions):
+    return js.biformer(top_k=None).attend((), q, k, v, mask=mask)[0]
+
+
+class Case(NamedTuple):
+    """A method, the kernels that take all its tiles, and what it would be if it chose nothing."""
+
+    method: js.Method
+    kernels: str
+    heads: int = 2
+    mask: Any = CAUSAL
+    everything: Callable[..., Any] = to_all
+
+
+NSA = js.nsa(
+    **{"compression_size": 16, "stride": 8, "block_kv": 16, "top_k": 2},
+    **{"num_init": 0, "num_local": 1, "window": 16},
+)
 METHODS = {
-    "nsa": (
-        js.nsa(
-            **{"compression_size": 16, "stride": 8, "block_kv": 16, "top_k": 2},
-            **{"num_init": 0, "num_local": 1, "window": 16},
-        ),
-        "triton",
+    "nsa": Case(NSA, "triton"),
+    "flashmoba": Case(js.flashmoba(block_kv=16, top_k=2, taps=3), "triton"),
+    "seerattention": Case(
+        js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0), "mosaic"
     ),
-    "flashmoba": (js.flashmoba(block_kv=16, top_k=2, taps=3), "triton"),
-    "seerattention": (
-        js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0),
-        "mosaic",
+    # which chooses by a kernel as well
+    "nsa by mosaic": Case(NSA, "mosaic"),
+    # single tokens make tiles of 16 rows, where so many heads share them
+    "hisa": Case(js.hisa(top_k=16, block_kv=8, block_top_k=3, **INDEXER), "triton", heads=16),
+    "routing_transformer": Case(js.routing_transformer(clusters=5, window=16), "triton"),
+    "biformer": Case(
+        js.biformer(regions=5, top_k=2), "triton", mask=None, everything=to_all_regions
     ),
 }
 LENGTH = 80
@@ -34,10 +61,10 @@ INTERPRETERS = {"triton": _compat.triton_interpreter, "mosaic": _compat.interpre
 TOLERANCE = 2.0**-6
 
 
-def trained(method: js.Method) -> js.nn.SparseAttention:
+def trained(method: js.Method, heads: int = 2) -> js.nn.SparseAttention:
     """A layer with none of its parameters as they are at first."""
     layer = js.nn.SparseAttention(
-        32, num_heads=2, num_kv_heads=1, head_dim=16, method=method, dtype=jnp.bfloat16,
+        32, num_heads=heads, num_kv_heads=1, head_dim=16, method=method, dtype=jnp.bfloat16,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
     rng = np.random.default_rng(1)
@@ -47,13 +74,26 @@ def trained(method: js.Method) -> js.nn.SparseAttention:
     return layer
 
 
-def to_all(q, k, v, *, mask, x, positions):
-    return js.attend(q, k, v, mask=mask)
-
-
-def outputs(layer, x, implementation):
+def outputs(layer, x, implementation, mask=CAUSAL):
     layer.implementation = implementation
-    return jax.block_until_ready(nnx.jit(lambda layer, x: layer(x, mask=CAUSAL))(layer, x))
+    return jax.block_until_ready(nnx.jit(lambda layer, x: layer(x, mask=mask))(layer, x))
+
+
+def gradients(layer, x, implementation, mask):
+    """By parameters and hidden states, of the output times some numbers."""
+    layer.implementation = implementation
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    weights = on_device(np.random.default_rng(3).normal(size=x.shape), jnp.float32)
+
+    @jax.jit
+    def run(params, x):
+        def loss(params, x):
+            out = nnx.merge(graph, params, rest)(x, mask=mask)
+            return (out.astype(jnp.float32) * weights).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    return jax.block_until_ready(run(params, x))
 
 
 def untrained(layer: js.nn.SparseAttention) -> js.nn.SparseAttention:
@@ -68,19 +108,55 @@ def difference(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def method_matters(layer, x, portable, case):
+    """Neither what it leaves out nor its parameters are for nothing."""
+    every = js.nn.with_attention(layer, case.everything)
+    assert difference(outputs(every, x, "xla", case.mask), portable) > 4 * TOLERANCE
+    if jax.tree.leaves(layer.method_params):
+        without = outputs(untrained(layer), x, "xla", case.mask)
+        assert difference(without, portable) > 4 * TOLERANCE
+
+
+def cases(*fast):
+    return pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in METHODS],
+    )
+
+
 @pytest.mark.newest
-@pytest.mark.parametrize("name", METHODS)
+@cases(*METHODS.keys() - {"nsa by mosaic"})
 def test_a_trained_layer_is_the_same_by_xla_and_by_the_kernels(name):
-    method, kernels = METHODS[name]
-    layer = trained(method)
+    method, kernels, heads, mask, everything = METHODS[name]
+    layer = trained(method, heads)
     x = jax.random.normal(jax.random.key(2), (LENGTH, 32), jnp.bfloat16)
-    portable = outputs(layer, x, "xla")
+    portable = outputs(layer, x, "xla", mask)
     with INTERPRETERS[kernels]():
-        assert difference(outputs(layer, x, kernels), portable) < TOLERANCE
+        assert difference(outputs(layer, x, kernels, mask), portable) < TOLERANCE
     # the method matters here, and so do its parameters
-    dense = js.nn.with_attention(layer, to_all)
-    assert difference(outputs(dense, x, "xla"), portable) > 4 * TOLERANCE
-    assert difference(outputs(untrained(layer), x, "xla"), portable) > 4 * TOLERANCE
+    every = js.nn.with_attention(layer, everything)
+    assert difference(outputs(every, x, "xla", mask), portable) > 4 * TOLERANCE
+    if jax.tree.leaves(layer.method_params):
+        assert difference(outputs(untrained(layer), x, "xla", mask), portable) > 4 * TOLERANCE
+
+
+@pytest.mark.newest
+@cases("biformer")
+def test_and_so_are_its_gradients(name):
+    method, kernels, heads, mask, _ = METHODS[name]
+    layer = trained(method, heads)
+    x = jax.random.normal(jax.random.key(2), (LENGTH, 32), jnp.bfloat16)
+    expected = gradients(layer, x, "xla", mask)
+    with INTERPRETERS[kernels]():
+        got = gradients(layer, x, kernels, mask)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    for (path, ours), its in pairs:
+        if np.asarray(its, np.float32).any():
+            assert difference(ours, its) < TOLERANCE, path
+        else:
+            # an indexer and a gate learn by losses of their own
+            assert "method_params" in jax.tree_util.keystr(path)
+            assert not np.asarray(ours, np.float32).any(), path
 
 
 @pytest.mark.newest

@@ -207,6 +207,13 @@ def test_bad_calls():
         routed(q, k, v, (4, 4))
     with pytest.raises(ValueError, match="q has 12 tokens and k 20; regions .* all tokens"):
         routed(q[:12], k, v, None)
+    for call in (js.biformer().attend, lambda p, q, k, v, **x: js.biformer().plan(p, q, k, **x)):
+        call((), q, k, v, positions=jnp.arange(20))
+        with pytest.raises(ValueError, match="must be 0 to 19: a grid's tokens are all there"):
+            call((), q, k, v, positions=jnp.arange(3, 23))
+    # a row too many would be the last one's, and nobody would notice
+    with pytest.raises(ValueError, match=r"bias .*\(21, 20\)"):
+        routed(q, k, v, (4, 5), regions=2, bias=jnp.ones((21, 20)))
     with pytest.raises(ValueError, match="kernel=4 must be odd"):
         js.nn.RegionAttention(16, num_heads=2, kernel=4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="qk_dim=7 must be a multiple of 2"):

@@ -259,13 +259,21 @@ def test_the_loss_over_all_tokens_makes_no_copy_of_the_keys_per_query():
     assert memory.temp_size_in_bytes < 6 * k.nbytes
 
 
-def test_steps_of_decoding_equal_the_whole():
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, marks=pytest.mark.slow),
+        jnp.float8_e4m3fn,
+    ],
+)
+def test_steps_of_decoding_equal_the_whole(dtype):
     length, max_len = 40, 48
     q, k, v = qkv(length, batch=(2,))
     x = hidden(length, (2,))
-    method = js.hisa(top_k=8, block_kv=8, block_top_k=3, **INDEXER)
+    method = js.hisa(top_k=8, block_kv=8, block_top_k=3, index_dtype=dtype, **INDEXER)
     params = params_of(method)
-    whole, _ = jax.jit(method.attend)(params, q, k, v, x=x, mask=CAUSAL)
+    whole, known = jax.jit(method.attend)(params, q, k, v, x=x, mask=CAUSAL)
     room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
     k, v = jnp.pad(k, room, constant_values=9.0), jnp.pad(v, room, constant_values=7.0)
 
@@ -275,14 +283,32 @@ def test_steps_of_decoding_equal_the_whole():
         inputs = {"x": x, "positions": positions, "mask": mask, "state": state}
         return method.attend(params, q, k, v, **inputs)
 
+    # the keys that are stored have no more bits than those that are scored
     state, first = method.init_state(k, v), 0
+    assert state.numbers.dtype == (dtype or jnp.float32)
     for count in (27, 1, 1, 4, 1, 6):
         at = slice(first, first + count)
         positions = jnp.broadcast_to(jnp.arange(max_len)[at], (2, count))
         out, info = step(q[:, at], x[:, at], positions, state)
         np.testing.assert_allclose(out, whole[:, at], atol=5e-6)
+        assert jax.tree.map(jnp.shape, info.state) == jax.tree.map(jnp.shape, state)
         state, first = info.state, first + count
+        assert state.numbers.dtype == (dtype or jnp.float32)
+        np.testing.assert_array_equal(info.indexed.k[:, :first], state.read()[:, :first])
+        np.testing.assert_array_equal(state.read()[:, :first], known.indexed.k[:, :first])
     assert first == length
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_rounding_is_not_left_out_before_a_reduction(dtype):
+    """As a compiler does with a conversion there and back, where loops are long enough."""
+    x = on_device(np.random.default_rng(0).normal(size=(96, 96)), jnp.float32)
+
+    def largest(x):
+        return rounded(x, dtype).reshape(12, 8, 12, 8).max((1, 3))
+
+    expected = np.asarray(rounded(x, dtype)).reshape(12, 8, 12, 8).max((1, 3))
+    np.testing.assert_array_equal(jax.jit(largest)(x), expected)
 
 
 def test_eight_bits():
