@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jsparse.attention import kernels, packing, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
@@ -20,10 +20,11 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
+    mosaic_skipping,
     walk,
 )
 from pallas_kernels.block_sparse_attention.chip import Backward, Forward, Problem
-from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
+from pallas_kernels.block_sparse_attention.logits import LOG2_E, Rule, Tiles
 from pallas_kernels.ring import LANES
 
 
@@ -52,9 +53,20 @@ def waste(plan: BlockMask) -> str | None:
 
 def skipping_refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
-) -> str:
-    """Why the kernels cannot skip tiles on the way."""
-    return device_refusal() or "its kernels compute every listed tile and skip none on the way."
+) -> str | None:
+    """Why the kernel cannot do this here while it skips tiles on the way, or None."""
+    reason = device_refusal()
+    if reason:
+        return reason
+    kernel, q, v = chip().skipping, operands.q, operands.v
+    if kernel is None:
+        return "its kernels for this chip compute every listed tile and skip none on the way."
+    reason = kernel.refusal(q.dtype, block_q, block_kv, _padded_width(q), _padded_width(v))
+    if reason:
+        return "where tiles are skipped " + reason
+    ragged, as_they_are = bool(rule.kv_len % block_kv), packing.Filling(block_q, block_q)
+    parts = _split(operands, mask, rule, as_they_are, rule.rows, rule.kv_len, ragged)
+    return parts if isinstance(parts, str) else None
 
 
 def forward(
@@ -75,6 +87,41 @@ def forward(
     )
     out = filling.cut(out[..., : v.shape[-1]])
     return out.astype(jnp.float32), filling.cut(lse, axis=2)
+
+
+def skipping_forward(
+    kernel: Forward,
+    operands: Operands,
+    lists: Lists,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> tuple[
+    Float[Array, "batch q_len heads v_dim"],
+    Float[Array, "batch heads q_len"],
+    Bool[Array, "batch heads q_blocks width"],
+]:
+    """Computes `(out, lse)` without the tiles that are far below, and which entries were not."""
+    q, k, v = operands[:3]
+    as_they_are = packing.Filling(sizes.block_q, sizes.block_q)
+    parts = _split(operands, lists.mask, rule, as_they_are, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
+    # queries past the last one have no say
+    limits = jnp.where(
+        jnp.arange(q.shape[1]) < rule.q_len, log_threshold[..., None] * LOG2_E, jnp.inf
+    )
+    out, lse, kept = kernel(
+        _pad_width(q),
+        _pad_width(k),
+        _pad_width(v),
+        whole_tiles.by_query_in_order(lists, rule, sizes),
+        _tiles(parts, rule, as_they_are, sizes),
+        limits,
+    )
+    kept = kept.reshape(*kept.shape[:2], *lists.kv_indices.shape[2:])
+    out = out[..., : v.shape[-1]].astype(jnp.float32)
+    return out, lse, kernels.kept_entries(kept, lists)
 
 
 def backward(
@@ -140,13 +187,14 @@ def backward_by_triton(
 class Chip(NamedTuple):
     """What computes attention on a kind of chip, and the gradients that its kernels refuse.
 
-    Tiles of `enough_queries` are not packed; see `packing`.
+    Tiles of `enough_queries` are not packed; see `packing`. `skipping` skips tiles on the way.
     """
 
     forward: Forward
     backward: Backward
     otherwise: Callable[..., Operands] = backward_by_triton
     enough_queries: int = kernels.LEAST_QUERIES
+    skipping: Forward | None = None
 
     @property
     def passes(self) -> Passes:
@@ -155,13 +203,20 @@ class Chip(NamedTuple):
             partial(forward, self.forward),
             partial(backward, self),
             xla.differentiable_forward,
+            self.skipping and partial(skipping_forward, self.skipping),
         )
 
 
 # by what their compute capabilities begin with
 CHIPS = {
     "8": Chip(mosaic_ampere.FORWARD, mosaic_ampere_backward.BACKWARD),
-    "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward, walk.ROWS),
+    "9": Chip(
+        mosaic.FORWARD,
+        mosaic_backward.BACKWARD,
+        xla.backward,
+        walk.ROWS,
+        mosaic_skipping.SKIPPING,
+    ),
     "10": Chip(mosaic_blackwell.FORWARD, mosaic_blackwell_backward.BACKWARD),
 }
 

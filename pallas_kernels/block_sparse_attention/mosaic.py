@@ -132,6 +132,35 @@ def others(block_q: int, block_kv: int) -> Iterator[Config]:
     )
 
 
+def write_rows(program: Program, acc: jax.Array, softmax: Softmax, in_place: bool) -> None:
+    """Writes the results of a consumer's rows, `out` and `lse`.
+
+    Args:
+      program: Its first scratch are rows of f32 for each consumer.
+      acc: f32 [rows, v_dim], the values times the numerators of their probabilities.
+      softmax: What is known of the rows.
+      in_place: Whether the output takes the place of the queries; where not, there is a tile for
+        each consumer in the second scratch.
+    """
+    share, lse_tile = softmax.end()
+    v_dim = acc.shape[1]
+    lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
+    out_tile = program.own(0) if in_place else apart[0]
+    out_ref, lse_ref = program.results[:2]
+    out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+    out_tile[:, :v_dim] = out.astype(out_ref.dtype)
+    lse_rows[...] = lse_tile
+    # a part of the columns lies in one piece for eight rows
+    rows = ROWS if out_tile.shape[1] == v_dim else 8
+    pairs = [(program.stored(lse_rows), lse_ref.at[program.numbers])]
+    rows = min(rows, program.rows)
+    for row in range(0, program.rows, rows):
+        tokens = pl.ds(program.start + row, rows)
+        target = out_ref.at[program.batch, tokens, program.head]
+        pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
+    program.write(pairs)
+
+
 def _compute(
     q: jax.Array, k: jax.Array, v: jax.Array, lists: Lists, tiles: Tiles, chosen: Config
 ) -> tuple[jax.Array, jax.Array]:
@@ -257,22 +286,7 @@ def _compute(
             return settled(acc, *found)
 
         def finish(acc, peak, total):
-            share, lse_tile = Softmax(peak, total).end()
-            lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
-            out_tile = program.own(0) if in_place else apart[0]
-            out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
-            out_tile[:, :v_dim] = out.astype(dtype)
-            lse_rows[...] = lse_tile
-            out_ref, lse_ref = program.results
-            # a part of the columns lies in one piece for eight rows
-            rows = ROWS if out_tile.shape[1] == v_dim else 8
-            pairs = [(program.stored(lse_rows), lse_ref.at[program.numbers])]
-            rows = min(rows, program.rows)
-            for row in range(0, program.rows, rows):
-                tokens = pl.ds(program.start + row, rows)
-                target = out_ref.at[program.batch, tokens, program.head]
-                pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
-            program.write(pairs)
+            write_rows(program, acc, Softmax(peak, total), in_place)
 
         start = ops.tile((ROWS, v_dim), 0.0), *nothing_met
         if not chosen.overlap:
