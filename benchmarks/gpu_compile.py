@@ -78,6 +78,8 @@ class Case(NamedTuple):
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
     # whether tiles are skipped on the way; the first of the arrays is then the threshold
     skipping: bool = False
+    # whether its gradients are by the kernels of other cases
+    forward_alone: bool = False
     # entries that a list can hold; as many as there are tiles of keys where it says nothing
     width: int | None = None
 
@@ -98,9 +100,14 @@ DECODE: dict[str, Any] = {
     "options": lambda length: {"mask": js.masks.lengths(length, length)},
     "arrays": (((8,), "int32"),),
 }
+# lists per query and head, of which those that name a tile of keys are gathered
+ROUTED: dict[str, Any] = {
+    **{"kv_heads": 16, "block_q": 1, "block_kv": 128, "width": 8},
+    "forward_alone": True,
+}
 # thresholds of what is skipped
 LIMITS = (((1, 16), "float32"),)
-SKIPPING: dict[str, Any] = {"arrays": LIMITS, "skipping": True}
+SKIPPING: dict[str, Any] = {"arrays": LIMITS, "skipping": True, "forward_alone": True}
 CAUSAL_SKIPPING: dict[str, Any] = {**SKIPPING, "options": lambda: {"mask": js.masks.causal()}}
 CASES = (
     Case("dim 64", 64, 64),
@@ -181,6 +188,9 @@ CASES = (
     Case("tiles 16 x 32", block_q=16, block_kv=32, kv_heads=16, width=32),
     Case("decode, pages of 16", **DECODE, block_kv=16, width=128),
     Case("decode, pages of 64", **DECODE, block_kv=64, width=32),
+    Case("routed queries", **ROUTED),
+    Case("routed queries, dim 64", 64, 64, **{**ROUTED, "block_kv": 64}),
+    Case("routed queries, causal", **ROUTED, options=lambda: {"mask": js.masks.causal()}),
     Case("skipping", **SKIPPING),
     Case("skipping, dim 64", 64, 64, **SKIPPING),
     Case("skipping, tiles 64 x 64", block_q=64, block_kv=64, **SKIPPING),
@@ -195,12 +205,14 @@ CASES = (
         options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids)},
         arrays=(*LIMITS, ((1, 8000), "int32")),
         skipping=True,
+        forward_alone=True,
     ),
     Case(
         "skipping, intervals",
         options=lambda ends: {"mask": js.masks.intervals(ends, causal=False, q_len=T)},
         arrays=(*LIMITS, ((1, 16, T, 4), "int32")),
         skipping=True,
+        forward_alone=True,
     ),
     Case(
         "skipping, score_mod (ALiBi)",
@@ -210,6 +222,7 @@ CASES = (
         },
         arrays=(*LIMITS, ((16,), "float32")),
         skipping=True,
+        forward_alone=True,
     ),
 )
 
@@ -319,10 +332,8 @@ def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
     forward = chip.skipping if case.skipping else chip.forward
     if forward is None or forward.refusal(case.dtype, *sizes):
         return []
-    if case.skipping:
-        # the gradients are those of the kernels that skip nothing
-        return ["forward"]
-    return ["forward"] if chip.backward.refusal(*sizes) else ["forward", "gradients"]
+    alone = case.forward_alone or chip.backward.refusal(*sizes)
+    return ["forward"] if alone else ["forward", "gradients"]
 
 
 def rows_of(case: Case) -> int:

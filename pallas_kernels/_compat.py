@@ -131,7 +131,7 @@ def any_in_warpgroups(rows: jax.Array, layout: Any, count: int) -> jax.Array:
             "=r,r",
             has_side_effects=True,
         )
-        said = arith.trunci(i1, said)
+        said = arith.trunci(i1, said)  # pyright: ignore
         return FragmentedArray.splat(said, (), is_signed=False)
 
     return vote(rows)  # pyright: ignore

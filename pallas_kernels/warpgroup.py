@@ -4,6 +4,7 @@ Two sets of the same functions. `Hopper` is what runs on the chip. `Interpreted`
 references, so that races on shared memory are still found, and computes with `jnp` in f32.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -246,7 +247,8 @@ class Interpreted:
         said[place, member] = cls.any_row(rows).astype(jnp.int32)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
-        return sum(said[place, n] for n in range(members)) > 0
+        votes = [said[place, n] for n in range(members)]
+        return functools.reduce(jnp.maximum, votes) > 0
 
     @staticmethod
     def together(

@@ -88,6 +88,16 @@ def pad_width(x: Array, width: int) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
+def lanes(x: Array) -> int:
+    """The width that products of 16 bits take for an array's last axis."""
+    return -(-x.shape[-1] // LANES) * LANES
+
+
+def pad_lanes(x: Array) -> Array:
+    """Fills the last axis with zeros up to such a width."""
+    return pad_width(x, lanes(x))
+
+
 def padded(
     x: Float[Array, "batch tokens heads dim"], tokens: int
 ) -> Float[Array, "batch more_tokens heads more_dim"]:

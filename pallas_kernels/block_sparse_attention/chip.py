@@ -28,6 +28,8 @@ class Forward(NamedTuple):
         program asks for, barriers apart.
       lengths: How many keys its tiles may have, ascending.
       operation: Its name among the keys of configurations.
+      for_one_tile: `for_one_tile(tiles, v_dim)`: how programs are laid out that meet a single tile
+        each; None where there is no such way.
     """
 
     compute: Callable[..., tuple[jax.Array, ...]]
@@ -39,6 +41,7 @@ class Forward(NamedTuple):
     shared_memory: Callable[[int, int, int, int, Config], int]
     lengths: tuple[int, ...] = (64, 128)
     operation: str = "forward"
+    for_one_tile: Callable[[Tiles, int], Config] | None = None
 
     def height(self, rows: int) -> int:
         """The queries of the tile that so many are worth filling up to; as many if none is."""

@@ -92,16 +92,27 @@ def _side_by_side(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
     half of the registers was found by compiling: for wide values neither the overlap, which one
     program is to the other, nor what reads a vector of keys.
     """
-    wide = v_dim > 64
-    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
-    if tiles.block_q >= ROWS or v_dim > 128 or (wide and reads_keys):
+    if tiles.block_q >= ROWS or _crowded(tiles, v_dim):
         return None
+    wide = v_dim > 64
     for stages in (4, 3, 2):
         config = Config(stages, 64, HALF_THE_REGISTERS, overlap=not wide)
         needed = shared_memory(tiles.block_q, tiles.block_kv, dim, v_dim, config)
         if needed <= SHARED_MEMORY // 2 - RESERVED:
             return config
     return None
+
+
+def _crowded(tiles: Tiles, v_dim: int) -> bool:
+    """Whether half of the registers are too few, as was found by compiling."""
+    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
+    return bool(v_dim > 128 or (v_dim > 64 and reads_keys))
+
+
+def for_one_tile(tiles: Tiles, v_dim: int) -> Config:
+    """For programs that meet a single tile: two on a multiprocessor where registers allow it."""
+    registers = Config.consumer_registers if _crowded(tiles, v_dim) else HALF_THE_REGISTERS
+    return Config(1, ROWS, registers, overlap=False)
 
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -344,4 +355,5 @@ FORWARD = Forward(
     layout_refusal,
     shared_memory,
     lengths=SIDES,
+    for_one_tile=for_one_tile,
 )
