@@ -19,6 +19,7 @@ from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.attention.kv_major import Chunks, Cut
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.mosaic_rule import Lengths
+from jsparse.types import Mask
 from pallas_kernels.block_sparse_attention import mosaic, walk
 from pallas_kernels.block_sparse_attention.chip import Forward
 
@@ -35,7 +36,7 @@ def pays(lists: Lists, sizes: Sizes) -> bool:
     return few and width < s.kv_blocks and kv_major.pays_for(s.q_blocks, width, s)
 
 
-def refusal(operands: Operands, mask, rule: LogitRule, sizes: Sizes) -> str | None:
+def refusal(operands: Operands, mask: Mask | None, rule: LogitRule, sizes: Sizes) -> str | None:
     """What happens to logits that this cannot do, though tiles of rows may, or None."""
     some = jnp.zeros(1, jnp.int32)
     found = _split(operands, mask, rule, sizes, (some, some, some))
@@ -48,8 +49,8 @@ def forward(
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
     s, cut = sizes, Cut.of(lists, sizes)
     own = cut.chunk * s.block_q
-    height = kernel.height(own)
-    assert kernel.for_one_tile is not None  # another way is gone without
+    height, layout = kernel.height(own), kernel.for_one_tile
+    assert layout is not None  # another way is gone without
     q, v_dim = kernels.pad_lanes(operands.q), operands.v.shape[-1]
     k, v = (kernels.pad_lanes(_head_by_head(x)) for x in operands[1:3])
 
@@ -61,20 +62,18 @@ def forward(
         members = jnp.maximum(chunks.members.reshape(-1, cut.chunk), 0)
         rows = (start + members)[..., None] * s.block_q + jnp.arange(s.block_q, dtype=jnp.int32)
         rows = jnp.pad(rows.reshape(-1, own), ((0, 0), (0, height - own)))
-        owner = (jnp.broadcast_to(x[:, None], rows.shape) for x in (batch, head))
-        which = tuple(x.reshape(-1) for x in (rows, *owner))
-        parts = _split(operands, lists.mask, rule, s, which)
+        batch_of, head_of = (jnp.repeat(x, height) for x in (batch, head))
+        row_of = rows.reshape(-1)
+        parts = _split(operands, lists.mask, rule, s, (row_of, batch_of, head_of))
         assert not isinstance(parts, str)  # refused before
         tiles = parts.tiles(rule, height, s.block_kv)
         out, lse = kernel(
-            q[which[1], which[0], which[2]][None, :, None],
+            q[batch_of, row_of, head_of][None, :, None],
             k,
             v,
-            _one_tile_each(
-                chunks.total, (batch * s.kv_heads + head // s.group), kv_block, s, parts
-            ),
+            _one_tile_each(chunks.total, batch * s.kv_heads + head // s.group, kv_block, s, parts),
             tiles,
-            config=kernel.for_one_tile(tiles, v.shape[-1]),
+            config=layout(tiles, v.shape[-1]),
         )
         out, lse = out[0, :, 0, :v_dim].astype(jnp.float32), lse[0, 0]
         out, lse = (_by_member(x, (len(batch), height), own, s) for x in (out, lse))
@@ -88,7 +87,7 @@ def forward(
 
 def _split(
     operands: Operands,
-    mask,
+    mask: Mask | None,
     rule: LogitRule,
     sizes: Sizes,
     which: tuple[Array, Array, Array],
@@ -121,10 +120,10 @@ def _one_tile_each(
     """For each chunk its tile of keys, none for those past the last."""
     numbers = jnp.arange(len(owner), dtype=jnp.int32)
     first, last = numbers, numbers + (numbers < total)
+    ids = owner * sizes.kv_blocks + kv_block
+    found = walk.Lists(*(x[None, None] for x in (ids, first, last)))
     # something may be hidden in each of them
-    whole = None if parts.hide is None else first
-    lists = owner * sizes.kv_blocks + kv_block, first, last, whole
-    return walk.Lists(*(x if x is None else x[None, None].astype(jnp.int32) for x in lists))
+    return found if parts.hide is None else found._replace(whole=found.first)
 
 
 def _by_member(x: Array, shape: tuple[int, int], own: int, sizes: Sizes) -> Array:
