@@ -8,6 +8,7 @@ gpu_compile.md beside it.
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -77,6 +78,8 @@ class Case(NamedTuple):
     arrays: tuple[tuple[tuple[int, ...], str], ...] = ()
     # whether tiles are skipped on the way; the first of the arrays is then the threshold
     skipping: bool = False
+    # whether its gradients are by the kernels of other cases
+    forward_alone: bool = False
     # entries that a list can hold; as many as there are tiles of keys where it says nothing
     width: int | None = None
 
@@ -97,6 +100,15 @@ DECODE: dict[str, Any] = {
     "options": lambda length: {"mask": js.masks.lengths(length, length)},
     "arrays": (((8,), "int32"),),
 }
+# lists per query and head, of which those that name a tile of keys are gathered
+ROUTED: dict[str, Any] = {
+    **{"kv_heads": 16, "block_q": 1, "block_kv": 128, "width": 8},
+    "forward_alone": True,
+}
+# thresholds of what is skipped
+LIMITS = (((1, 16), "float32"),)
+SKIPPING: dict[str, Any] = {"arrays": LIMITS, "skipping": True, "forward_alone": True}
+CAUSAL_SKIPPING: dict[str, Any] = {**SKIPPING, "options": lambda: {"mask": js.masks.causal()}}
 CASES = (
     Case("dim 64", 64, 64),
     Case("dim 64, tiles 64 x 64", 64, 64, 64, 64),
@@ -176,6 +188,42 @@ CASES = (
     Case("tiles 16 x 32", block_q=16, block_kv=32, kv_heads=16, width=32),
     Case("decode, pages of 16", **DECODE, block_kv=16, width=128),
     Case("decode, pages of 64", **DECODE, block_kv=64, width=32),
+    Case("routed queries", **ROUTED),
+    Case("routed queries, dim 64", 64, 64, **{**ROUTED, "block_kv": 64}),
+    Case("routed queries, causal", **ROUTED, options=lambda: {"mask": js.masks.causal()}),
+    Case("skipping", **SKIPPING),
+    Case("skipping, dim 64", 64, 64, **SKIPPING),
+    Case("skipping, tiles 64 x 64", block_q=64, block_kv=64, **SKIPPING),
+    Case("skipping, causal", **CAUSAL_SKIPPING),
+    Case("skipping, causal, tiles 64 x 128", block_q=64, **CAUSAL_SKIPPING),
+    Case("skipping, causal, dim 192, v_dim 128", 192, 128, **CAUSAL_SKIPPING),
+    Case("skipping, causal, dim 256", 256, 256, **CAUSAL_SKIPPING),
+    Case("skipping, causal, dim 256, tiles 128 x 64", 256, 256, block_kv=64, **CAUSAL_SKIPPING),
+    Case(
+        "skipping, segments, odd length",
+        q_len=8000,
+        options=lambda ids: {"mask": js.masks.causal() & js.masks.segments(ids)},
+        arrays=(*LIMITS, ((1, 8000), "int32")),
+        skipping=True,
+        forward_alone=True,
+    ),
+    Case(
+        "skipping, intervals",
+        options=lambda ends: {"mask": js.masks.intervals(ends, causal=False, q_len=T)},
+        arrays=(*LIMITS, ((1, 16, T, 4), "int32")),
+        skipping=True,
+        forward_alone=True,
+    ),
+    Case(
+        "skipping, score_mod (ALiBi)",
+        options=lambda slopes: {
+            "mask": js.masks.causal(),
+            "score_mod": lambda logit, batch, head, q, kv: logit - slopes[head] * (q - kv),
+        },
+        arrays=(*LIMITS, ((16,), "float32")),
+        skipping=True,
+        forward_alone=True,
+    ),
 )
 
 
@@ -273,16 +321,19 @@ def programs(case: Case, sharding: Any, passes: Any) -> tuple[Callable, Callable
 
 def compiled_passes(case: Case, sharding: Any) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
+    gates = functools.partial(_skipping_gates, case) if case.skipping else _gates
     for which in passes_taken(adapter.CHIPS["9"], case):
-        yield compiled_pass(adapter.CHIPS["9"], case, which, sharding, _gates)
+        yield compiled_pass(adapter.CHIPS["9"], case, which, sharding, gates)
 
 
 def passes_taken(chip: adapter.Chip, case: Case) -> list[str]:
     """Which passes of a case the kernels of a chip take."""
     sizes = chip.forward.height(rows_of(case)), case.block_kv, *widths(case)
-    if chip.forward.refusal(case.dtype, *sizes):
+    forward = chip.skipping if case.skipping else chip.forward
+    if forward is None or forward.refusal(case.dtype, *sizes):
         return []
-    return ["forward"] if chip.backward.refusal(*sizes) else ["forward", "gradients"]
+    alone = case.forward_alone or chip.backward.refusal(*sizes)
+    return ["forward"] if alone else ["forward", "gradients"]
 
 
 def rows_of(case: Case) -> int:
@@ -327,17 +378,22 @@ def telling(chip: adapter.Chip, layouts: list[tuple[int, int]]) -> adapter.Chip:
       layouts: Is given the stages and bytes of shared memory of the pass that is traced last.
     """
 
-    def forward(q, k, v, lists, tiles, config):
+    def forward(kernel, q, k, v, lists, *more_and_tiles_and_config):
+        *_, tiles, config = more_and_tiles_and_config
         sizes = tiles.block_q, tiles.block_kv, q.shape[3], v.shape[3]
-        layouts[:] = [(config.stages, chip.forward.shared_memory(*sizes, config))]
-        return chip.forward.compute(q, k, v, lists, tiles, config)
+        layouts[:] = [(config.stages, kernel.shared_memory(*sizes, config))]
+        return kernel.compute(q, k, v, lists, *more_and_tiles_and_config)
 
     def gradients(problem, lists, inverse, tiles):
         layouts[:] = chip.backward.layouts(tiles, problem.q.shape[3], problem.v.shape[3])
         return chip.backward.gradients(problem, lists, inverse, tiles)
 
+    def told(kernel):
+        return kernel and kernel._replace(compute=functools.partial(forward, kernel))
+
     return chip._replace(
-        forward=chip.forward._replace(compute=forward),
+        forward=told(chip.forward),
+        skipping=told(chip.skipping),
         backward=chip.backward._replace(gradients=gradients),
     )
 
@@ -395,6 +451,12 @@ def _gates(row: dict[str, Any]) -> list[tuple[str, bool]]:
     alone = max(row["registers"]) > mosaic.HALF_THE_REGISTERS
     overlaps = row["pass"] == "forward" and row["stages"] > 1 and alone
     return hopper_gates(row, overlaps)
+
+
+def _skipping_gates(case: Case, row: dict[str, Any]) -> list[tuple[str, bool]]:
+    # softmax while the next logits are computed, where registers hold those of two tiles: not
+    # beside what an array says of each key
+    return hopper_gates(row, overlaps=row["stages"] > 1 and case.arrays == LIMITS)
 
 
 def hopper_gates(row: dict[str, Any], overlaps: bool) -> list[tuple[str, bool]]:

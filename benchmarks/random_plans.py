@@ -76,7 +76,9 @@ def skipped(listed: float, dim: int) -> Callable[[int, float], Skipping]:
     return data
 
 
-def skip(q: jax.Array, k: jax.Array, v: jax.Array, data: Skipping, implementation: str) -> Any:
+def skip(
+    q: jax.Array, k: jax.Array, v: jax.Array, data: Skipping, implementation: str | None
+) -> Any:
     """Attention along the lists: out, lse and which tiles were kept."""
     q, k = (x.at[..., :KINDS].set(own.astype(x.dtype)) for x, own in ((q, data.q), (k, data.k)))
     return js.attend_skipping(

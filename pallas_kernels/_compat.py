@@ -21,7 +21,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 HOPPER, BLACKWELL = "9.0", "10.0"  # compute capabilities
 # of the chip whose kernels are interpreted
@@ -105,6 +105,33 @@ def any_in_warp(rows: jax.Array, layout: Any) -> jax.Array:
         mine = functools.reduce(arith.ori, rows.registers.flat)
         everybody = arith.constant(ir.IntegerType.get_signless(32), -1)
         said = nvvm.vote_sync(everybody, vector.extract(mine, [], [0]), nvvm.VoteSyncKind.any)
+        return FragmentedArray.splat(said, (), is_signed=False)
+
+    return vote(rows)  # pyright: ignore
+
+
+def any_in_warpgroups(rows: jax.Array, layout: Any, count: int) -> jax.Array:
+    """Whether one of the numbers that `count` warpgroups hold is true; each waits for the others.
+
+    `layout` is of accumulators.
+    """
+    flag = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(layout.reduce(1),), return_type=flag)
+    def vote(_, rows):
+        i32, i1 = (ir.IntegerType.get_signless(bits) for bits in (32, 1))
+        mine = functools.reduce(arith.ori, rows.registers.flat)
+        # Mosaic's own barriers are those of each warpgroup, from 0 upwards; there are 16
+        said = llvm.inline_asm(
+            i32,
+            [arith.extui(i32, vector.extract(mine, [], [0]))],
+            "{ .reg .pred mine, said; setp.ne.u32 mine, $1, 0; "
+            f"barrier.cta.red.or.pred said, 15, {count * 128}, mine; "
+            "selp.u32 $0, 1, 0, said; }",
+            "=r,r",
+            has_side_effects=True,
+        )
+        said = arith.trunci(i1, said)  # pyright: ignore
         return FragmentedArray.splat(said, (), is_signed=False)
 
     return vote(rows)  # pyright: ignore

@@ -4,7 +4,8 @@ Two sets of the same functions. `Hopper` is what runs on the chip. `Interpreted`
 references, so that races on shared memory are still found, and computes with `jnp` in f32.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +83,31 @@ class Hopper(Registers):
 
     layout = plgpu.Layout.WGMMA
     height = 64
+
+    @staticmethod
+    def ballot(members: int) -> tuple[Any, ...]:
+        """The scratch of a vote among so many warpgroups: none, for they have an instruction."""
+        return ()
+
+    @classmethod
+    def vote(
+        cls,
+        rows: jax.Array,
+        ballot: Sequence[Ref],
+        member: jax.Array,
+        members: int,
+        number: jax.Array,
+    ) -> jax.Array:
+        """Whether one of the rows of several warpgroups is true.
+
+        Args:
+          rows: bool, a number per row of an accumulator.
+          ballot: What `ballot` asked for.
+          member: Which of them this is.
+          members: How many they are. All of them vote, and each waits for the others.
+          number: That of the vote, from 0 on.
+        """
+        return _compat.any_in_warpgroups(rows, cls.layout, members)
 
     @staticmethod
     def together(
@@ -200,6 +226,29 @@ class Interpreted:
     def any_row(rows: jax.Array) -> jax.Array:
         """Whether one of the rows is true."""
         return jnp.any(rows)
+
+    @staticmethod
+    def ballot(members: int) -> tuple[Any, ...]:
+        """Room for two votes: who is at the next one is still read by who is at the last."""
+        return plgpu.SMEM((2, members), jnp.int32), plgpu.Barrier(num_arrivals=members)
+
+    @classmethod
+    def vote(
+        cls,
+        rows: jax.Array,
+        ballot: Sequence[Ref],
+        member: jax.Array,
+        members: int,
+        number: jax.Array,
+    ) -> jax.Array:
+        """Whether one of the rows of several warpgroups is true."""
+        said, done = ballot
+        place = lax.rem(number, jnp.int32(2))
+        said[place, member] = cls.any_row(rows).astype(jnp.int32)
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+        votes = [said[place, n] for n in range(members)]
+        return functools.reduce(jnp.maximum, votes) > 0
 
     @staticmethod
     def together(

@@ -332,8 +332,10 @@ def _by_kernels(
     )
 
 
-def _triton_skipping(problem: Problem) -> tuple[Array, Array, BlockMask]:
-    return skipping_attention(*_along(problem), triton.PASSES)
+def _skipping_by_kernels(
+    passes: Callable[[], Passes], problem: Problem
+) -> tuple[Array, Array, BlockMask]:
+    return skipping_attention(*_along(problem), passes())
 
 
 _CALLS = {
@@ -346,7 +348,8 @@ _CALLS = {
 _SKIPPING_CALLS: dict[str, Callable[[Problem], tuple[Array, Array, BlockMask]]] = {
     "reference": _reference_skipping,
     "xla": _xla_skipping,
-    "triton": _triton_skipping,
+    "mosaic": partial(_skipping_by_kernels, lambda: mosaic.chip().passes),
+    "triton": partial(_skipping_by_kernels, lambda: triton.PASSES),
 }
 _ADAPTERS: dict[str, Any] = {"mosaic": mosaic, "triton": triton}
 

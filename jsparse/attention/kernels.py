@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jsparse.attention.block_sparse import Lists
+from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.packing import Filling
 from jsparse.attention.separation import Separated, separate
@@ -86,6 +88,16 @@ def pad_width(x: Array, width: int) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
+def lanes(x: Array) -> int:
+    """The width that products of 16 bits take for an array's last axis."""
+    return -(-x.shape[-1] // LANES) * LANES
+
+
+def pad_lanes(x: Array) -> Array:
+    """Fills the last axis with zeros up to such a width."""
+    return pad_width(x, lanes(x))
+
+
 def padded(
     x: Float[Array, "batch tokens heads dim"], tokens: int
 ) -> Float[Array, "batch more_tokens heads more_dim"]:
@@ -150,6 +162,15 @@ def modifier(operands: Operands, rule: LogitRule) -> Callable[..., Array]:
         )
 
     return modify
+
+
+def kept_entries(
+    kept: Int[Array, "batch heads q_blocks width"], lists: Lists
+) -> Bool[Array, "batch heads q_blocks width"]:
+    """Which entries of lists kernels kept, of what they wrote: nothing where none is listed."""
+    listed = indices(kept.shape[-1]) < lists.kv_num_blocks[..., None]
+    listed = jnp.repeat(listed, kept.shape[1] // listed.shape[1], axis=1)
+    return listed & (kept != 0)
 
 
 def row_terms(

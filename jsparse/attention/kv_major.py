@@ -35,7 +35,7 @@ from jsparse.attention.lanes import (
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.tile_gradient import Differentiated, OwnRows, Terms
 from jsparse.attention.xla_backward import backward as rows_backward
-from jsparse.types import BlockMask
+from jsparse.types import BlockMask, TileGrid
 from jsparse.types.inverse_list import column_ranks
 
 # rows of a product
@@ -61,8 +61,13 @@ def pays(plan: BlockMask) -> bool:
     of queries; what it keeps and sums costs about a tile of a few keys more.
     """
     grid = plan.grid
-    listed = grid.q_blocks * grid.block_q * plan.width / grid.kv_blocks
-    wide = grid.block_kv >= max(_LEAST_KEYS, _LEAST_RATIO * grid.block_q)
+    return pays_for(grid.q_blocks, plan.width, grid)
+
+
+def pays_for(q_blocks: int, width: int, sizes: Sizes | TileGrid) -> bool:
+    """The same for so many lists of that width."""
+    listed = q_blocks * sizes.block_q * width / sizes.kv_blocks
+    wide = sizes.block_kv >= max(_LEAST_KEYS, _LEAST_RATIO * sizes.block_q)
     return wide and listed >= _LEAST_LISTED
 
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, packing, triton, whole_tiles, xla
+from jsparse.attention import kernels, mosaic_kv_major, packing, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
-from jsparse.attention.separation import Separated, separate
+from jsparse.attention.mosaic_rule import Lengths, Parts, split
 from jsparse.types import BlockMask, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import (
@@ -20,11 +20,11 @@ from pallas_kernels.block_sparse_attention import (
     mosaic_backward,
     mosaic_blackwell,
     mosaic_blackwell_backward,
+    mosaic_skipping,
     walk,
 )
 from pallas_kernels.block_sparse_attention.chip import Backward, Forward, Problem
-from pallas_kernels.block_sparse_attention.logits import Rule, Tiles
-from pallas_kernels.ring import LANES
+from pallas_kernels.block_sparse_attention.logits import LOG2_E
 
 
 def refusal(
@@ -35,7 +35,7 @@ def refusal(
     if reason:
         return reason
     q, _, v = operands[:3]
-    widths = _padded_width(q), _padded_width(v)
+    widths = kernels.lanes(q), kernels.lanes(v)
     filling = _filling(chip().forward, block_q)
     reason = chip().forward.refusal(q.dtype, filling.filled, block_kv, *widths)
     if reason:
@@ -52,29 +52,78 @@ def waste(plan: BlockMask) -> str | None:
 
 def skipping_refusal(
     operands: Operands, mask: Mask | None, rule: LogitRule, block_q: int, block_kv: int
-) -> str:
-    """Why the kernels cannot skip tiles on the way."""
-    return device_refusal() or "its kernels compute every listed tile and skip none on the way."
+) -> str | None:
+    """Why the kernel cannot do this here while it skips tiles on the way, or None."""
+    reason = device_refusal()
+    if reason:
+        return reason
+    kernel, q, v = chip().skipping, operands.q, operands.v
+    if kernel is None:
+        return "its kernels for this chip compute every listed tile and skip none on the way."
+    reason = kernel.refusal(q.dtype, block_q, block_kv, kernels.lanes(q), kernels.lanes(v))
+    if reason:
+        return "where tiles are skipped " + reason
+    ragged, as_they_are = bool(rule.kv_len % block_kv), packing.Filling(block_q, block_q)
+    parts = _split(operands, mask, rule, as_they_are, rule.rows, rule.kv_len, ragged)
+    return parts if isinstance(parts, str) else None
 
 
 def forward(
     kernel: Forward, operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)` in f32 over the listed tiles; lengths are whole tiles."""
+    if kernel.for_one_tile and mosaic_kv_major.pays(lists, sizes):
+        if mosaic_kv_major.refusal(operands, lists.mask, rule, sizes) is None:
+            return mosaic_kv_major.forward(kernel, operands, lists, rule, sizes)
     q, k, v = operands[:3]
     filling = _filling(kernel, sizes.block_q)
     parts = _split(operands, lists.mask, rule, filling, q.shape[1], k.shape[1], sizes.ragged)
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     out, lse = kernel(
-        _pad_width(filling.fill(q)),
-        _pad_width(k),
-        _pad_width(v),
+        kernels.pad_lanes(filling.fill(q)),
+        kernels.pad_lanes(k),
+        kernels.pad_lanes(v),
         whole_tiles.by_query(lists, rule, sizes),
-        _tiles(parts, rule, filling, sizes),
+        parts.tiles(rule, filling.filled, sizes.block_kv),
     )
     out = filling.cut(out[..., : v.shape[-1]])
     return out.astype(jnp.float32), filling.cut(lse, axis=2)
+
+
+def skipping_forward(
+    kernel: Forward,
+    operands: Operands,
+    lists: Lists,
+    log_threshold: Float[Array, "batch heads"],
+    rule: LogitRule,
+    sizes: Sizes,
+) -> tuple[
+    Float[Array, "batch q_len heads v_dim"],
+    Float[Array, "batch heads q_len"],
+    Bool[Array, "batch heads q_blocks width"],
+]:
+    """Computes `(out, lse)` without the tiles that are far below, and which entries were not."""
+    q, k, v = operands[:3]
+    as_they_are = packing.Filling(sizes.block_q, sizes.block_q)
+    parts = _split(operands, lists.mask, rule, as_they_are, q.shape[1], k.shape[1], sizes.ragged)
+    if isinstance(parts, str):
+        raise NotImplementedError(parts)
+    # queries past the last one have no say
+    limits = jnp.where(
+        jnp.arange(q.shape[1]) < rule.q_len, log_threshold[..., None] * LOG2_E, jnp.inf
+    )
+    out, lse, kept = kernel(
+        kernels.pad_lanes(q),
+        kernels.pad_lanes(k),
+        kernels.pad_lanes(v),
+        whole_tiles.by_query_in_order(lists, rule, sizes),
+        parts.tiles(rule, sizes.block_q, sizes.block_kv),
+        limits,
+    )
+    kept = kept.reshape(*kept.shape[:2], *lists.kv_indices.shape[2:])
+    out = out[..., : v.shape[-1]].astype(jnp.float32)
+    return out, lse, kernels.kept_entries(kept, lists)
 
 
 def backward(
@@ -92,19 +141,19 @@ def backward(
     q, k, v = operands[:3]
     filling = _filling(chip.forward, sizes.block_q)
     block_sizes = filling.filled, sizes.block_kv
-    if chip.backward.refusal(*block_sizes, _padded_width(q), _padded_width(v)):
+    if chip.backward.refusal(*block_sizes, kernels.lanes(q), kernels.lanes(v)):
         return chip.otherwise(operands, lists, out, lse, d_out, d_lse, rule, sizes)
 
-    def split(operands: Operands) -> _Parts | str:
+    def split(operands: Operands) -> Parts | str:
         return _split(operands, lists.mask, rule, filling, q.shape[1], k.shape[1], sizes.ragged)
 
-    def compute(parts: _Parts):
+    def compute(parts: Parts):
         lse2, delta = kernels.row_terms(out, lse, d_out, d_lse)
         problem = Problem(
-            _pad_width(filling.fill(q)),
-            _pad_width(k),
-            _pad_width(v),
-            _pad_width(filling.fill(d_out.astype(q.dtype))),
+            kernels.pad_lanes(filling.fill(q)),
+            kernels.pad_lanes(k),
+            kernels.pad_lanes(v),
+            kernels.pad_lanes(filling.fill(d_out.astype(q.dtype))),
             # where nothing is seen there is no probability
             filling.fill(lse2, axis=2, value=jnp.inf),
             filling.fill(delta, axis=2),
@@ -113,7 +162,7 @@ def backward(
             problem,
             whole_tiles.by_query(lists, rule, sizes),
             whole_tiles.by_key(inverse_of(lists, sizes), lists.mask, rule, sizes),
-            _tiles(parts, rule, filling, sizes),
+            parts.tiles(rule, filling.filled, sizes.block_kv),
         )
         d_values = (found.row_values, found.column_values, ()) if parts.modify else ()
         return filling.cut(found.q), found.k, found.v, d_values
@@ -140,13 +189,14 @@ def backward_by_triton(
 class Chip(NamedTuple):
     """What computes attention on a kind of chip, and the gradients that its kernels refuse.
 
-    Tiles of `enough_queries` are not packed; see `packing`.
+    Tiles of `enough_queries` are not packed; see `packing`. `skipping` skips tiles on the way.
     """
 
     forward: Forward
     backward: Backward
     otherwise: Callable[..., Operands] = backward_by_triton
     enough_queries: int = kernels.LEAST_QUERIES
+    skipping: Forward | None = None
 
     @property
     def passes(self) -> Passes:
@@ -155,13 +205,20 @@ class Chip(NamedTuple):
             partial(forward, self.forward),
             partial(backward, self),
             xla.differentiable_forward,
+            self.skipping and partial(skipping_forward, self.skipping),
         )
 
 
 # by what their compute capabilities begin with
 CHIPS = {
     "8": Chip(mosaic_ampere.FORWARD, mosaic_ampere_backward.BACKWARD),
-    "9": Chip(mosaic.FORWARD, mosaic_backward.BACKWARD, xla.backward, walk.ROWS),
+    "9": Chip(
+        mosaic.FORWARD,
+        mosaic_backward.BACKWARD,
+        xla.backward,
+        walk.ROWS,
+        mosaic_skipping.SKIPPING,
+    ),
     "10": Chip(mosaic_blackwell.FORWARD, mosaic_blackwell_backward.BACKWARD),
 }
 
@@ -199,21 +256,6 @@ def _filling(kernel: Forward, block_q: int) -> packing.Filling:
     return packing.Filling(block_q, kernel.height(block_q))
 
 
-class _Parts(NamedTuple):
-    """What happens to logits: in every tile, and in those where something is hidden.
-
-    None where nothing happens; a constant positive scale is no part of either.
-    """
-
-    modify: Separated | None
-    hide: Separated | None
-
-    @property
-    def values(self) -> tuple[tuple[Array, ...], ...]:
-        """What is computed before and has gradients; what hides has none."""
-        return self.modify.values if self.modify else ()
-
-
 def _split(
     operands: Operands,
     mask: Mask | None,
@@ -222,53 +264,12 @@ def _split(
     q_len: int,
     kv_len: int,
     ragged: bool,
-) -> _Parts | str:
+) -> Parts | str:
     """The parts as kernels take them, or a sentence that says what they cannot take."""
-    modifier = kernels.modifier(operands, rule)
 
-    def modify(logit, q_index, *where):
-        return modifier(logit, filling.row(q_index), *where)
-
-    def hide(logit, q_index, kv_index, batch, head):
-        row = filling.row(q_index)
-        return rule.hide(logit, mask, row, kv_index, batch, head, ragged=ragged)
+    def place(q_index, *where):
+        return filling.row(q_index), *where
 
     batches, _, heads, _ = operands.q.shape
-    q_len = filling.length(q_len)
-    sizes: dict[str, Any] = {"batches": batches, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-    modified = None
-    if not _only_scales(operands, rule):
-        modified = separate(modify, **sizes)
-    if isinstance(modified, str):
-        return modified
-    hidden = separate(hide, **sizes) if mask is not None or ragged else None
-    return hidden if isinstance(hidden, str) else _Parts(modified, hidden)
-
-
-def _only_scales(operands: Operands, rule: LogitRule) -> bool:
-    # a factor that is not positive would turn the maximum of a row, and what is hidden, round
-    return (
-        operands.bias is None
-        and not rule.changes_logits
-        and rule.scale is not None
-        and rule.scale > 0
-    )
-
-
-def _tiles(parts: _Parts, rule: LogitRule, filling: packing.Filling, sizes: Sizes) -> Tiles:
-    modify, hide = parts
-    return Tiles(
-        filling.filled,
-        sizes.block_kv,
-        None if modify else rule.scale,
-        modify and Rule(modify.rule, modify.row_values, modify.column_values, modify.gradient),
-        hide and Rule(hide.rule, hide.row_values, hide.column_values),
-    )
-
-
-def _padded_width(x: Array) -> int:
-    return -(-x.shape[-1] // LANES) * LANES
-
-
-def _pad_width(x: Array) -> Array:
-    return kernels.pad_width(x, _padded_width(x))
+    lengths = Lengths(batches, heads, filling.length(q_len), kv_len)
+    return split(operands, mask, rule, lengths, place, ragged=ragged)

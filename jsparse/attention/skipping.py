@@ -60,7 +60,7 @@ def attend_skipping(
       sinks: A logit per head, which has no say in what is skipped.
       softcap: Caps logits.
       scale: Factor on the logits.
-      implementation: "reference", "xla" or "triton"; default the fastest that can do it.
+      implementation: "reference", "xla", "mosaic" or "triton"; default the fastest that can do it.
 
     Returns:
       `out` and `lse` of `js.attend`, and the plan of the tiles that were kept, with a list for each

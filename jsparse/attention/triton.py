@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Float
 
 from jsparse.attention import kernels, kv_major, packing, triton_columns, triton_kv_major, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
-from jsparse.attention.lanes import indices
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import BlockMask, Mask
@@ -128,10 +127,7 @@ def skipping_forward(
     skipping = triton_skipping.Skipping(log_threshold / np.log(2.0), rule.q_len)
     found = lists.kv_indices, lists.kv_num_blocks
     out, lse, kept = triton_skipping.forward(problem, *found, skipping, tiles)
-    # what was not listed is not written
-    listed = indices(kept.shape[-1]) < lists.kv_num_blocks[..., None]
-    listed = jnp.repeat(listed, sizes.heads // listed.shape[1], axis=1)
-    return out[..., : v.shape[-1]], lse, listed & (kept != 0)
+    return out[..., : v.shape[-1]], lse, kernels.kept_entries(kept, lists)
 
 
 def backward(

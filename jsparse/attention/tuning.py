@@ -153,9 +153,8 @@ def jobs(shapes: Sequence[Shape], sizes: Sizes, effort: Effort = FULL) -> list[J
         checks.tunable(f"{shape}", chip.forward.refusal(shape.dtype, *widths))
         checks.multiple(of=shape.block_q, length=sizes.length)
         checks.multiple(of=shape.block_kv, length=sizes.length)
-        refused = chip.backward.refusal(*widths)
         for kernel in _kernels(chip):
-            if kernel.backward and refused:
+            if kernel.refusal(shape.dtype, *widths):
                 continue
             candidates = kernel.candidates(*widths)[: effort.most]
             key = Key(kernel.operation, kernel.masked, device, *shape)
@@ -305,6 +304,7 @@ class _Kernel(NamedTuple):
       operation: As in its key.
       masked: Whether it runs with a causal mask, applied in every tile.
       backward: Whether its inputs hold what a forward pass left.
+      refusal: Why it cannot take a dtype, block_q, block_kv, dim and v_dim, or None.
       candidates: Its configurations for block_q, block_kv, dim and v_dim.
       call: `call(inputs, tiles, config)`.
     """
@@ -312,6 +312,7 @@ class _Kernel(NamedTuple):
     operation: str
     masked: bool
     backward: bool
+    refusal: Callable[..., str | None]
     candidates: Callable[..., tuple[Any, ...]]
     call: Callable[..., Any]
 
@@ -321,10 +322,26 @@ def _forwards(forward: Forward) -> Iterator[_Kernel]:
         return forward(*inputs.problem[:3], inputs.lists, tiles, config=config)
 
     for masked in (False, True):
-        yield _Kernel("forward", masked, False, forward.candidates, call)
+        yield _Kernel("forward", masked, False, forward.refusal, forward.candidates, call)
 
 
-def _backwards(kernels: Tunable) -> Iterator[_Kernel]:
+def _skipping(forward: Forward) -> Iterator[_Kernel]:
+    """The kernel that skips tiles on the way, at work where it skips none."""
+
+    def call(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
+        q, k, v = inputs.problem[:3]
+        limits = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
+        # what it says of entries is not written where there are none
+        return forward(q, k, v, inputs.lists, tiles, limits, config=config)[:2]
+
+    for masked in (False, True):
+        yield _Kernel("skipping", masked, False, forward.refusal, forward.candidates, call)
+
+
+def _backwards(chip: adapter.Chip, kernels: Tunable) -> Iterator[_Kernel]:
+    def refusal(dtype: str, *sizes: int) -> str | None:
+        return chip.backward.refusal(*sizes)
+
     def d_queries(inputs: _Inputs, tiles: Tiles, config: Any) -> Any:
         return kernels.d_queries(inputs.problem, inputs.lists, tiles, config)
 
@@ -338,18 +355,20 @@ def _backwards(kernels: Tunable) -> Iterator[_Kernel]:
         return kernels.candidates(block_kv, block_q, dim, v_dim)
 
     for masked in (False, True):
-        yield _Kernel("d_q", masked, True, kernels.candidates, d_queries)
-        yield _Kernel("d_k_d_v", masked, True, own_keys, d_keys())
+        yield _Kernel("d_q", masked, True, refusal, kernels.candidates, d_queries)
+        yield _Kernel("d_k_d_v", masked, True, refusal, own_keys, d_keys())
     # with some rules, one gradient per pass over keys
-    yield _Kernel("d_k", True, True, own_keys, d_keys(with_v=False))
-    yield _Kernel("d_v", True, True, own_keys, d_keys(with_k=False))
+    yield _Kernel("d_k", True, True, refusal, own_keys, d_keys(with_v=False))
+    yield _Kernel("d_v", True, True, refusal, own_keys, d_keys(with_k=False))
 
 
 def _kernels(chip: adapter.Chip) -> Iterator[_Kernel]:
     """What attention and its gradient call, and what can be laid out in more than one way."""
     yield from _forwards(chip.forward)
     if chip.backward.tunable:
-        yield from _backwards(chip.backward.tunable)
+        yield from _backwards(chip, chip.backward.tunable)
+    if chip.skipping:
+        yield from _skipping(chip.skipping)
 
 
 def _prepare(

@@ -23,6 +23,16 @@ def by_query(lists: Lists, rule: LogitRule, sizes: Sizes) -> walk.Lists:
     return _whole_first(flat, lists.mask, rule, sizes, own_is_q=True)
 
 
+def by_query_in_order(lists: Lists, rule: LogitRule, sizes: Sizes) -> walk.Lists:
+    """The same in the order of the lists: what is called whole are the tiles they begin with."""
+    flat = in_order(lists.kv_indices, lists.kv_num_blocks)
+    if lists.mask is None and not sizes.ragged:
+        return flat
+    whole = _whole(flat, lists.mask, rule, sizes, own_is_q=True)
+    leading = jnp.cumprod(whole.reshape(lists.kv_indices.shape), axis=-1, dtype=jnp.int32)
+    return flat._replace(whole=flat.first + leading.sum(-1, dtype=jnp.int32))
+
+
 def in_order(
     kv_indices: Int[Array, "batch list_heads q_blocks width"],
     kv_num_blocks: Int[Array, "batch list_heads q_blocks"],
@@ -49,27 +59,44 @@ def _whole_first(
 ) -> walk.Lists:
     if mask is None and not sizes.ragged:
         return lists
-    list_batches, list_heads, length = lists.ids.shape
-    entries = jnp.arange(length, dtype=jnp.int32)
-    whole_for_list = _classifier(mask, rule, sizes, list_batches, list_heads)
+    entries = jnp.arange(lists.ids.shape[2], dtype=jnp.int32)
 
-    def one_list(ids, first, last, list_batch, list_head):
-        own = jnp.searchsorted(first, entries, side="right").astype(jnp.int32) - 1
-        counted = entries < last[own]
-        tiles = (own, ids) if own_is_q else (ids, own)
-        whole = counted & whole_for_list(*tiles, list_batch, list_head)
+    def one_list(ids, first, last, whole):
+        own = _owners(first, entries)
         before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(whole, dtype=jnp.int32)])
         split = first + before[last] - before[first]
         # how many whole tiles come earlier in the same part of the list
         earlier = before[:-1] - before[first[own]]
         target = jnp.where(whole, first[own] + earlier, split[own] + entries - first[own] - earlier)
-        target = jnp.where(counted, target, entries)
+        target = jnp.where(entries < last[own], target, entries)
         return jnp.zeros_like(ids).at[target].set(ids, unique_indices=True), split
+
+    whole = _whole(lists, mask, rule, sizes, own_is_q=own_is_q)
+    ids, split = jax.vmap(jax.vmap(one_list))(*lists[:3], whole)
+    return lists._replace(ids=ids, whole=split)
+
+
+def _whole(
+    lists: walk.Lists, mask: Mask | None, rule: LogitRule, sizes: Sizes, *, own_is_q: bool
+) -> Bool[Array, "list_batch list_heads entries"]:
+    """Which entries are tiles in which nothing is hidden; False past the end of a list."""
+    list_batches, list_heads, length = lists.ids.shape
+    entries = jnp.arange(length, dtype=jnp.int32)
+    whole_for_list = _classifier(mask, rule, sizes, list_batches, list_heads)
+
+    def one_list(ids, first, last, list_batch, list_head):
+        own = _owners(first, entries)
+        tiles = (own, ids) if own_is_q else (ids, own)
+        return (entries < last[own]) & whole_for_list(*tiles, list_batch, list_head)
 
     over_heads = jax.vmap(one_list, in_axes=(0, 0, 0, None, 0))
     over_batches = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, None))
-    ids, split = over_batches(*lists[:3], jnp.arange(list_batches), jnp.arange(list_heads))
-    return lists._replace(ids=ids, whole=split)
+    return over_batches(*lists[:3], jnp.arange(list_batches), jnp.arange(list_heads))
+
+
+def _owners(first: Int[Array, " blocks"], entries: Int[Array, " entries"]) -> Array:
+    """The tile to whose part of a list each entry belongs."""
+    return jnp.searchsorted(first, entries, side="right").astype(jnp.int32) - 1
 
 
 def _classifier(

@@ -17,7 +17,7 @@ class Forward(NamedTuple):
     """A chip's forward kernel.
 
     Attributes:
-      compute: As a call, given a configuration.
+      compute: As a call, given a configuration; further arrays follow the lists.
       heights: How many queries its tiles may have, ascending.
       limit: `limit(block_q, block_kv, dim, v_dim)`: what of the chip is in the way, or None.
       default_config: `default_config(tiles, dim, v_dim)`: what is shipped, None where nothing fits.
@@ -27,9 +27,12 @@ class Forward(NamedTuple):
       shared_memory: `shared_memory(block_q, block_kv, dim, v_dim, config)`: bytes of it that a
         program asks for, barriers apart.
       lengths: How many keys its tiles may have, ascending.
+      operation: Its name among the keys of configurations.
+      for_one_tile: `for_one_tile(tiles, v_dim)`: how programs are laid out that meet a single tile
+        each; None where there is no such way.
     """
 
-    compute: Callable[..., tuple[jax.Array, jax.Array]]
+    compute: Callable[..., tuple[jax.Array, ...]]
     heights: tuple[int, ...]
     limit: Callable[[int, int, int, int], str | None]
     default_config: Callable[[Tiles, int, int], Config | None]
@@ -37,6 +40,8 @@ class Forward(NamedTuple):
     layout_refusal: Callable[[Config, int, int, int, int], str | None]
     shared_memory: Callable[[int, int, int, int, Config], int]
     lengths: tuple[int, ...] = (64, 128)
+    operation: str = "forward"
+    for_one_tile: Callable[[Tiles, int], Config] | None = None
 
     def height(self, rows: int) -> int:
         """The queries of the tile that so many are worth filling up to; as many if none is."""
@@ -84,9 +89,9 @@ class Forward(NamedTuple):
         v: jax.Array,
         lists: Lists,
         tiles: Tiles,
-        *,
+        *more: jax.Array,
         config: Config | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         """Computes attention over the listed tiles.
 
         Args:
@@ -95,11 +100,12 @@ class Forward(NamedTuple):
           v: [batch, kv_len, kv_heads, v_dim]; v_dim a multiple of 64.
           lists: For each tile of queries the tiles of keys.
           tiles: Tile sizes, and what happens to logits.
+          *more: Further arrays, where the kernel takes some.
           config: How a program is laid out.
 
         Returns:
           `out [batch, q_len, heads, v_dim]` in q's dtype; `lse [batch, heads, q_len]`, natural log,
-          f32. A row that sees no key has `out = 0`, `lse = -inf`.
+          f32. A row that sees no key has `out = 0`, `lse = -inf`. Then what else the kernel gives.
 
         Raises:
           NotImplementedError: if the kernel cannot take this problem.
@@ -113,19 +119,19 @@ class Forward(NamedTuple):
         usual = self.default_config(Tiles(*sizes[:2]), *sizes[2:])
         # many vectors of keys ask for registers that what was timed had to spare
         many = tiles.column_values > 2 or default != usual
-        operation = "forward, many values" if many else "forward"
+        operation = f"{self.operation}, many values" if many else self.operation
         chosen = config or choose(
             configurations.key(operation, tiles.changes, q.dtype, *sizes),
             default,
             lambda tuned: self.layout_refusal(tuned, *sizes),
             self.compute,
-            (q, k, v, lists),
+            (q, k, v, lists, *more),
             tiles,
         )
         reason = self.layout_refusal(chosen, *sizes)
         if reason:
             raise ValueError(f"config={chosen} is not legal here: {reason}")
-        return self.compute(q, k, v, lists, tiles, chosen)
+        return self.compute(q, k, v, lists, *more, tiles, chosen)
 
 
 def _any_of(numbers: tuple[int, ...]) -> str:

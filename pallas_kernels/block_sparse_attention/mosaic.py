@@ -92,16 +92,27 @@ def _side_by_side(tiles: Tiles, dim: int, v_dim: int) -> Config | None:
     half of the registers was found by compiling: for wide values neither the overlap, which one
     program is to the other, nor what reads a vector of keys.
     """
-    wide = v_dim > 64
-    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
-    if tiles.block_q >= ROWS or v_dim > 128 or (wide and reads_keys):
+    if tiles.block_q >= ROWS or _crowded(tiles, v_dim):
         return None
+    wide = v_dim > 64
     for stages in (4, 3, 2):
         config = Config(stages, 64, HALF_THE_REGISTERS, overlap=not wide)
         needed = shared_memory(tiles.block_q, tiles.block_kv, dim, v_dim, config)
         if needed <= SHARED_MEMORY // 2 - RESERVED:
             return config
     return None
+
+
+def _crowded(tiles: Tiles, v_dim: int) -> bool:
+    """Whether half of the registers are too few, as was found by compiling."""
+    reads_keys = tiles.rule or (tiles.mask and (tiles.block_kv < ROWS or tiles.mask.column_values))
+    return bool(v_dim > 128 or (v_dim > 64 and reads_keys))
+
+
+def for_one_tile(tiles: Tiles, v_dim: int) -> Config:
+    """For programs that meet a single tile: two on a multiprocessor where registers allow it."""
+    registers = Config.consumer_registers if _crowded(tiles, v_dim) else HALF_THE_REGISTERS
+    return Config(1, ROWS, registers, overlap=False)
 
 
 def layout_refusal(config: Config, block_q: int, block_kv: int, dim: int, v_dim: int) -> str | None:
@@ -130,6 +141,35 @@ def others(block_q: int, block_kv: int) -> Iterator[Config]:
         )
         for overlap in (True, False)
     )
+
+
+def write_rows(program: Program, acc: jax.Array, softmax: Softmax, in_place: bool) -> None:
+    """Writes the results of a consumer's rows, `out` and `lse`.
+
+    Args:
+      program: Its first scratch are rows of f32 for each consumer.
+      acc: f32 [rows, v_dim], the values times the numerators of their probabilities.
+      softmax: What is known of the rows.
+      in_place: Whether the output takes the place of the queries; where not, there is a tile for
+        each consumer in the second scratch.
+    """
+    share, lse_tile = softmax.end()
+    v_dim = acc.shape[1]
+    lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
+    out_tile = program.own(0) if in_place else apart[0]
+    out_ref, lse_ref = program.results[:2]
+    out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+    out_tile[:, :v_dim] = out.astype(out_ref.dtype)
+    lse_rows[...] = lse_tile
+    # a part of the columns lies in one piece for eight rows
+    rows = ROWS if out_tile.shape[1] == v_dim else 8
+    pairs = [(program.stored(lse_rows), lse_ref.at[program.numbers])]
+    rows = min(rows, program.rows)
+    for row in range(0, program.rows, rows):
+        tokens = pl.ds(program.start + row, rows)
+        target = out_ref.at[program.batch, tokens, program.head]
+        pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
+    program.write(pairs)
 
 
 def _compute(
@@ -257,22 +297,7 @@ def _compute(
             return settled(acc, *found)
 
         def finish(acc, peak, total):
-            share, lse_tile = Softmax(peak, total).end()
-            lse_rows, *apart = (x.at[program.member] for x in program.scratch[: 2 - in_place])
-            out_tile = program.own(0) if in_place else apart[0]
-            out = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
-            out_tile[:, :v_dim] = out.astype(dtype)
-            lse_rows[...] = lse_tile
-            out_ref, lse_ref = program.results
-            # a part of the columns lies in one piece for eight rows
-            rows = ROWS if out_tile.shape[1] == v_dim else 8
-            pairs = [(program.stored(lse_rows), lse_ref.at[program.numbers])]
-            rows = min(rows, program.rows)
-            for row in range(0, program.rows, rows):
-                tokens = pl.ds(program.start + row, rows)
-                target = out_ref.at[program.batch, tokens, program.head]
-                pairs.append((out_tile.at[pl.ds(row, rows), pl.ds(0, v_dim)], target))
-            program.write(pairs)
+            write_rows(program, acc, Softmax(peak, total), in_place)
 
         start = ops.tile((ROWS, v_dim), 0.0), *nothing_met
         if not chosen.overlap:
@@ -330,4 +355,5 @@ FORWARD = Forward(
     layout_refusal,
     shared_memory,
     lengths=SIDES,
+    for_one_tile=for_one_tile,
 )

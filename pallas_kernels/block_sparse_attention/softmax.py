@@ -11,6 +11,8 @@ from jax import lax
 
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
 
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
 
 class Softmax(NamedTuple):
     """What is known of rows so far.
@@ -25,7 +27,11 @@ class Softmax(NamedTuple):
     total: jax.Array
 
     def add(
-        self, logits: jax.Array, to_base_2: float, slack: float = 0.0
+        self,
+        logits: jax.Array,
+        to_base_2: float,
+        slack: float = 0.0,
+        largest: jax.Array | None = None,
     ) -> tuple["Softmax", jax.Array, jax.Array]:
         """Adds a piece.
 
@@ -35,12 +41,13 @@ class Softmax(NamedTuple):
           slack: How much larger than the peak, in base 2, logits may become before the peak
             follows them and earlier numerators shrink. Numerators are then at most `2 ** slack`,
             which rounds them no worse than 1.
+          largest: f32 [rows], the largest of the logits in base 2, where they are known.
 
         Returns:
           What is known then, the piece's numerators [rows, columns], and the factor [rows] by
           which numerators of earlier pieces shrink.
         """
-        found = logits.max(axis=1) * to_base_2
+        found = logits.max(axis=1) * to_base_2 if largest is None else largest
         if slack:
             peak = jnp.where(found > self.peak + slack, found, self.peak)
         else:
@@ -49,6 +56,21 @@ class Softmax(NamedTuple):
         probs = jnp.exp2(logits * to_base_2 - lax.broadcast_in_dim(shift, logits.shape, (0,)))
         decay = jnp.exp2(self.peak - shift)
         return Softmax(peak, self.total * decay + probs.sum(axis=1)), probs, decay
+
+    def needs(self, largest: jax.Array, log2_threshold: jax.Array) -> jax.Array:
+        """Whether rows need a piece; it may be left out where none of them does.
+
+        Args:
+          largest: f32 [rows], the largest of the piece's logits in base 2.
+          log2_threshold: f32 [rows], not positive: rows need what is not further below the peak.
+            +inf where a row has no say.
+
+        Returns:
+          bool [rows]: rows that see nothing of the piece do not need it, those with a nan do.
+        """
+        # finite: a row that sees nothing here is below it even where it saw nothing before
+        least = jnp.maximum(self.peak + log2_threshold, _LOWEST)
+        return ~(largest < least) & (log2_threshold < jnp.inf)
 
     def end(self) -> tuple[jax.Array, jax.Array]:
         """What numerators are to be multiplied by, and the log-sum-exp, natural log."""

@@ -1,5 +1,8 @@
 """Memory of the tile executor, from what XLA reserves: nothing is run, so nothing is noisy."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,3 +52,59 @@ def test_memory_is_a_few_arrays_of_the_size_of_q(function):
 def test_memory_grows_with_the_length_at_most_in_proportion(function):
     short, long = (_temporary_bytes(function, length) for length in (2**14, 2**16))
     assert long <= 4.01 * short
+
+
+class Kind(NamedTuple):
+    """A kind of lists whose own way XLA goes; `arrays` like q are what its passes may take."""
+
+    attention: Callable[..., jax.Array]
+    block_q: int
+    block_kv: int
+    width: int
+    arrays: tuple[int, int]
+    heads: int = HEADS
+    list_heads: int = HEADS
+
+
+def _skipping(q, k, v, plan):
+    out, lse, _ = js.attend_skipping(q, k, v, plan, threshold=0.1, implementation="xla")
+    return out.sum() + lse.sum()
+
+
+KINDS = {
+    "columns": Kind(_forward, BLOCK, 1, 256, (2, 3)),
+    # the heads of a group are the rows of a tile
+    "packed rows": Kind(_forward, 1, 64, 4, (3, 4), heads=16, list_heads=1),
+    "skipping": Kind(_skipping, BLOCK, BLOCK, 8, (2, 3)),
+    # what is gathered for each entry of the lists, some of them at a time
+    "keys first": Kind(_forward, 1, 64, 4, (6, 10)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "backward"),
+    [
+        # a gradient computes the forward pass too; that of the last kind is in test_kv_major
+        pytest.param(name, backward, id=f"{name}, {('forward', 'gradient')[backward]}", marks=marks)
+        for name in KINDS
+        for backward in (False, True)
+        for marks in [[] if backward and name != "keys first" else [pytest.mark.slow]]
+    ],
+)
+def test_no_kind_of_lists_takes_memory_for_all_pairs(name, backward):
+    """A bool per pair of one head would be 32 arrays of the size of q, 8 where heads are 16."""
+    kind, length = KINDS[name], 2**15
+    q = jax.ShapeDtypeStruct((1, length, kind.heads, DIM), jnp.float32)
+    k = jax.ShapeDtypeStruct((1, length, kind.list_heads, DIM), jnp.float32)
+    lists = 1, kind.list_heads, length // kind.block_q
+    sizes = {"block_q": kind.block_q, "block_kv": kind.block_kv}
+    plan = js.BlockMask.from_lists(
+        jnp.zeros((*lists, kind.width), jnp.int32),
+        jnp.zeros(lists, jnp.int32),
+        q_len=length,
+        kv_len=length,
+        **sizes,
+    )
+    function = jax.grad(kind.attention, argnums=(0, 1, 2)) if backward else kind.attention
+    memory = jax.jit(function).lower(q, k, k, plan).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < kind.arrays[backward] * q.size * 4

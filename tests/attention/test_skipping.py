@@ -264,14 +264,6 @@ def test_what_it_cannot_do_is_said(change, error, message):
         js.attend_skipping(q, k, v, **{"threshold": 0.1, **change})
 
 
-def test_mosaic_refuses_it_where_it_could_run():
-    from pallas_kernels import _compat
-
-    q, k, v = qkv(128, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
-    with _compat.interpreter(), pytest.raises(NotImplementedError, match="skip none on the way"):
-        js.attend_skipping(q, k, v, threshold=0.1, implementation="mosaic")
-
-
 def test_only_lists_of_tiles_can_be_gone_along(without_shape_checks):
     q, k, v = qkv(24, dim=8)
     ids = jnp.zeros((1, 24), jnp.int32)
