@@ -73,7 +73,7 @@ def column_ranks(entries: Int[Array, "lists rows width"], columns: int) -> Ranks
 def from_runs(
     first: Int[Array, "columns runs"], end: Int[Array, "columns runs"], entries: int
 ) -> InverseList:
-    """The inverse of one list, of which runs of rows name each column, ascending by `first`.
+    """The inverse of one list, of which runs of rows name each column; in an order as `Runs` have.
 
     Its ids have places for so many entries. Time and memory are those of the entries, which are
     only added up: rows go up by one but for the jumps from run to run.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -85,9 +85,10 @@ class TileBounds(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Rows of tiles from each `first` up to `end`, which is none of them; ascending by `first`.
+    """Rows of tiles from each `first` up to `end`, which is none of them.
 
-    They may overlap, and be empty.
+    They may overlap, and be empty. What a run has before the end of an earlier one, an earlier one
+    has: so it is where they ascend by `first`.
     """
 
     first: Int[Array, " runs"]
@@ -100,19 +101,13 @@ class Runs(NamedTuple):
 
     def united(self, other: "Runs") -> "Runs":
         """What is in either."""
-        return Runs._sorted(map(jnp.concatenate, zip(self, other, strict=True)))
+        runs = map(jnp.concatenate, zip(self, other, strict=True))
+        return Runs(*jax.lax.sort(tuple(runs), num_keys=1))
 
     def common(self, other: "Runs") -> "Runs":
         """What is in both."""
         first = jnp.maximum(self.first[:, None], other.first).reshape(-1)
-        end = jnp.minimum(self.end[:, None], other.end).reshape(-1)
-        # cut by a single run they stay in order
-        cut_by_one = 1 in (len(self.first), len(other.first))
-        return Runs(first, end) if cut_by_one else Runs._sorted((first, end))
-
-    @classmethod
-    def _sorted(cls, runs: Iterable[Array]) -> "Runs":
-        return cls(*jax.lax.sort(tuple(runs), num_keys=1))
+        return Runs(first, jnp.minimum(self.end[:, None], other.end).reshape(-1))
 
 
 TileClassifier = Callable[[Index, Index, Frame], TileBounds]

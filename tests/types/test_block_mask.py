@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jsparse as js
+from jsparse.types.inverse_list import from_runs
+from jsparse.types.mask import Runs
 from jsparse.types.pytree import flatten_batch
 from tests.inputs import on_device
 
@@ -69,6 +71,25 @@ def test_a_plan_carries_its_inverse_until_it_is_another_plan():
     jax.tree.map(
         np.testing.assert_array_equal, carrying.without_missing_blocks().turned, carrying.turned
     )
+
+
+def test_runs_of_rows_are_what_either_or_both_have():
+    """Also of what was combined before, whose runs do not ascend."""
+    rng = np.random.default_rng(0)
+
+    def runs(count):
+        first = np.sort(rng.integers(0, 30, count))
+        return Runs(first, first + rng.integers(0, 12, count))
+
+    def rows(runs):
+        inverse = from_runs(*(on_device(x, jnp.int32)[None] for x in runs), 60)
+        return set(np.asarray(inverse.q_indices[0, : inverse.offsets[0, 1]]).tolist())
+
+    for _ in range(30):
+        a, b, c, d = (runs(count) for count in (3, 4, 2, 3))
+        has = [set().union(*map(range, *x)) for x in (a, b, c, d)]
+        found = a.common(b).common(c.united(d))
+        assert rows(found) == has[0] & has[1] & (has[2] | has[3])
 
 
 def test_union_and_intersection():
