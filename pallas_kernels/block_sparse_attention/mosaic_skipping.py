@@ -35,7 +35,9 @@ from pallas_kernels.block_sparse_attention.walk import (
 )
 from pallas_kernels.warpgroup import product_nt, warpgroup
 
-SIDES = 64, 128  # of tiles, in tokens: smaller ones would share a decision that lists do not share
+# of tiles, in tokens. Shorter tiles of keys are met several at once, which would be one decision
+# about all of them, and shorter tiles of queries have rows beside them that would vote
+SIDES = 64, 128
 
 
 @dataclasses.dataclass(frozen=True)
