@@ -350,7 +350,7 @@ def dense_skipping(problem, skipping=executors._SKIPPING_CALLS["reference"]):
             marks=[] if row.name in KINDS and not further else pytest.mark.slow,
         )
         for row in js.registry.METHODS
-        for further in {(), FURTHER.get(row.name, ())}
+        for further in dict.fromkeys([(), FURTHER.get(row.name, ())])
     ],
 )
 def test_gradients_through_bfloat16_are_as_good_as_plain_ones(row, further, monkeypatch):
