@@ -30,7 +30,7 @@ import jsparse as js
 from benchmarks.chips import CHIPS, Chip
 from benchmarks.gpu_compile import Case
 from jsparse.attention.triton import PASSES
-from pallas_kernels.block_sparse_attention.triton import LEAST_SIDE
+from pallas_kernels.block_sparse_attention.triton import LEAST_SIDE, WIDEST_OF_GRADIENTS
 
 
 def every_operation(table, logit, batch, head, q, kv):
@@ -41,6 +41,15 @@ def every_operation(table, logit, batch, head, q, kv):
     x = jnp.expm1(jnp.tanh(x)) + jax.lax.logistic(x) ** 3 + (2 + jnp.tanh(x)) ** (1 + far / T)
     x = jnp.where((q % 7 < kv // 3) ^ (head == 1) | ~(x > 1), x, jnp.maximum(jnp.exp(-x), far))
     return x + jax.lax.stop_gradient(jnp.log(1 + x * x)) / (1 + far)
+
+
+def tokens_of(group: int, kv_heads: int = 4) -> dict[str, Any]:
+    """Lists of tokens for each query and group of so many heads, as a causal selection makes."""
+    return {
+        **{"block_q": 1, "block_kv": 1, "heads": group * kv_heads, "kv_heads": kv_heads},
+        **{"q_len": T, "width": 512, "shared": True},
+        "options": lambda: {"mask": js.masks.causal()},
+    }
 
 
 T = 4096
@@ -110,6 +119,21 @@ CASES = (
             ("dim 256, f32", 256, "float32", lambda: {}),
         )
     ),
+    *(
+        Case(f"tokens of {group} heads, {name}", dim, dim, dtype=dtype, **tokens_of(group))
+        for group in (1, 3, 8, 16)
+        for name, dim, dtype in (
+            ("dim 64", 64, "bfloat16"),
+            ("dim 128", 128, "bfloat16"),
+            ("dim 256", 256, "bfloat16"),
+            ("f32", 128, "float32"),
+        )
+    ),
+    *(
+        Case(f"latents, {heads} heads, {name}", 576, v_dim, **tokens_of(heads, 1))
+        for heads in (16, 128)
+        for name, v_dim in (("v_dim 512", 512), ("v_dim 576", 576))
+    ),
     Case("gathered queries, tiles of 4 x 128", 128, 128, 4, 128, kv_heads=16, width=8),
     Case("gathered columns, tiles of 64 x 8", 128, 128, 64, 8, width=64),
     Case(
@@ -146,6 +170,8 @@ SUMS = frozenset({"add_entries"})
 
 def kernels_of(case: Case, name: str) -> int:
     """How many Triton kernels a pass of a case has."""
+    if name == "gradients" and max(case.dim, case.v_dim) > WIDEST_OF_GRADIENTS:
+        return 0  # those of latents are XLA's
     # what gathered columns give to each key is added up by a kernel of its own
     return 1 if name == "forward" else 3 + (case.block_kv < LEAST_SIDE)
 
@@ -185,6 +211,8 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
     attention, gradients, inputs = common.programs(case, chip.sharding(), PASSES)
     gathered = min(case.block_q, case.block_kv) < LEAST_SIDE
     for name, function in (("forward", attention), ("gradients", gradients)):
+        if not kernels_of(case, name):
+            continue
         rows = list(measure(function, inputs, chip, gathered=gathered))
         for row in rows:
             # the gradients compute the forward pass again; one report of that is enough

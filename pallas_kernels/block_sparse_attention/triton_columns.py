@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse_attention import triton
-from pallas_kernels.block_sparse_attention.triton_tokens import Run, Walk
+from pallas_kernels.block_sparse_attention.triton_pieces import columns
+from pallas_kernels.block_sparse_attention.triton_tokens import Walk, run_of
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # a key's entries per step, and threads: its numbers are few
@@ -79,6 +80,8 @@ def d_entries(
     half = max(triton.LEAST_SIDE, tiles.block_q // 2)
     chosen = config or triton.direct_config_of(problem, tiles, most, half)
     pieces = -(-keys // chosen.own)
+    size = min(tiles.block_q, chosen.other)
+    parts = tiles.block_q // size
 
     def d_entries_kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *refs):
         start_ref, indices_ref, counts_ref, *value_refs, d_k_ref, d_v_ref = refs
@@ -97,15 +100,16 @@ def d_entries(
             first = (start_ref[0] + row) * tiles.block_q
 
             def step(number, sums):
-                member, part = divmod_i32(number, tiles.block_q // chosen.other)
-                there = Run(first + part * chosen.other, chosen.other)
+                member, part = divmod_i32(number, parts)
+                there = run_of(first + part * size, size, chosen.other)
                 return add(owner * (heads // owners) + member, there, (*sums, ()))[:2]
 
-            steps = (heads // owners) * (tiles.block_q // chosen.other)
+            steps = (heads // owners) * parts
             d_k, d_v = triton.loop(0, steps, step, column.no_gradient(dim, v_dim))
             here = batch, owner, row, pl.ds(piece * chosen.own, chosen.own)
-            d_k_ref[*here, :] = d_k
-            d_v_ref[*here, :] = d_v
+            for ref, pieces in ((d_k_ref, d_k), (d_v_ref, d_v)):
+                for part, x in zip(columns(ref.shape[-1]), pieces, strict=True):
+                    ref[*here, part] = x
 
     shape = batches, owners, count, pieces * chosen.own
     shapes = [jax.ShapeDtypeStruct((*shape, size), jnp.float32) for size in (dim, v_dim)]
