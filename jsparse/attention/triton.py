@@ -54,7 +54,7 @@ def waste(plan: BlockMask) -> str | None:
     a tile of keys, as pages of a cache are listed by one sequence, most of a chunk is for nothing.
     """
     row_by_row = triton.tiles_refusal(plan.block_q, plan.block_kv) is None
-    if row_by_row or kv_major.pays(plan):
+    if not _few(plan.block_q) or row_by_row or kv_major.pays(plan):
         return None
     return (
         f"where so few queries list each tile of keys, tiles of {plan.block_q} queries take it "

@@ -27,6 +27,8 @@ from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # a key's entries per step, and threads: its numbers are few
 _SUMS = triton.Config(own=1, other=16, num_warps=2, num_stages=2)
+# queries of a tile that fill one step
+_ONE_STEP = triton.LEAST_SIDE
 
 
 class Rows(NamedTuple):
@@ -76,6 +78,8 @@ def d_entries(
     list_heads, count, width = rows.kv_indices.shape[1:]
     owners, keys = max(kv_heads, list_heads), width * tiles.block_kv
     most = max(triton.LEAST_SIDE, 1 << (keys - 1).bit_length())
+    if problem.q.dtype.itemsize == 4 and max(dim, v_dim) > 64 and tiles.block_q <= _ONE_STEP:
+        most = triton.LEAST_SIDE  # a loop of one step is none: all it reads is in registers
     # two steps, so that one is read while the other is computed
     half = max(triton.LEAST_SIDE, tiles.block_q // 2)
     chosen = config or triton.direct_config_of(problem, tiles, most, half)
