@@ -14,6 +14,7 @@ from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import BlockMask, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
+from pallas_kernels.block_sparse_attention import triton_columns as columns
 from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
 
 _MOST_ROWS = 128  # of a tile
@@ -148,9 +149,11 @@ def backward(
 ) -> Operands:
     """Computes the gradient by every operand."""
     q, k, v = operands[:3]
-    if triton.arrays_refusal(
-        q.dtype, _padded_width(q), _padded_width(v), triton.WIDEST_OF_GRADIENTS
-    ):
+    widths = _padded_width(q), _padded_width(v)
+    refused = max(widths) > triton.WIDEST_OF_GRADIENTS
+    if _few(sizes.block_kv):
+        refused |= columns.spills(q.dtype, sizes.block_q, *widths)
+    if refused:
         return xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
     filling = _filling(sizes.block_q)
     filled_sizes = sizes._replace(block_q=filling.filled)

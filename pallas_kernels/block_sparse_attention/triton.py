@@ -89,6 +89,8 @@ def arrays_refusal(dtype: Any, dim: int, v_dim: int, widest: int) -> str | None:
     """Why a kernel that takes so wide ones cannot take such arrays, or None."""
     if jnp.dtype(dtype) not in map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)):
         return f"it takes float32, bfloat16 or float16, not {jnp.dtype(dtype).name}."
+    if jnp.dtype(dtype).itemsize == 4:
+        widest = min(widest, 256)  # more of two steps is not in 99 KiB of shared memory
     if max(dim, v_dim) > widest:
         return f"it takes dim and v_dim up to {widest}, not {dim} and {v_dim}."
     return None

@@ -13,7 +13,7 @@ product; one that owned 16 neighbours would read q and d_out, `2 * block_q * (di
 neighbours are listed together, and where they are, tiles of 16 keys and more are the better plan.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,11 @@ class Parts(NamedTuple):
 
     d_k: jax.Array
     d_v: jax.Array
+
+
+def spills(dtype: Any, block_q: int, dim: int, v_dim: int) -> bool:
+    """Whether what a program reads at once is more than its registers hold."""
+    return jnp.dtype(dtype).itemsize == 4 and block_q <= _ONE_STEP and max(dim, v_dim) > 128
 
 
 def d_entries(

@@ -42,10 +42,11 @@ def default_config(
     sizes = (_BACKWARD if backward else _FORWARD)[jnp.dtype(dtype).itemsize]
     most = next(config for limit, config in sizes.items() if width <= limit)
     own, other = min(own, most.own), min(other, most.other)
-    small = backward and width <= 64  # a third stage spills there on Blackwell
+    # a third stage spills on Blackwell where little is kept, and is too much where rows are wide
+    two = rule or (backward and width <= 64) or width > 256
     # few numbers to keep are few threads' work
     num_warps = 4 if own * width <= 2048 else most.num_warps
-    return Config(own, other, num_warps, num_stages=2 if rule or small else 3)
+    return Config(own, other, num_warps, num_stages=2 if two else 3)
 
 
 # by bytes of a number and by width: the largest pieces of tiles
@@ -55,7 +56,6 @@ _FORWARD = {
         64: Config(128, 32, 8),
         128: Config(64, 32, 8),
         256: Config(32, 16, 8),
-        576: Config(16, 16, 8),
     },
 }
 _BACKWARD = {

@@ -49,13 +49,7 @@ def everything_of(plan, implementation, q, k, v):
 
 @pytest.mark.parametrize(
     ("group", "block_kv"),
-    [
-        (1, 1),
-        (3, 1),
-        pytest.param(8, 1, marks=SLOW),
-        pytest.param(16, 1, marks=SLOW),
-        pytest.param(3, 16, marks=SLOW),
-    ],
+    [(1, 1), (3, 1), *(pytest.param(*x, marks=SLOW) for x in ((8, 1), (16, 1), (3, 16)))],
 )
 def test_heads_that_fill_no_product(group, block_kv):
     # the last query's filled rows end outside of the arrays, and another head's lie after them
@@ -80,27 +74,20 @@ def test_every_option_against_float64():
     close(jax.tree.leaves(got), jax.tree.leaves(problem.exact()), problem.tolerance())
 
 
-@pytest.mark.parametrize("heads", [16, pytest.param(40, marks=SLOW)])
-def test_latents_of_deepseek(heads):
-    q, k, v = qkv(9, 64, heads=heads, kv_heads=1, dim=576, v_dim=512)
-    plan = tokens(9, 64, 1)
+@pytest.mark.parametrize(
+    ("heads", "v_dim", "block_kv"), [(16, 512, 1), pytest.param(40, 576, 16, marks=SLOW)]
+)
+def test_latents_of_deepseek(heads, v_dim, block_kv):
+    q, k, _ = qkv(9, 64, heads=heads, kv_heads=1, dim=576, dtype=jnp.bfloat16)
+    v, plan = k[..., :v_dim], tokens(9, 64, 1, block_kv)
     assert js.explain(q, k, v, plan).implementation == "triton"
-    got = everything_of(plan, "triton", q, k, v)
-    expected = everything_of(plan, "xla", q, k, v)
-    close(jax.tree.leaves(got), jax.tree.leaves(expected), 200 * 2.0**-23)
-
-
-def test_a_latent_that_is_key_and_value():
-    q, k, _ = qkv(9, 64, heads=16, kv_heads=1, dim=576, dtype=jnp.bfloat16)
-    plan, wide = tokens(9, 64, 1, 16), [x.astype(jnp.float32) for x in (q, k)]
-
-    def run(implementation, q, k):
-        return jax.jit(lambda q, k: js.attend(q, k, k, plan, implementation=implementation))(q, k)
-
-    true = np.asarray(run("reference", *wide), np.float64)
-    mine, twin = (np.asarray(run(name, q, k), np.float64) for name in ("triton", "xla"))
-    # the same roundings, of sums in another order
-    assert np.linalg.norm(mine - true) <= 1.5 * np.linalg.norm(twin - true)
+    mine, twin = (jax.tree.leaves(everything_of(plan, x, q, k, v)) for x in ("triton", "xla"))
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    true = jax.tree.leaves(everything_of(plan, "reference", *wide))
+    for a, b, c in zip(mine, twin, true, strict=True):
+        a, b, c = (np.asarray(jnp.where(jnp.isfinite(x), x, 0), np.float64) for x in (a, b, c))
+        # the same roundings, of sums in another order
+        assert np.linalg.norm(a - c) <= 1.5 * np.linalg.norm(b - c) + 1e-6 * np.linalg.norm(c)
 
 
 @pytest.mark.parametrize(
