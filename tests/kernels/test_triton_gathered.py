@@ -172,8 +172,8 @@ def test_the_choice_falls_on_it_where_mosaic_cannot(side):
         (1, 24, 16, "16, 32, 64 or 128 keys, or of fewer than 16, not 24"),
         (144, 1, 16, "16, 32, 64 or 128 queries, or of fewer than 16, not 144"),
         (1, 48, 257, "128 keys, or of fewer than 16, not 48"),
-        (1, 16, 577, "up to 576, not 640"),
-        (16, 1, 577, "up to 576, not 640"),
+        (1, 16, 257, "up to 256, not 320"),
+        (16, 1, 257, "up to 256, not 320"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_a_sentence(block_q, block_kv, dim, reason):
