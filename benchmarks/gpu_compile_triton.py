@@ -30,7 +30,8 @@ import jsparse as js
 from benchmarks.chips import CHIPS, Chip
 from benchmarks.gpu_compile import Case
 from jsparse.attention.triton import PASSES
-from pallas_kernels.block_sparse_attention.triton import LEAST_SIDE
+from pallas_kernels.block_sparse_attention.triton import LEAST_SIDE, WIDEST_OF_GRADIENTS
+from pallas_kernels.block_sparse_attention.triton_columns import spills
 
 
 def every_operation(table, logit, batch, head, q, kv):
@@ -41,6 +42,15 @@ def every_operation(table, logit, batch, head, q, kv):
     x = jnp.expm1(jnp.tanh(x)) + jax.lax.logistic(x) ** 3 + (2 + jnp.tanh(x)) ** (1 + far / T)
     x = jnp.where((q % 7 < kv // 3) ^ (head == 1) | ~(x > 1), x, jnp.maximum(jnp.exp(-x), far))
     return x + jax.lax.stop_gradient(jnp.log(1 + x * x)) / (1 + far)
+
+
+def tokens_of(group: int, kv_heads: int = 4) -> dict[str, Any]:
+    """Lists of tokens for each query and group of so many heads, as a causal selection makes."""
+    return {
+        **{"block_q": 1, "block_kv": 1, "heads": group * kv_heads, "kv_heads": kv_heads},
+        **{"q_len": T, "width": 512, "shared": True},
+        "options": lambda: {"mask": js.masks.causal()},
+    }
 
 
 T = 4096
@@ -110,6 +120,24 @@ CASES = (
             ("dim 256, f32", 256, "float32", lambda: {}),
         )
     ),
+    *(
+        Case(f"tokens of {group} heads, {name}", dim, dim, dtype=dtype, **tokens_of(group))
+        for group in (1, 3, 8, 16)
+        for name, dim, dtype in (
+            ("dim 64", 64, "bfloat16"),
+            ("dim 128", 128, "bfloat16"),
+            ("dim 256", 256, "bfloat16"),
+            ("f32, dim 64", 64, "float32"),
+            ("f32", 128, "float32"),
+            ("f32, dim 256", 256, "float32"),
+        )
+    ),
+    *(
+        Case(f"latents, {heads} heads, {name}", 576, v_dim, **tokens_of(heads, 1))
+        for heads in (3, 16, 128)
+        for name, v_dim in (("v_dim 512", 512), ("v_dim 576", 576))
+    ),
+    Case("latents, no mask", 576, 512, **tokens_of(16, 1) | {"options": lambda: {}}),
     Case("gathered queries, tiles of 4 x 128", 128, 128, 4, 128, kv_heads=16, width=8),
     Case("gathered columns, tiles of 64 x 8", 128, 128, 64, 8, width=64),
     Case(
@@ -146,6 +174,14 @@ SUMS = frozenset({"add_entries"})
 
 def kernels_of(case: Case, name: str) -> int:
     """How many Triton kernels a pass of a case has."""
+    if name == "gradients" and (
+        max(case.dim, case.v_dim) > WIDEST_OF_GRADIENTS
+        or (
+            case.block_kv < LEAST_SIDE
+            and spills(case.dtype, common.rows_of(case), case.dim, case.v_dim)
+        )
+    ):
+        return 0  # they are XLA's
     # what gathered columns give to each key is added up by a kernel of its own
     return 1 if name == "forward" else 3 + (case.block_kv < LEAST_SIDE)
 
@@ -184,8 +220,12 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
     """Compiles a case, then its gradients."""
     attention, gradients, inputs = common.programs(case, chip.sharding(), PASSES)
     gathered = min(case.block_q, case.block_kv) < LEAST_SIDE
+    # a tile of so few rows is read whole before anything is computed
+    at_once = "d_entries" if common.rows_of(case) <= LEAST_SIDE else None
     for name, function in (("forward", attention), ("gradients", gradients)):
-        rows = list(measure(function, inputs, chip, gathered=gathered))
+        if not kernels_of(case, name):
+            continue
+        rows = list(measure(function, inputs, chip, gathered=gathered, at_once=at_once))
         for row in rows:
             # the gradients compute the forward pass again; one report of that is enough
             if name == "forward" or row["kernel"] not in FORWARD:
@@ -195,7 +235,7 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
 
 
 def measure(
-    function: Callable, inputs: list, chip: Chip, *, gathered: bool
+    function: Callable, inputs: list, chip: Chip, *, gathered: bool, at_once: str | None
 ) -> Iterator[dict[str, Any]]:
     """Compiles a function and reads what the compilers say of each Triton kernel in it."""
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
@@ -226,9 +266,9 @@ def measure(
                     "temp_bytes": memory.temp_size_in_bytes,
                     "input_bytes": memory.argument_size_in_bytes,
                 }
-                row["failed"] = [
-                    sentence for sentence, wrong in _gates(row, chip, gathered=gathered) if wrong
-                ]
+                waits = kernel in SUMS or kernel == at_once
+                gates = _gates(row, chip, gathered=gathered, waits=waits)
+                row["failed"] = [sentence for sentence, wrong in gates if wrong]
                 yield row
 
 
@@ -239,12 +279,14 @@ def _assembled(ptx: Path, target: str, kernel: str) -> str:
     return report.split(f"entry function '{kernel}'")[1].split("entry function")[0]
 
 
-def _gates(row: dict[str, Any], chip: Chip, *, gathered: bool) -> list[tuple[str, bool]]:
+def _gates(
+    row: dict[str, Any], chip: Chip, *, gathered: bool, waits: bool
+) -> list[tuple[str, bool]]:
     major, minor = chip.capability.split(".")
     computes = row["kernel"] not in SUMS
     return [
         ("no product is on the tensor cores", computes and row["tensor_core"] == 0),
-        ("no load is asynchronous", computes and row["copies"] == 0),
+        ("no load is asynchronous", not waits and row["copies"] == 0),
         (f"compiled for {row['target']}", not row["target"].startswith(f"sm_{major}{minor}")),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         # padded copies, f32 outputs and lists, at most; and what entries of a span are given

@@ -179,6 +179,30 @@ def rows(group: int) -> Case:
     return Case(f"rows of {group} heads", make)
 
 
+def tokens(group: int) -> Case:
+    """Single queries, of which a group of heads shares a list of tokens."""
+    heads, kv_heads = 4 * group, 4
+    lists = random_lists(1, 1, kv_heads)
+    make = partial(listed, heads, kv_heads, lists, partial(packed, kv_heads))
+    return Case(f"tokens of {group} heads", make)
+
+
+def latents(run: Run, length: int) -> Kernel:
+    """Single queries to listed tokens, whose latents are key and value of all heads."""
+    heads, dim = 16, 576
+    plan = random_lists(1, 1, 1)(length, DENSITY)
+    q, k, _ = operands(length, heads, 1, dim)
+    own = problem(run, plan, heads, 1)._replace(dim=dim, v_dim=dim)
+    return Kernel(
+        (q, k, plan),
+        lambda name, q, k, plan: js.attend(q, k, k, plan, implementation=name),
+        packed(1, own),
+        roofline.forward(own).flops,
+        lambda run, row: None,
+        differentiable=2,
+    )
+
+
 def routed(run: Run, length: int) -> Kernel:
     """Each query and head to 8 blocks by FlashMoBA's router, against dense causal attention."""
     batch, heads = 2, 16
@@ -343,6 +367,9 @@ CASES = (
     ),
     rows(4),
     rows(16),
+    tokens(1),
+    tokens(8),
+    Case("latents of listed tokens", latents),
     Case("routed queries", routed, lambda run: run.routed_length),
     Case("pooled columns", pooled),
     Case("three of four tiles skipped", skipping),

@@ -262,11 +262,9 @@ def by_spans(
     return _compat.scan(step, carry, (starts, entries))
 
 
-def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:
-    """For each tile of keys the tiles of queries that list it."""
-    if lists.turned is not None:
-        return lists.turned
-    plan = BlockMask(
+def plan_of(lists: Lists, sizes: Sizes) -> BlockMask:
+    """The lists as a plan."""
+    return BlockMask(
         lists.kv_indices,
         lists.kv_num_blocks,
         jnp.zeros(lists.kv_num_blocks.shape[:-1], bool),
@@ -275,4 +273,8 @@ def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:
         sizes.block_q,
         sizes.block_kv,
     )
-    return plan.inverse()
+
+
+def inverse_of(lists: Lists, sizes: Sizes) -> InverseList:
+    """For each tile of keys the tiles of queries that list it."""
+    return plan_of(lists, sizes).inverse() if lists.turned is None else lists.turned

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jsparse.attention import kernels, kv_major, packing, triton_columns, triton_kv_major, xla
-from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
+from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of, plan_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.separation import ELEMENTWISE, Separated
 from jsparse.types import BlockMask, Mask
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import triton, triton_skipping
+from pallas_kernels.block_sparse_attention import triton_columns as columns
 from pallas_kernels.block_sparse_attention import triton_kv_major as gathered_queries
 
 _MOST_ROWS = 128  # of a tile
@@ -49,10 +50,11 @@ def rows() -> packing.Rows:
 def waste(plan: BlockMask) -> str | None:
     """Why another implementation is the better choice for lists of these sizes, or None.
 
-    Of tiles of few queries each entry's part is kept, in chunks of many: where few queries list a
-    tile of keys, as pages of a cache are listed by one sequence, most of a chunk is for nothing.
+    Where queries are gathered each entry's part is kept, in chunks of many: where few queries list
+    a tile of keys, as pages of a cache are listed by one sequence, most of a chunk is for nothing.
     """
-    if not _few(plan.block_q) or kv_major.pays(plan):
+    row_by_row = triton.tiles_refusal(plan.block_q, plan.block_kv) is None
+    if not _few(plan.block_q) or row_by_row or kv_major.pays(plan):
         return None
     return (
         f"where so few queries list each tile of keys, tiles of {plan.block_q} queries take it "
@@ -77,10 +79,11 @@ def problem_refusal(
 ) -> str | None:
     """Why the kernels cannot do this on any device, or None if they can."""
     q, _, v = operands[:3]
-    kernel, filling = gathered_queries if _few(block_q) else triton, _filling(block_q)
+    filling = _filling(block_q)
     rows = filling.filled if filling.filled <= _MOST_ROWS else block_q
-    reason = kernel.refusal(q.dtype, rows, block_kv, _padded_width(q), _padded_width(v))
-    if reason:
+    sizes = q.dtype, rows, block_kv, _padded_width(q), _padded_width(v)
+    reason = triton.refusal(*sizes)
+    if reason and (not _few(block_q) or gathered_queries.refusal(*sizes)):
         return reason
     ragged = bool(rule.kv_len % block_kv)
     parts = _tile_rule(operands, mask, rule, filling, rule.rows, rule.kv_len, ragged)
@@ -98,7 +101,7 @@ def forward(
     if isinstance(parts, str):
         raise NotImplementedError(parts)
     problem, tiles = _problem(operands, parts, filling), _tiles(rule, sizes, parts, filling)
-    if _few(sizes.block_q):
+    if _gathers_queries(problem, lists, sizes):
         out, lse = triton_kv_major.forward(problem, lists, tiles, sizes)
     else:
         out, lse = triton.forward(problem, lists.kv_indices, lists.kv_num_blocks, tiles)
@@ -141,7 +144,13 @@ def backward(
     sizes: Sizes,
 ) -> Operands:
     """Computes the gradient by every operand."""
-    q, k = operands[:2]
+    q, k, v = operands[:3]
+    widths = _padded_width(q), _padded_width(v)
+    refused = max(widths) > triton.WIDEST_OF_GRADIENTS
+    if _few(sizes.block_kv):
+        refused |= columns.spills(q.dtype, sizes.block_q, *widths)
+    if refused:
+        return xla.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
     filling = _filling(sizes.block_q)
     filled_sizes = sizes._replace(block_q=filling.filled)
     looped = False
@@ -160,7 +169,7 @@ def backward(
             filling.fill(lse2, axis=2, value=jnp.inf),
             filling.fill(delta, axis=2),
         )
-        if _few(sizes.block_q):
+        if _gathers_queries(problem, lists, sizes):
             d_q, per_query = triton_kv_major.d_queries(problem, cotangents, lists, tiles, sizes)
         else:
             found = lists.kv_indices, lists.kv_num_blocks
@@ -255,13 +264,29 @@ def _few(tokens: int) -> bool:
     return tokens < triton.LEAST_SIDE
 
 
+def _gathers_queries(problem: triton.Problem, lists: Lists, sizes: Sizes) -> bool:
+    """Whether the queries of several tiles are gathered that list the same keys.
+
+    That reads a tile of keys once for them; row by row it is read for each tile of queries.
+    """
+    if not _few(sizes.block_q):
+        return False
+    widths = problem.q.shape[-1], problem.v.shape[-1]
+    arguments = problem.q.dtype, sizes.block_q, sizes.block_kv, *widths
+    if gathered_queries.refusal(*arguments):
+        return False
+    return bool(triton.refusal(*arguments)) or kv_major.pays(plan_of(lists, sizes))
+
+
 def _filling(block_q: int) -> packing.Filling:
     """Tiles that fill products have as many rows as a power of two."""
     return packing.Filling(block_q, block_q if _few(block_q) else 1 << (block_q - 1).bit_length())
 
 
 def _padded_width(x: Array) -> int:
-    return max(16, 1 << (x.shape[-1] - 1).bit_length())
+    """A power of two, or what few of them make: kernels read pieces of wide rows."""
+    width = x.shape[-1]
+    return -(-width // 64) * 64 if width > 256 else max(16, 1 << (width - 1).bit_length())
 
 
 def _pad_width(x: Array) -> Array:

@@ -8,8 +8,10 @@ Three kernels: the forward and `d_q` walk the list of a tile of queries, `d_k` w
 inverse list of a tile of keys, one query head of the group after the other. Each number has one
 writer, so reruns are bit-equal. Products of f32 are as precise as `jax.default_matmul_precision`.
 
-Tiles of fewer than 16 tokens fill no product: a step gathers several of the list, token by token.
-What owns tiles of few keys is in `triton_columns`, of few queries in `triton_kv_major`.
+Tiles of fewer than 16 tokens fill no product: a step gathers several of the list, token by token,
+and a program that owns one repeats its last query, and writes nothing for that.
+What owns tiles of few keys is in `triton_columns`; where many tiles of few queries list the same
+keys, `triton_kv_major` reads these once for several of them.
 """
 
 import dataclasses
@@ -24,7 +26,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
-from pallas_kernels.block_sparse_attention.triton_tokens import Place, Run, Tokens, Walk
+from pallas_kernels.block_sparse_attention.triton_configs import Config, default_config
+from pallas_kernels.block_sparse_attention.triton_pieces import (
+    Pieces,
+    Softmax,
+    add_products,
+    columns,
+    inner,
+    read,
+    zeros,
+)
+from pallas_kernels.block_sparse_attention.triton_tokens import (
+    Gathered,
+    Place,
+    Run,
+    Tokens,
+    Walk,
+    run_of,
+)
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # rule(logits, q_index, kv_index, values) -> logits; element by element, values as functions that
@@ -34,61 +53,12 @@ TileRule = Callable[..., jax.Array]
 TileGradient = Callable[..., Sequence[Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a program is laid out; every legal choice gives the same result up to rounding.
-
-    Attributes:
-      own: Tokens that a program computes, at most a tile's.
-      other: Tokens it reads per step of its loop, at most a tile's where tiles have 16 or more.
-      num_warps: Of 32 threads each.
-      num_stages: Depth of the pipeline. A step's tokens are read one step ahead with 2; with 3
-        its place in the list two steps ahead, or, where a rule wants that place too, the tokens.
-    """
-
-    own: int
-    other: int
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-def default_config(
-    own: int, other: int, width: int, dtype: Any, *, rule: bool, backward: bool
-) -> Config:
-    """A configuration that fits every chip: no register spilled, at most 99 KiB of shared memory.
-
-    That is what GPUs for desktops have. Chosen by what compilers say of it, not measured.
-
-    Args:
-      own: Tokens of a tile on the side that a program computes.
-      other: Tokens of a tile on the side that it reads.
-      width: The larger of dim and v_dim.
-      dtype: Of q, k and v.
-      rule: Whether a rule changes logits.
-      backward: Whether for one of the backward kernels.
-    """
-    sizes = (_BACKWARD if backward else _FORWARD)[jnp.dtype(dtype).itemsize]
-    most = next(config for limit, config in sizes.items() if width <= limit)
-    own, other = min(own, most.own), min(other, most.other)
-    small = backward and width <= 64  # a third stage spills there on Blackwell
-    # few numbers to keep are few threads' work
-    num_warps = 4 if own * width <= 2048 else most.num_warps
-    return Config(own, other, num_warps, num_stages=2 if rule or small else 3)
-
-
-# by bytes of a number and by width: the largest pieces of tiles
-_FORWARD = {
-    2: {128: Config(128, 64, 8), 256: Config(64, 32, 8)},
-    4: {64: Config(128, 32, 8), 128: Config(64, 32, 8), 256: Config(32, 16, 8)},
-}
-_BACKWARD = {
-    2: {64: Config(64, 32, 4), 128: Config(64, 64, 8), 256: Config(32, 32, 8)},
-    4: {64: Config(32, 32, 4), 128: Config(32, 32, 8), 256: Config(32, 16, 8)},
-}
-
-
 # a tile of fewer tokens is no side of a product
 LEAST_SIDE = 16
+# columns of q and k, and of v: those of DeepSeek's latents
+WIDEST = 576
+# where gradients are summed, or what is kept of each entry
+WIDEST_OF_GRADIENTS = 256
 # tokens that a step gathers, at most
 _GATHERED = 64
 
@@ -100,22 +70,29 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
       dtype: Of q, k and v.
       block_q: Queries per tile.
       block_kv: Keys per tile.
-      dim: Width of q and k, padded to a power of two.
-      v_dim: Width of v, padded to a power of two.
+      dim: Width of q and k, padded.
+      v_dim: Width of v, padded.
     """
-    if block_q not in (16, 32, 64, 128):
-        return f"it takes tiles of 16, 32, 64 or 128 queries, not {block_q}."
-    if block_kv >= LEAST_SIDE and block_kv not in (16, 32, 64, 128):
-        return f"it takes tiles of 16, 32, 64 or 128 keys, or of fewer than 16, not {block_kv}."
-    return arrays_refusal(dtype, dim, v_dim)
+    return tiles_refusal(block_q, block_kv) or arrays_refusal(dtype, dim, v_dim, WIDEST)
 
 
-def arrays_refusal(dtype: Any, dim: int, v_dim: int) -> str | None:
-    """Why none of the kernels can take such arrays, or None."""
+def tiles_refusal(block_q: int, block_kv: int) -> str | None:
+    """Why they cannot take tiles of these sizes, or None."""
+    for name, tokens in (("queries", block_q), ("keys", block_kv)):
+        if tokens >= LEAST_SIDE and tokens not in (16, 32, 64, 128):
+            sizes = f"of 16, 32, 64 or 128 {name}, or of fewer than 16"
+            return f"it takes tiles {sizes}, not {tokens}."
+    return None
+
+
+def arrays_refusal(dtype: Any, dim: int, v_dim: int, widest: int) -> str | None:
+    """Why a kernel that takes so wide ones cannot take such arrays, or None."""
     if jnp.dtype(dtype) not in map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)):
         return f"it takes float32, bfloat16 or float16, not {jnp.dtype(dtype).name}."
-    if max(dim, v_dim) > 256:
-        return f"it takes dim and v_dim up to 256, not {dim} and {v_dim}."
+    if jnp.dtype(dtype).itemsize == 4:
+        widest = min(widest, 256)  # more of two steps is not in 99 KiB of shared memory
+    if max(dim, v_dim) > widest:
+        return f"it takes dim and v_dim up to {widest}, not {dim} and {v_dim}."
     return None
 
 
@@ -183,12 +160,12 @@ def forward(
 
         def step(number, softmax):
             there = walk.tokens(number)
-            return softmax.add(look(there), tiles.to_base_2, v_ref[*row.keys(there), :])
+            return softmax.add(look(there), tiles.to_base_2, read(v_ref, row.keys(there)))
 
         start = Softmax.of_nothing(chosen.own, problem.v.shape[-1])
-        loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
+        row.write(out_ref, lse_ref, *loop(*walk.steps, step, start).results())
 
-    return call(forward_kernel, chosen, programs(problem, chosen), out_and_lse(problem))(
+    return call(forward_kernel, chosen, programs(problem, tiles, chosen), out_and_lse(problem))(
         *problem[:3], kv_indices, kv_num_blocks, *problem.values
     )
 
@@ -244,16 +221,15 @@ def d_queries(
             lambda number, sums: add(walk.tokens(number), sums),
             row.no_gradient(dim, wanted),
         )
-        here, rows = (row.batch, row.tokens.at, row.head), (row.batch, row.head, row.tokens.at)
-        d_q_ref[*here, :] = d_q.astype(dtype)
+        row.write_rows(d_q_ref, tuple(x.astype(dtype) for x in d_q))
         for ref, d_value in zip(d_value_refs, d_values, strict=True):
-            ref[rows] = d_value
+            row.write_numbers(ref, d_value)
 
     sums = jax.ShapeDtypeStruct((batches, heads, q_len), jnp.float32)
     d_q, *d_values = call(
         d_queries_kernel,
         chosen,
-        batches * heads * (q_len // chosen.own),
+        programs(problem, tiles, chosen),
         [jax.ShapeDtypeStruct(problem.q.shape, dtype)] + [sums] * len(wanted),
     )(*problem[:3], *cotangents, kv_indices, kv_num_blocks, *problem.values)
     found = {n: d[..., None] for n, d in zip(wanted, d_values, strict=True)}
@@ -320,8 +296,9 @@ def d_keys(
             return d_k, d_v
 
         d_k, d_v = loop(0, group, one_head, column.no_gradient(dim, v_dim))
-        d_k_ref[*here, :] = d_k.astype(dtype)
-        d_v_ref[*here, :] = d_v.astype(dtype)
+        for ref, pieces in ((d_k_ref, d_k), (d_v_ref, d_v)):
+            for piece, x in zip(columns(ref.shape[-1]), pieces, strict=True):
+                ref[*here, piece] = x.astype(dtype)
 
     sums = jax.ShapeDtypeStruct((batches, heads, kv_len), jnp.float32)
     d_k, d_v, *d_values = call(
@@ -338,7 +315,7 @@ def config_of(problem: Problem, tiles: Tiles, own: int, other: int, *, backward:
     """The shipped configuration for a problem, whose tiles have so many tokens on either side."""
     width = max(problem.q.shape[-1], problem.v.shape[-1])
     rule = tiles.rule is not None
-    sides = (_piece(own), _piece(other))
+    sides = (_piece(max(own, LEAST_SIDE)), _piece(other))
     return default_config(*sides, width, problem.q.dtype, rule=rule, backward=backward)
 
 
@@ -358,10 +335,10 @@ def _piece(block: int) -> int:
     return block & -block if block >= LEAST_SIDE else _GATHERED
 
 
-def programs(problem: Problem, config: Config) -> int:
+def programs(problem: Problem, tiles: Tiles, config: Config) -> int:
     """How many programs a pass over queries takes."""
     batches, q_len, heads, _ = problem.q.shape
-    return batches * heads * (q_len // config.own)
+    return batches * heads * (q_len // min(tiles.block_q, config.own))
 
 
 def out_and_lse(problem: Problem) -> list[jax.ShapeDtypeStruct]:
@@ -391,12 +368,6 @@ def loop(first: Any, last: Any, step: Callable, carry: Any) -> Any:
     return lax.fori_loop(jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32), step, carry)
 
 
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """`a @ b`, or `a @ b.T` where `axis` is 1, in f32."""
-    dimensions = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 class Row(NamedTuple):
     """The queries of a program, of one head."""
 
@@ -410,15 +381,36 @@ class Row(NamedTuple):
         """Where in k and v tokens are."""
         return self.batch, there.at, self.kv_head
 
+    @property
+    def here(self) -> tuple[Any, ...]:
+        """Where they are in q and in the output."""
+        return self.batch, self.tokens.at, self.head
+
+    def write(self, out_ref: Any, lse_ref: Any, out: Pieces, lse: jax.Array) -> None:
+        """Writes what was computed of them."""
+        self.write_rows(out_ref, out)
+        self.write_numbers(lse_ref, lse)
+
+    def write_numbers(self, ref: Any, x: jax.Array) -> None:
+        """Writes one number for each into an array like the log-sum-exp."""
+        assert not isinstance(self.tokens, Gathered)  # those have places of their own
+        self.tokens.write(ref, (self.batch, self.head), (), x)
+
+    def write_rows(self, ref: Any, pieces: Pieces) -> None:
+        """Writes rows into an array like q."""
+        assert not isinstance(self.tokens, Gathered)
+        for piece, x in zip(columns(ref.shape[-1]), pieces, strict=True):
+            self.tokens.write(ref, (self.batch,), (self.head, piece), x)
+
     def _place(self, there: Tokens) -> Place:
         return Place(self.batch, self.head, self.tokens, there, 0)
 
     def logits(self, q_ref: Any, k_ref: Any, value_refs: Any) -> Callable[[Tokens], jax.Array]:
         """Gives the logits of some keys; -inf where these are not listed."""
-        queries = q_ref[self.batch, self.tokens.at, self.head, :]
+        queries = read(q_ref, self.here)
 
         def look(there):
-            logits = _product(queries, k_ref[*self.keys(there), :], 1)
+            logits = inner(queries, read(k_ref, self.keys(there)))
             if self.tiles.rule:
                 arguments = _arguments(logits, self.tiles.scale, self._place(there), value_refs)
                 logits = self.tiles.rule(*arguments)
@@ -432,30 +424,30 @@ class Row(NamedTuple):
         `refs` are to q, k, v and to the cotangents.
         """
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
-        here, rows = (self.batch, self.tokens.at, self.head), (self.batch, self.head)
-        queries, d_out = q_ref[*here, :], d_out_ref[*here, :]
+        rows = self.batch, self.head
+        queries, d_out = read(q_ref, self.here), read(d_out_ref, self.here)
         lse2, delta = lse_ref[*rows, self.tokens.at], delta_ref[*rows, self.tokens.at]
 
         def add(there, sums):
             d_q, d_values = sums
-            keys = k_ref[*self.keys(there), :]
-            raw = _product(queries, keys, 1)
+            keys = read(k_ref, self.keys(there))
+            raw = inner(queries, keys)
             logits, pullback = _logits(raw, self.tiles, self._place(there), value_refs)
             logits = there.only_listed(logits, 1, -jnp.inf)
             probs = jnp.exp2(logits * LOG2_E - lse2[:, None])
-            d_probs = _product(d_out, v_ref[*self.keys(there), :], 1)
+            d_probs = inner(d_out, read(v_ref, self.keys(there)))
             d_raw, d_new = pullback(probs * (d_probs - delta[:, None]))
-            d_q = d_q + _product(d_raw.astype(keys.dtype), keys, 0)
+            d_q = add_products(d_q, d_raw, keys)
             new = (d_new[n].sum(axis=1) for n in wanted)
             return d_q, tuple(a + b for a, b in zip(d_values, new, strict=True))
 
         return add
 
-    def no_gradient(self, dim: int, wanted: Sequence[int]) -> tuple[jax.Array, Any]:
+    def no_gradient(self, dim: int, wanted: Sequence[int]) -> tuple[Pieces, Any]:
         """The sums to begin with."""
         rows = self.tokens.count
         none = (jnp.zeros((rows,), jnp.float32) for _ in wanted)
-        return jnp.zeros((rows, dim), jnp.float32), tuple(none)
+        return zeros(rows, dim), tuple(none)
 
 
 class Column(NamedTuple):
@@ -473,72 +465,34 @@ class Column(NamedTuple):
         """
         q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
         here = self.batch, self.tokens.at, self.kv_head
-        keys, values = k_ref[*here, :], v_ref[*here, :]
-        dtype = keys.dtype
+        keys, values = read(k_ref, here), read(v_ref, here)
 
         def add(head, there, sums):
             d_k, d_v, d_values = sums
             at, rows = (self.batch, there.at, head), (self.batch, head, there.at)
-            queries, d_out = q_ref[*at, :], d_out_ref[*at, :]
+            queries, d_out = read(q_ref, at), read(d_out_ref, at)
             # keys are the rows, so that no tile of logits is turned round
-            raw = _product(keys, queries, 1)
+            raw = inner(keys, queries)
             place = Place(self.batch, head, there, self.tokens, 1)
             logits, pullback = _logits(raw, self.tiles, place, value_refs)
             lse2 = there.only_listed(lse_ref[rows], 0, jnp.inf)
             probs = jnp.exp2(logits * LOG2_E - lse2[None, :])
-            d_v = d_v + _product(probs.astype(dtype), d_out, 0)
-            d_probs = _product(values, d_out, 1)
+            d_v = add_products(d_v, probs, d_out)
+            d_probs = inner(values, d_out)
             d_raw, d_new = pullback(probs * (d_probs - delta_ref[rows][None, :]))
-            d_k = d_k + _product(d_raw.astype(dtype), queries, 0)
+            d_k = add_products(d_k, d_raw, queries)
             new = (d_new[n].sum(axis=1) for n in wanted)
             return d_k, d_v, tuple(a + b for a, b in zip(d_values, new, strict=True))
 
         return add
 
-    def no_gradient(self, dim: int, v_dim: int) -> tuple[jax.Array, jax.Array]:
+    def no_gradient(self, dim: int, v_dim: int) -> tuple[Pieces, Pieces]:
         """The sums of `d_k` and `d_v` to begin with."""
-        widths = dim, v_dim
-        d_k, d_v = (jnp.zeros((self.tokens.count, width), jnp.float32) for width in widths)
-        return d_k, d_v
+        return zeros(self.tokens.count, dim), zeros(self.tokens.count, v_dim)
 
     def no_value_gradient(self, wanted: Sequence[int]) -> tuple[jax.Array, ...]:
         """Those of the wanted values."""
         return tuple(jnp.zeros((self.tokens.count,), jnp.float32) for _ in wanted)
-
-
-class Softmax(NamedTuple):
-    """Rows so far: their values' sum, their largest logit in base 2, their numerators' sum."""
-
-    acc: jax.Array
-    peak: jax.Array
-    total: jax.Array
-
-    @classmethod
-    def of_nothing(cls, rows: int, v_dim: int) -> "Softmax":
-        """Before the first piece."""
-        return cls(
-            jnp.zeros((rows, v_dim), jnp.float32),
-            jnp.full((rows,), -jnp.inf, jnp.float32),
-            jnp.zeros((rows,), jnp.float32),
-        )
-
-    def add(self, logits: jax.Array, to_base_2: float, values: jax.Array) -> "Softmax":
-        """After a further piece."""
-        peak = jnp.maximum(self.peak, logits.max(axis=1) * to_base_2)
-        # a row that saw nothing yet: 2 ** (-inf - 0) is 0, 2 ** (-inf + inf) would be nan
-        shift = jnp.where(peak == -jnp.inf, 0.0, peak)
-        probs = jnp.exp2(logits * to_base_2 - shift[:, None])
-        decay = jnp.exp2(self.peak - shift)
-        acc = self.acc * decay[:, None] + _product(probs.astype(values.dtype), values, 0)
-        return Softmax(acc, peak, self.total * decay + probs.sum(axis=1))
-
-    def write(self, row: "Row", out_ref: Any, lse_ref: Any) -> None:
-        """Writes the rows' output and log-sum-exp."""
-        seen = self.total != 0.0
-        safe = jnp.where(seen, self.total, 1.0)
-        out_ref[row.batch, row.tokens.at, row.head, :] = self.acc / safe[:, None]
-        lse = jnp.where(seen, self.peak / LOG2_E + jnp.log(safe), -jnp.inf)
-        lse_ref[row.batch, row.head, row.tokens.at] = lse
 
 
 def row_of(
@@ -546,13 +500,14 @@ def row_of(
 ) -> tuple[Row, Walk]:
     """What this program computes, and the list of its tile of queries."""
     _, q_len, heads, _ = problem.q.shape
-    program, part = divmod_i32(pl.program_id(0), q_len // config.own)
+    own = min(tiles.block_q, config.own)
+    program, part = divmod_i32(pl.program_id(0), q_len // own)
     batch, head = divmod_i32(program, heads)
     kv_head = lax.div(head, jnp.int32(heads // problem.k.shape[2]))
-    q_block = lax.div(part, jnp.int32(tiles.block_q // config.own))
+    q_block = lax.div(part, jnp.int32(tiles.block_q // own))
     at = *list_of(batch, head, heads, indices_ref), q_block
     walk = Walk(indices_ref, at, 0, counts_ref[*at], tiles.block_kv, config.other)
-    return Row(batch, head, kv_head, Run(part * config.own, config.own), tiles), walk
+    return Row(batch, head, kv_head, run_of(part * own, own, config.own), tiles), walk
 
 
 def list_of(batch: jax.Array, head: jax.Array, heads: int, lists: Any) -> tuple[Any, ...]:

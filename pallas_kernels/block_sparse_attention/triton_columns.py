@@ -13,7 +13,7 @@ product; one that owned 16 neighbours would read q and d_out, `2 * block_q * (di
 neighbours are listed together, and where they are, tiles of 16 keys and more are the better plan.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse_attention import triton
-from pallas_kernels.block_sparse_attention.triton_tokens import Run, Walk
+from pallas_kernels.block_sparse_attention.triton_pieces import columns
+from pallas_kernels.block_sparse_attention.triton_tokens import Walk, run_of
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
 # a key's entries per step, and threads: its numbers are few
 _SUMS = triton.Config(own=1, other=16, num_warps=2, num_stages=2)
+# queries of a tile that fill one step
+_ONE_STEP = triton.LEAST_SIDE
 
 
 class Rows(NamedTuple):
@@ -54,6 +57,11 @@ class Parts(NamedTuple):
     d_v: jax.Array
 
 
+def spills(dtype: Any, block_q: int, dim: int, v_dim: int) -> bool:
+    """Whether what a program reads at once is more than its registers hold."""
+    return jnp.dtype(dtype).itemsize == 4 and block_q <= _ONE_STEP and max(dim, v_dim) > 128
+
+
 def d_entries(
     problem: triton.Problem,
     cotangents: triton.Cotangents,
@@ -75,10 +83,14 @@ def d_entries(
     list_heads, count, width = rows.kv_indices.shape[1:]
     owners, keys = max(kv_heads, list_heads), width * tiles.block_kv
     most = max(triton.LEAST_SIDE, 1 << (keys - 1).bit_length())
+    if problem.q.dtype.itemsize == 4 and max(dim, v_dim) > 64 and tiles.block_q <= _ONE_STEP:
+        most = triton.LEAST_SIDE  # a loop of one step is none: all it reads is in registers
     # two steps, so that one is read while the other is computed
     half = max(triton.LEAST_SIDE, tiles.block_q // 2)
     chosen = config or triton.direct_config_of(problem, tiles, most, half)
     pieces = -(-keys // chosen.own)
+    size = min(tiles.block_q, chosen.other)
+    parts = tiles.block_q // size
 
     def d_entries_kernel(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *refs):
         start_ref, indices_ref, counts_ref, *value_refs, d_k_ref, d_v_ref = refs
@@ -97,15 +109,16 @@ def d_entries(
             first = (start_ref[0] + row) * tiles.block_q
 
             def step(number, sums):
-                member, part = divmod_i32(number, tiles.block_q // chosen.other)
-                there = Run(first + part * chosen.other, chosen.other)
+                member, part = divmod_i32(number, parts)
+                there = run_of(first + part * size, size, chosen.other)
                 return add(owner * (heads // owners) + member, there, (*sums, ()))[:2]
 
-            steps = (heads // owners) * (tiles.block_q // chosen.other)
+            steps = (heads // owners) * parts
             d_k, d_v = triton.loop(0, steps, step, column.no_gradient(dim, v_dim))
             here = batch, owner, row, pl.ds(piece * chosen.own, chosen.own)
-            d_k_ref[*here, :] = d_k
-            d_v_ref[*here, :] = d_v
+            for ref, pieces in ((d_k_ref, d_k), (d_v_ref, d_v)):
+                for part, x in zip(columns(ref.shape[-1]), pieces, strict=True):
+                    ref[*here, part] = x
 
     shape = batches, owners, count, pieces * chosen.own
     shapes = [jax.ShapeDtypeStruct((*shape, size), jnp.float32) for size in (dim, v_dim)]

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse_attention import triton
 from pallas_kernels.block_sparse_attention.logits import LOG2_E
+from pallas_kernels.block_sparse_attention.triton_pieces import Softmax, read
 from pallas_kernels.block_sparse_attention.triton_tokens import Gathered, Run, tokens_of
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
@@ -31,7 +32,7 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
     """Why these kernels cannot take a problem of small tiles of queries; see `triton.refusal`."""
     if block_kv % triton.LEAST_SIDE:
         return f"for tiles of {block_q} queries it takes multiples of 16 keys, not {block_kv}."
-    return triton.arrays_refusal(dtype, dim, v_dim)
+    return triton.arrays_refusal(dtype, dim, v_dim, triton.WIDEST_OF_GRADIENTS)
 
 
 class Chunks(NamedTuple):
@@ -86,10 +87,10 @@ def forward(
 
         def step(number, softmax):
             there = mine.keys(number)
-            values = v_ref[*mine.row.keys(there), :]
+            values = read(v_ref, mine.row.keys(there))
             return softmax.add(look(there), tiles.to_base_2, values)
 
-        start = triton.Softmax.of_nothing(chosen.own, v_dim)
+        start = Softmax.of_nothing(chosen.own, v_dim)
         softmax = triton.loop(0, mine.steps, step, start)
 
         @pl.when(mine.exists)
@@ -97,7 +98,7 @@ def forward(
             # finite: the difference of two infinities is no number
             peak_ref[mine.place] = jnp.maximum(softmax.peak / LOG2_E, _LOWEST)
             total_ref[mine.place] = softmax.total
-            sum_ref[*mine.place, :] = softmax.acc
+            (sum_ref[*mine.place, :],) = softmax.acc
 
     shape = len(chunks.batch), own
     parts = triton.call(
@@ -148,7 +149,7 @@ def d_queries(
 
         @pl.when(mine.exists)
         def write():
-            d_q_ref[*mine.place, :] = d_q
+            (d_q_ref[*mine.place, :],) = d_q
             for ref, d_value in zip(d_value_refs, d_values, strict=True):
                 ref[mine.place] = d_value
 

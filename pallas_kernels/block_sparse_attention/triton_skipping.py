@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention import triton
+from pallas_kernels.block_sparse_attention.triton_pieces import Softmax, read
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -32,8 +33,9 @@ def refusal(dtype: Any, block_q: int, block_kv: int, dim: int, v_dim: int) -> st
     reason = triton.refusal(dtype, block_q, block_kv, dim, v_dim)
     if reason:
         return reason
-    if block_kv < triton.LEAST_SIDE:
-        return f"where tiles are skipped it takes tiles of 16 keys or more, not {block_kv}."
+    for name, tokens in (("queries", block_q), ("keys", block_kv)):
+        if tokens < triton.LEAST_SIDE:
+            return f"where tiles are skipped it takes tiles of 16 {name} or more, not {tokens}."
     largest = triton.default_config(128, 128, max(dim, v_dim), dtype, rule=True, backward=False)
     if block_q > largest.own or block_kv > largest.other:
         return (
@@ -98,18 +100,18 @@ def forward(
             kept_ref[row.batch, row.head, walk.at[-1], number] = keep
             return lax.cond(
                 keep > 0,
-                lambda: softmax.add(logits, tiles.to_base_2, v_ref[*row.keys(there), :]),
+                lambda: softmax.add(logits, tiles.to_base_2, read(v_ref, row.keys(there))),
                 lambda: softmax,
             )
 
-        start = triton.Softmax.of_nothing(chosen.own, v_dim)
-        triton.loop(*walk.steps, step, start).write(row, out_ref, lse_ref)
+        start = Softmax.of_nothing(chosen.own, v_dim)
+        row.write(out_ref, lse_ref, *triton.loop(*walk.steps, step, start).results())
 
     kept = jax.ShapeDtypeStruct((batches, heads, *kv_indices.shape[2:]), jnp.int32)
     arrays = *problem[:3], kv_indices, kv_num_blocks, skipping.log2_threshold
     return triton.call(
         skipping_kernel,
         chosen,
-        triton.programs(problem, chosen),
+        triton.programs(problem, tiles, chosen),
         [*triton.out_and_lse(problem), kept],
     )(*arrays, *problem.values)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.block_sparse_attention.walk import divmod_i32
 
@@ -30,6 +31,10 @@ class Run(NamedTuple):
         """`x`: they are all listed."""
         return x
 
+    def write(self, ref: Any, before: tuple[Any, ...], after: tuple[Any, ...], x: jax.Array):
+        """Writes `x`, whose first axis they are, with indices before and after theirs."""
+        ref[*before, self.at, *after] = x
+
 
 class Gathered(NamedTuple):
     """Tokens anywhere; those that are not `listed` repeat one that is."""
@@ -51,7 +56,43 @@ class Gathered(NamedTuple):
         return jnp.where(lax.broadcast_in_dim(self.listed, x.shape, (axis,)), x, otherwise)
 
 
-Tokens = Run | Gathered
+class Few(NamedTuple):
+    """The `listed` tokens from `start` on, `count` where the last of them is repeated."""
+
+    start: jax.Array
+    listed: int
+    count: int
+
+    @property
+    def _gathered(self) -> Gathered:
+        place = lax.iota(jnp.int32, self.count)
+        return Gathered(self.start + jnp.minimum(place, self.listed - 1), place < self.listed)
+
+    @property
+    def at(self) -> Any:
+        """The index that reads them."""
+        return self._gathered.at
+
+    def along(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+        """Their indices in the shape of logits, whose `axis` they are."""
+        return self._gathered.along(shape, axis)
+
+    def only_listed(self, x: jax.Array, axis: int, otherwise: float) -> jax.Array:
+        """`x` with another number for repeated tokens, which are in its `axis`."""
+        return self._gathered.only_listed(x, axis, otherwise)
+
+    def write(self, ref: Any, before: tuple[Any, ...], after: tuple[Any, ...], x: jax.Array):
+        """Writes `x`, whose first axis they are, but for repeated ones."""
+        mask = lax.broadcast_in_dim(self._gathered.listed, x.shape, (0,))
+        plt.store(ref.at[*before, pl.ds(self.start, self.count), *after], x, mask=mask)
+
+
+Tokens = Run | Gathered | Few
+
+
+def run_of(start: jax.Array, count: int, size: int) -> Run | Few:
+    """The first `size` of `count` tokens from `start` on; where there are fewer, the last again."""
+    return Run(start, size) if size <= count else Few(start, count, size)
 
 
 class Walk(NamedTuple):
@@ -137,7 +178,7 @@ class Place(NamedTuple):
             for index, size in zip((self.batch, self.head), ref.shape, strict=False)
         )
         sides = self.queries, self.keys
-        if len(full) == 2 and any(isinstance(side, Gathered) for side in sides):
+        if len(full) == 2 and any(not isinstance(side, Run) for side in sides):
             tile = ref[*at, *self.indices]
             return lambda: tile
         tokens = (side.at if axis in full else 0 for side, axis in zip(sides, axes, strict=True))

@@ -340,6 +340,8 @@ def test_triton_leaves_lists_alone_whose_parts_would_outgrow_the_keys():
 
     # many queries list each tile of keys; a page is its own sequence's alone; rows fill a product
     assert triton.waste(lists(4096, 4096, 8, block_q=1, block_kv=64)) is None
-    pages = {"block_kv": 16}
+    pages = {"block_kv": 48}
     assert "more memory than the keys" in triton.waste(lists(64, 2**15, 32, block_q=4, **pages))
     assert triton.waste(lists(64, 2**15, 32, block_q=16, **pages)) is None
+    # read row by row nothing is kept
+    assert triton.waste(lists(64, 2**15, 32, block_q=4, block_kv=16)) is None
