@@ -236,9 +236,9 @@ def test_the_choice_falls_on_it_where_mosaic_cannot():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"block_q": 144}, "16, 32, 64 or 128 queries, not 144"),
+        ({"block_q": 144}, "16, 32, 64 or 128 queries, or of fewer than 16, not 144"),
         ({"block_kv": 48}, "16, 32, 64 or 128 keys, or of fewer than 16, not 48"),
-        ({"dim": 257}, "up to 256, not 512"),
+        ({"dim": 257}, "up to 256, not 320"),
         ({"score_mod": lambda s, b, h, i, j: s + jnp.arange(99.0)[i - j + 49]}, "all pairs"),
         ({"score_mod": lambda s, b, h, i, j: jax.lax.erf(s)}, "does 'erf'"),
     ],
