@@ -346,6 +346,9 @@ def timings(run: Run, sizes: Sizes) -> dict[str, Any]:
     row["plan_ms"] = milliseconds(build, jax.block_until_ready, run.milliseconds)
     inverse = jax.jit(lambda plan: plan.inverse())
     row["inverse_ms"] = milliseconds(lambda: inverse(plan), jax.block_until_ready, run.milliseconds)
+    lists, rows = plan.kv_num_blocks.size // plan.grid.q_blocks, plan.grid.q_blocks
+    turned = roofline.inverse_lists(lists, rows, plan.width, plan.grid.kv_blocks)
+    row["inverse_roofline"] = expected({"inverse": turned})["inverse"]
     times: dict[str, Any] = {}
     for name, call in runs.items():
         times[name] = attempt(

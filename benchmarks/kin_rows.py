@@ -73,7 +73,7 @@ class Case(NamedTuple):
 LENGTHS = [Case(length, 64, 8) for length in (2048, 8192, 32768, 65536)]
 DENSITIES = [Case(4096, 64, width) for width in (1, 3, 8, 16, 32)]
 ROUTED = [Case(4096, block_kv, 8) for block_kv in (16, 32, 64, 128)]
-INVERSES = [*LENGTHS, Case(65536, 64, 32)]
+INVERSES = [*LENGTHS, Case(65536, 64, 32), *DENSITIES]
 PARTS = "lengths densities routed groups inverse columns".split()
 GROUPS = [Case(4096, 64, 16, 8, 2, 2), Case(16384, 64, 16, 4, 1, 1)]
 

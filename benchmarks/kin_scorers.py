@@ -209,7 +209,7 @@ def main() -> None:
         "running_top_k": [
             *(of_blocks(length, fewer(repeats, length)) for length in lengths),
             # of 65536 tokens a run takes a minute
-            *(of_tokens(length, fewer(repeats, length)) for length in lengths if length < 65536),
+            *(of_tokens(length, fewer(repeats, length)) for length in lengths),
         ],
     }
     console = Console(width=max(Console().width, 130))

@@ -199,6 +199,18 @@ def merging(problem: Problem, parts: int) -> Work:
     return Work(0.0, (parts - 1) * size.q + 2 * parts * (size.out + size.row_numbers / 2))
 
 
+def inverse_lists(lists: int, rows: int, width: int, columns: int) -> Work:
+    """Lists turned round: each entry and each row's count read once, ids and offsets written once.
+
+    Args:
+      lists: Of all sequences and heads.
+      rows: Of each.
+      width: Entries of a row, padding included, for which there are places.
+      columns: That entries name.
+    """
+    return Work(0.0, 4.0 * lists * (2 * rows * width + rows + columns + 1))
+
+
 def kernels(problem: Problem) -> dict[str, Work]:
     """The work of each kernel of a forward pass and its gradient, by name."""
     made = (d_k, d_v) if problem.masked else (d_k_d_v,)

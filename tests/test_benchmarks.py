@@ -1,5 +1,6 @@
 """What the benchmarks compare and draw, on made-up records."""
 
+import collections
 import copy
 import json
 import sys
@@ -16,6 +17,7 @@ from benchmarks import (
     gpu,
     gpu_kin,
     kin,
+    kin_paged,
     kin_rows,
     kin_scorers,
     neighborhood,
@@ -416,6 +418,54 @@ def test_every_kind_is_timed_over_densities_and_lengths():
         assert lengths == [n for n in (2048, 8192, 32768, 65536) if n <= case.longest]
         assert case.longest == 65536 or case.name == "skipped of all"
         assert len({length * density for length, density in over_length}) == 1
+
+
+def figures(path, *parts):
+    """Rows of parts of a kept file."""
+    record = json.loads(path.read_text())
+    return [(part, row) for part in parts for row in record[part]]
+
+
+def kept_figures():
+    """Of each kind, as one thing varies: how much is computed, and the time of it, least first."""
+    found = collections.defaultdict(list)
+    for part, row in figures(kin.RESULTS, "scaling_in_density", "scaling_in_length"):
+        # logits of all there is are computed there, whatever is kept
+        if row["case"] != "skipped of all":
+            for name in ("forward", "forward_backward"):
+                nanoseconds = 1e6 * row[f"{name}_processor_ms"]
+                per_pair = row[f"{name}_processor_ns_per_pair"]
+                found[part, row["case"], name].append((nanoseconds / per_pair, nanoseconds))
+    for part, row in figures(kin_rows.RESULTS, "densities", "lengths"):
+        work = 1e6 * row["cpu_ms"] / row["cpu_ns_per_listed"]
+        found[part, "keys first", row["kind"]].append((work, row["cpu_ms"]))
+    for part, row in figures(kin_rows.RESULTS, "inverse"):
+        # not over lengths: where there are many columns, tables of counts leave the caches
+        if row["way"] == "ranks" and row["length"] == 4096:
+            found[part, "lists turned round", ""].append((row["listed"], row["cpu_ms"]))
+    for part, row in figures(kin_paged.RESULTS, "over_density"):
+        found[part, "pages", row["page_size"]].append((row["selected_keys"], row["processor_ms"]))
+    for part, row in figures(kin_scorers.RESULTS, "map_over_density", "map_over_length"):
+        tiles = 1e3 * row["sums_cpu_ms"] / row["sums_cpu_us_per_tile"]
+        for name in ("sums", "maxima"):
+            found[part, "map", name].append((tiles, row[f"{name}_cpu_ms"]))
+    for part, row in figures(kin_scorers.RESULTS, "running_top_k"):
+        tiles = row["cpu_ms"] / row["cpu_ms_per_tile"]
+        found[part, "best", row["chosen"]].append((tiles, row["cpu_ms"]))
+    for part, row in figures(kin_scorers.RESULTS, "antidiagonals"):
+        cells = 1e6 * row["cpu_ms"] / row["cpu_ns_per_pair_of_cells"]
+        found[part, "cells", "sums"].append((cells, row["cpu_ms"]))
+    return {name: sorted(rows) for name, rows in found.items()}
+
+
+def test_time_of_every_kind_follows_its_work():
+    """As a power of it from 0.6, for there is some that no list changes, to 1.25."""
+    found = kept_figures()
+    assert {case for _, case, _ in found} >= {c.name for c in kin.CASES} - {"skipped of all"}
+    for name, ((least, first), *_, (most, last)) in found.items():
+        assert most > 8 * least, name
+        exponent = np.log(last / first) / np.log(most / least)
+        assert 0.6 <= exponent <= 1.25, (name, exponent)
 
 
 def test_a_row_of_a_kind_has_its_work_and_its_memory():

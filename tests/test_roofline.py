@@ -165,6 +165,16 @@ def test_what_entries_give_is_written_and_read_again():
     assert more == {"forward": 0, "d_q": 0, "d_k_d_v": 8 * 20 * (64 + 32)}
 
 
+def test_lists_turned_round_are_read_and_written_once():
+    # 16 lists of 512 rows of 64 int32, padding included, and a count each; 512 columns
+    work = roofline.inverse_lists(16, 512, 64, 512)
+    assert work.bytes == 4 * 16 * (512 * 64 + 512 + 512 * 64 + 513)
+    assert work.bound(H200) == "memory"
+    # beside attention to as many tiles, nothing
+    tiles = DENSE._replace(q_len=65536, kv_len=65536, tiles=16 * 512 * 64)
+    assert work.expected_ms(H200) < 0.001 * roofline.forward(tiles).expected_ms(H200)
+
+
 def test_every_device_names_its_source():
     assert all("https://" in device.source for device in DEVICES.values())
     assert (H200.flops_per_second, H200.bytes_per_second) == (989e12, 4.8e12)
