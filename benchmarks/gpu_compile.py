@@ -103,7 +103,7 @@ DECODE: dict[str, Any] = {
 # lists per query and head, of which those that name a tile of keys are gathered
 ROUTED: dict[str, Any] = {
     **{"kv_heads": 16, "block_q": 1, "block_kv": 128, "width": 8},
-    "forward_alone": True,
+    "forward_alone": True,  # gradients are Triton's: "gathered queries" there
 }
 # thresholds of what is skipped
 LIMITS = (((1, 16), "float32"),)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jsparse.attention import kernels, mosaic_kv_major, packing, triton, whole_tiles, xla
+from jsparse.attention import kernels, kv_major, mosaic_kv_major, packing, triton, whole_tiles, xla
 from jsparse.attention.block_sparse import Lists, Passes, Sizes, inverse_of
 from jsparse.attention.logits import LogitRule, Operands
 from jsparse.attention.mosaic_rule import Lengths, Parts, split
@@ -138,6 +138,11 @@ def backward(
     sizes: Sizes,
 ) -> Operands:
     """Computes the gradient by every operand, in another way where the chip's kernels cannot."""
+    if chip.forward.for_one_tile and mosaic_kv_major.pays(lists, sizes):
+        # by rows, each would be filled up to a product's height, and its gradient kept so
+        refused = triton.device_refusal() or _refused_by_triton(operands, lists, rule, sizes)
+        passes = kv_major.PASSES if refused else triton.PASSES
+        return passes.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
     q, k, v = operands[:3]
     filling = _filling(chip.forward, sizes.block_q)
     block_sizes = filling.filled, sizes.block_kv
@@ -181,9 +186,14 @@ def backward_by_triton(
     sizes: Sizes,
 ) -> Operands:
     """Computes the gradient by every operand by the Triton kernels, or else by XLA's loops."""
-    refused = triton.problem_refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
-    passes = xla.PASSES if refused else triton.PASSES
+    passes = xla.PASSES if _refused_by_triton(operands, lists, rule, sizes) else triton.PASSES
     return passes.backward(operands, lists, out, lse, d_out, d_lse, rule, sizes)
+
+
+def _refused_by_triton(
+    operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
+) -> str | None:
+    return triton.problem_refusal(operands, lists.mask, rule, sizes.block_q, sizes.block_kv)
 
 
 class Chip(NamedTuple):

@@ -8,7 +8,7 @@ merged with the rest by its log-sum-exp. The lists turned round, their spans and
 `kv_major`, which computes the same in XLA.
 
 The copy of the queries costs what reading and writing them once for each entry costs: Hopper's copy
-engine gathers no rows.
+engine gathers no rows. Gradients are those of the Triton kernels that gather, or of `kv_major`.
 """
 
 import jax.numpy as jnp

@@ -87,7 +87,7 @@ def test_spans_chunks_heads_and_a_rule(taken, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_nan_stays_with_who_lists_it_and_gradients_are_those_of_rows(taken):
+def test_a_nan_stays_with_who_lists_it_and_gradients_are_gathered_too(taken):
     plan = routed(48, heads=1, kv_blocks=3)
     q, k, v = qkv(48, 192, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16)
 
