@@ -46,6 +46,9 @@ METHODS = {
     "seerattention": Case(
         js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0), "mosaic"
     ),
+    "seerattention_r": Case(
+        js.seerattention_r(block_size=16, token_budget=32, gate_dim=16), "triton"
+    ),
     # which chooses by a kernel as well
     "nsa by mosaic": Case(NSA, "mosaic"),
     # single tokens make tiles of 16 rows, where so many heads share them
