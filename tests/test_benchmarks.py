@@ -371,7 +371,7 @@ def test_at_a_fixed_budget_time_grows_as_the_length_but_for_choosing():
     for name, exponents in found["exponents"].items():
         if name != "dense":
             assert exponents["rest"] <= 1.25, name
-            assert exponents["gradient"] < found["exponents"]["dense"]["gradient"], name
+            assert exponents["gradient"] <= 1.25, name
 
 
 @pytest.mark.parametrize("share", [0.125, 0.5])

@@ -365,6 +365,19 @@ def test_the_kept_runs_are_sparse_and_the_page_has_their_figures():
     assert curves.between(page, curves.RECALL) == curves.recall_table(recalled), remedy
 
 
+def test_the_kept_runs_are_what_the_scripts_do():
+    for record in curves.runs(curves.FOLDER).values():
+        setting = train_sparse.SETTINGS[record["method"]]
+        said = train_sparse.said_of(setting.course, seed=0)
+        said |= {"arguments": setting.arguments, "sparse_from": setting.sparse_from}
+        # of whichever jax it was
+        said["jax"] = record["jax"]
+        assert record | json.loads(json.dumps(said)) == record, record["method"]
+    for name, record in curves.runs(recall.FOLDER).items():
+        assert record["steps"] == recall.METHODS[name].steps
+        assert record["phases"] == [phase._asdict() for phase in recall.COURSE.phases]
+
+
 def test_the_kept_picture_is_of_the_kept_runs(tmp_path):
     def words(path):
         elements = ElementTree.fromstring(path.read_text()).iter()

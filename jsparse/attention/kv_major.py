@@ -6,6 +6,10 @@ query gets from each tile of its list is kept, and summed in the order of the li
 never meet, and no order depends on chance. Queries come in spans, as many as give the tiles of
 keys a few chunks each, so that what is kept is a few times as large as q, whatever the lists hold.
 Lists are taken to be about as full as they are wide: chunks of emptier ones have few rows.
+
+FlashMoBA's kernel (arXiv:2511.11571) has spans, its logical tiles, too: of 128, 256, 512, 768 or
+1024 queries by the density of lists. Here they follow from lists and chunks, so that products are
+as full at any density.
 """
 
 from collections.abc import Callable

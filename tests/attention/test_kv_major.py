@@ -10,6 +10,7 @@ import pytest
 import jsparse as js
 from jsparse.attention import attend as attending
 from jsparse.attention import kv_major, triton, xla
+from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.testing import CASES, Problem
 from tests.attention.test_query_major import close
 from tests.inputs import on_device, qkv
@@ -119,6 +120,26 @@ def test_the_choice_follows_from_sizes():
         (256, 65536, 2, 1, 64),  # a tile of keys is listed by hardly any query
     ):
         assert chosen(*sizes) is xla.PASSES, sizes
+
+
+def test_spans_are_longer_where_lists_are_sparser():
+    """At eight blocks of 128 keys; the logical tiles of the paper's kernel have 128 to 1024."""
+    for length, density, logical in (
+        (2048, 0.75, 128),
+        (8192, 0.234375, 512),
+        (65536, 0.031006, 1024),
+    ):
+        budget = 8 * 128
+        share = (2 * budget * length - budget**2) / length**2
+        assert share == pytest.approx(density, abs=1e-6)
+        blocks = length // 128
+        sizes = Sizes(1, 1, 1, 1, 128, length, blocks, ragged=False)
+        lists = Lists(jnp.zeros((1, 1, length, 8), jnp.int32), jnp.zeros((1, 1, length)), None)
+        cut = kv_major.Cut.of(lists, sizes)
+        # two full products for each tile of keys, on average, whatever the density
+        assert cut.chunk == 64
+        assert cut.span * 8 == 2 * 64 * blocks
+        assert cut.span >= 2 * logical
 
 
 def test_a_tile_that_all_list_and_tiles_that_none_does(small_chunks):

@@ -46,6 +46,9 @@ METHODS = {
     "seerattention": Case(
         js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0), "mosaic"
     ),
+    "seerattention_r": Case(
+        js.seerattention_r(block_size=16, token_budget=32, gate_dim=16), "triton"
+    ),
     # which chooses by a kernel as well
     "nsa by mosaic": Case(NSA, "mosaic"),
     # single tokens make tiles of 16 rows, where so many heads share them
@@ -67,10 +70,15 @@ def trained(method: js.Method, heads: int = 2) -> js.nn.SparseAttention:
         32, num_heads=heads, num_kv_heads=1, head_dim=16, method=method, dtype=jnp.bfloat16,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
+    return moved(layer)
+
+
+def moved(layer):
+    """With none of its parameters as they are at first."""
     rng = np.random.default_rng(1)
     state = nnx.state(layer, nnx.Param)
-    moved = jax.tree.map(lambda x: x + on_device(0.3 * rng.normal(size=x.shape), x.dtype), state)
-    nnx.update(layer, moved)
+    other = jax.tree.map(lambda x: x + on_device(0.3 * rng.normal(size=x.shape), x.dtype), state)
+    nnx.update(layer, other)
     return layer
 
 
@@ -138,6 +146,23 @@ def test_a_trained_layer_is_the_same_by_xla_and_by_the_kernels(name):
     assert difference(outputs(every, x, "xla", mask), portable) > 4 * TOLERANCE
     if jax.tree.leaves(layer.method_params):
         assert difference(outputs(untrained(layer), x, "xla", mask), portable) > 4 * TOLERANCE
+
+
+@pytest.mark.newest
+def test_and_so_is_one_of_latents_that_all_heads_share():
+    layer = moved(
+        js.nn.LatentAttention(
+            32, num_heads=16, head_dim=16, v_dim=16, rope_dim=16, q_lora_rank=16, kv_lora_rank=48,
+            method=METHODS["hisa"].method, dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(2), (LENGTH, 32), jnp.bfloat16)
+    portable = outputs(layer, x, "xla")
+    with INTERPRETERS["triton"]():
+        assert difference(outputs(layer, x, "triton"), portable) < TOLERANCE
+    every = js.nn.with_attention(layer, to_all)
+    assert difference(outputs(every, x, "xla"), portable) > 4 * TOLERANCE
+    assert difference(outputs(untrained(layer), x, "xla"), portable) > 4 * TOLERANCE
 
 
 @pytest.mark.newest

@@ -101,6 +101,11 @@ def test_what_no_region_chose_has_no_gradient_and_a_needle_is_found():
     assert unchosen.any()
     assert not gradient[unchosen].any()
     assert gradient[ids == 7].any()
+    # nothing passes through the means
+    of_affinity = jax.grad(
+        lambda q, k: routed(q, k, v, (8, 12), regions=4, top_k=1)[1].affinity.sum(), argnums=(0, 1)
+    )
+    assert not any(x.any() for x in of_affinity(q, k))
 
 
 def test_masks_bias_and_score_mod_are_of_tokens_in_their_places():

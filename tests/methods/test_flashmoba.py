@@ -1,5 +1,8 @@
 """FlashMoBA against its oracle, and the checks of its specification."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +138,38 @@ def test_gradients_are_those_of_masked_dense_attention():
     )
 
 
+def test_blocks_merge_in_any_order_with_gradients_of_the_whole():
+    """One softmax over all chosen blocks, though each is attended to by itself."""
+    q, k, v = qkv(45, dim=8)
+    plan, _ = js.flashmoba(block_kv=8, top_k=3).plan((), q, k, mask=CAUSAL)
+
+    def together(q, k, v):
+        options = {"mask": CAUSAL, "return_lse": True, "implementation": "reference"}
+        return js.attend(q, k, v, plan, **options)
+
+    def one_by_one(order, q, k, v):
+        def part(n):
+            count = (plan.kv_num_blocks > n).astype(jnp.int32)
+            one = dataclasses.replace(
+                plan, kv_indices=plan.kv_indices[..., n : n + 1], kv_num_blocks=count
+            )
+            return js.attend(q, k, v, one, mask=CAUSAL, return_lse=True, implementation="xla")
+
+        return js.merge([part(n) for n in order])
+
+    def with_gradients(attention):
+        def loss(*inputs):
+            out, lse = attention(*inputs)
+            return jnp.sin(out).sum() + jnp.cos(lse).sum(), (out, lse)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    expected = with_gradients(together)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        got = with_gradients(functools.partial(one_by_one, order))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
 def test_signal_to_noise():
     assert signal_to_noise(64, 128, gap=1.0) == pytest.approx(0.5)
     assert failure_rate(0.5) == pytest.approx(0.3085, abs=1e-4)
@@ -142,9 +177,9 @@ def test_signal_to_noise():
         assert signal_to_noise(64, block, gap=0.5) == pytest.approx(ratio)
     assert signal_to_noise(64, 128, gap=0.5, related=4, gain=0.4) == pytest.approx(0.85)
     trials = 20_000
-    for related, gain in ((1, 0.0), (4, 0.4)):
-        simulated = oracle.pairwise_failure(64, 128, 0.5, related, gain, trials)
-        expected = failure_rate(signal_to_noise(64, 128, gap=0.5, related=related, gain=gain))
+    for gap, related, gain in ((1.0, 1, 0.0), (0.5, 1, 0.0), (0.5, 4, 0.4)):
+        simulated = oracle.pairwise_failure(64, 128, gap, related, gain, trials)
+        expected = failure_rate(signal_to_noise(64, 128, gap=gap, related=related, gain=gain))
         deviation = (expected * (1 - expected) / trials) ** 0.5
         assert abs(simulated - expected) < 4 * deviation
 

@@ -191,6 +191,8 @@ def test_what_leaves_the_selection_as_it_is():
     turned = indexed._replace(q=hadamard(indexed.q), k=hadamard(indexed.k))
     for changed in (longer, turned):
         np.testing.assert_array_equal(select_tokens(changed, **sizes).kv_indices, plan.kv_indices)
+    scores = [relu_weighted(*given) for given in (indexed, turned)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
     other = indexed._replace(weights=indexed.weights[:, ::-1])
     assert lists(select_tokens(other, **sizes)) != lists(plan)
     # as many tokens as there are, up to 7, the first and the last block among their blocks
@@ -202,8 +204,22 @@ def test_what_leaves_the_selection_as_it_is():
     )
     documents = CAUSAL & js.masks.segments(jnp.arange(length) // 25)
     for t, row in enumerate(lists(select_tokens(indexed, **{**sizes, "mask": documents}))):
-        assert row
+        assert len(row) == min(t % 25 + 1, 7)
         assert all(t // 25 * 25 <= s <= t for s in row)
+
+
+@pytest.mark.parametrize("block_top_k", [3, None], ids=["two stages", "one stage"])
+def test_keys_that_no_head_points_at_score_zero_and_tie(block_top_k):
+    """Every product is negative, save with one key: of all others the first ones are taken."""
+    k = -jnp.ones((24, 4))
+    indexed = Indexed(jnp.ones((24, 2, 4)), on_device([[1.0, 0.5]] * 24), k)
+    assert not relu_weighted(*indexed).any()
+    sizes = {"top_k": 4, "block_kv": 4, "block_top_k": block_top_k, "mask": CAUSAL}
+    for t, row in enumerate(lists(select_tokens(indexed, **sizes))):
+        assert row == list(range(min(t + 1, 4)))
+    one = indexed._replace(k=k.at[6].set(1.0))
+    for t, row in enumerate(lists(select_tokens(one, **sizes))):
+        assert row == ([0, 1, 2, 6] if t >= 6 else list(range(min(t + 1, 4))))
 
 
 def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():

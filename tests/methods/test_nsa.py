@@ -257,6 +257,15 @@ def test_worked_example():
     np.testing.assert_allclose(branch(2), [4.5, 4.5], atol=1e-6)
     plan, info = method.plan(params, q, k, v=v)
     assert plan.kv_indices[0, 5].tolist() == [0, 2]
+    # of the first block and of the last, which is forced
+    np.testing.assert_allclose(info.block_scores[0, 5], [0.362039, 1.532054], atol=1e-6)
+    every = js.nsa(
+        compression=js.windows.mean(),
+        **{"compression_size": 2, "stride": 2, "block_kv": 2, "top_k": 3, "num_init": 0},
+        num_local=1,
+    )
+    _, of_all = every.plan(params, q, k, v=v)
+    np.testing.assert_allclose(of_all.block_scores[0, 5], [0.362039, 0.105907, 1.532054], atol=1e-6)
     np.testing.assert_allclose(info.state.k[:, 0, 0], [1, 0, 2])
 
 
@@ -437,6 +446,45 @@ def test_steps_of_decoding_equal_the_whole_and_add_to_the_state():
         np.testing.assert_allclose(out, whole[:, at], atol=5e-6)
         state, first = info.state, first + count
     assert first == length
+
+
+def test_a_step_makes_the_windows_that_it_completes_and_no_others():
+    """Of older tokens nothing is read: they may be gone."""
+    q, k, v = qkv(44)
+    params = params_of(METHOD)
+    made = jax.jit(METHOD.plan)(params, q, k, v=v)[1].state
+    windows = np.arange(len(made.k))[:, None, None]
+    # tokens 36 to 43 are in the last window, which the last query completes
+    before = jax.tree.map(lambda x: jnp.where(windows < 9, x, 0), made)
+    gone = jnp.arange(44)[:, None, None] < 36
+    pair = (jnp.where(gone, jnp.nan, x) for x in (k, v))
+    step = jax.jit(lambda q, k, v: METHOD.plan(params, q, k, v=v, state=before)[1].state)
+    after = step(q[43:], *pair)
+    for found, known, whole in zip(after, before, made, strict=True):
+        np.testing.assert_array_equal(found[:9], known[:9])
+        np.testing.assert_allclose(found[9:], whole[9:], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["choice", pytest.param("gradient", marks=pytest.mark.slow)])
+def test_memory_is_not_that_of_all_scores(kind):
+    """Neither probabilities of windows nor scores of blocks are ever all there."""
+    length, heads, dim = 2**13, 4, 16
+    method = js.nsa(**{**SMALL, "compression": js.windows.mean()})
+    params = params_of(method, heads, dim)
+
+    def choice(q, k, v, x):
+        return method.plan(params, q, k, v=v)[0].kv_indices
+
+    def total(q, k, v, x):
+        return method.attend(params, q, k, v, x=x)[0].sum()
+
+    call = {"choice": choice, "gradient": jax.grad(total, argnums=(0, 1, 2))}[kind]
+    shapes = (heads, dim), (2, dim), (2, dim), (FEATURES,)
+    given = (jax.ShapeDtypeStruct((length, *shape), jnp.float32) for shape in shapes)
+    memory = jax.jit(call).lower(*given).compile().memory_analysis()
+    # a number per query, head and window would be 128 arrays of the size of q
+    most = {"choice": 4, "gradient": 32}[kind]
+    assert memory.temp_size_in_bytes < most * length * heads * dim * 4
 
 
 @pytest.mark.parametrize("own_projections", [False, True])
