@@ -175,7 +175,8 @@ plt.show()
 # this: four blocks of 16 keys per query and head, its own among them. Short sequences first, in
 # which these are all blocks and the model learns what to do; then longer ones, for which it has to
 # learn where to look. With `python -m examples.associative_recall` the sequences end at 512 tokens,
-# for NSA as well.
+# for NSA as well; that script and `examples.train_sparse` save their state with orbax at intervals,
+# show a bar, and go on where they were killed. Here it is a minute, and each line is to be seen.
 
 # %%
 STEPS = ((32, 64, 320), (CONTEXT, 16, 160))  # length, sequences per step, steps

@@ -374,6 +374,25 @@ def test_at_a_fixed_budget_time_grows_as_the_length_but_for_choosing():
             assert exponents["gradient"] <= 1.25, name
 
 
+def test_the_page_has_the_powers_that_were_measured():
+    found = json.loads(trainable.RESULTS.read_text())
+    page = (trainable.RESULTS.parents[2] / "examples/trained_sparse/README.md").read_text()
+    for name, exponents in found["exponents"].items():
+        if name == "dense":
+            assert f"power of {exponents['gradient']:.2f}" in page
+            continue
+        ends = {
+            row["length"]: row
+            for row in found["rows"]
+            if (row["method"], row["kind"]) == (name, "gradient")
+        }
+        late = trainable.exponent(ends[8192], ends[32768])
+        whole = (exponents[kind] for kind in ("gradient", "choice", "rest"))
+        of_all, choice, rest = (f"{x:.2f}" for x in whole)
+        row = f"| {name.replace('_', '-')} | {of_all} | {late:.2f} | {choice} | {rest} |"
+        assert row in page
+
+
 @pytest.mark.parametrize("share", [0.125, 0.5])
 def test_as_many_tiles_are_kept_as_was_asked_for(share):
     length, dim = 1024, 32
