@@ -29,6 +29,7 @@ from jsparse.attention.lanes import (
     ColumnSums,
     at,
     from_rows,
+    in_products,
     indices,
     loop,
     on_columns,
@@ -72,7 +73,7 @@ def pays_for(q_blocks: int, width: int, sizes: Sizes | TileGrid) -> bool:
     """The same for so many lists of that width."""
     listed = q_blocks * sizes.block_q * width / sizes.kv_blocks
     wide = sizes.block_kv >= max(_LEAST_KEYS, _LEAST_RATIO * sizes.block_q)
-    return wide and listed >= _LEAST_LISTED
+    return sizes.block_q < _ROWS and wide and listed >= _LEAST_LISTED
 
 
 class Cut(NamedTuple):
@@ -252,8 +253,11 @@ def forward(
     operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes
 ) -> tuple[Float[Array, "batch q_len heads v_dim"], Float[Array, "batch heads q_len"]]:
     """Computes `(out, lse)`, both f32."""
-    s, cut = sizes, Cut.of(lists, sizes)
     q, k, v = operands.q, operands.k, operands.v
+    lists, s = in_products(
+        lists, sizes, rule.group, per_row=v.shape[-1], per_column=_ROWS, columns=sizes.block_kv
+    )
+    cut = Cut.of(lists, s)
     bias = Bias.of(operands.bias, s, rule.group)
 
     def span(kept, start, chunks):
@@ -290,8 +294,17 @@ def backward(
     operands: Operands, lists: Lists, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes
 ) -> Operands:
     """Computes the gradient by the operands."""
-    s, cut = sizes, Cut.of(lists, sizes)
     q, k, v = operands.q, operands.k, operands.v
+    widest = max(q.shape[-1], v.shape[-1])
+    lists, s = in_products(
+        lists,
+        sizes,
+        rule.group,
+        per_row=widest,
+        per_column=max(widest, _ROWS),
+        columns=sizes.block_kv,
+    )
+    cut = Cut.of(lists, s)
     terms = Terms.of(out, lse, d_out, d_lse, s)
     d_out = d_out.astype(v.dtype)
     bias = Bias.of(operands.bias, s, rule.group)

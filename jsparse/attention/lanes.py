@@ -50,6 +50,48 @@ _LEAST_ROWS = 32
 _LEAST_LANES = 8
 
 
+def in_products(
+    lists: Lists,
+    sizes: Sizes,
+    group: int,
+    *,
+    per_row: int,
+    per_column: int = 1,
+    columns: int = _COLUMNS,
+) -> tuple[Lists, Sizes]:
+    """The same problem in tiles of the sizes that XLA computes well.
+
+    Tiles are halved until no sum of products has more numbers than `_compat.LARGEST_SUM`: a tile's
+    logits, and the sums that have so many numbers `per_row` or `per_column`. There are at most so
+    many `columns`. The `group` rows of a token stay together.
+    """
+    largest = _compat.LARGEST_SUM.get(jax.default_backend())
+    if largest is None:
+        return lists, sizes
+    columns = _halved(sizes.block_kv, min(columns, largest // per_column), 1)
+    rows = _halved(sizes.block_q, largest // max(columns, per_row), group)
+    down, across = sizes.block_q // rows, sizes.block_kv // columns
+    if down == across == 1:
+        return lists, sizes
+    ids = lists.kv_indices[..., None] * across + indices(across)
+    ids = jnp.repeat(ids.reshape(*ids.shape[:3], -1), down, axis=2)
+    counts = jnp.repeat(lists.kv_num_blocks * across, down, axis=2)
+    lists = lists._replace(kv_indices=ids, kv_num_blocks=counts, turned=None)
+    return lists, sizes._replace(
+        block_q=rows,
+        block_kv=columns,
+        q_blocks=sizes.q_blocks * down,
+        kv_blocks=sizes.kv_blocks * across,
+    )
+
+
+def _halved(size: int, most: int, unit: int) -> int:
+    """The size, halved while it is above `most` and more than `_LEAST_ROWS` whole units."""
+    while size > max(most, _LEAST_ROWS) and size % (2 * unit) == 0:
+        size //= 2
+    return size
+
+
 def tiles_together(lists: Lists, sizes: Sizes) -> int:
     """How many tiles of its list a row takes per step."""
     return max(1, min(lists.kv_indices.shape[-1], _COLUMNS // sizes.block_kv))

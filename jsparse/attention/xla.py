@@ -16,6 +16,7 @@ from jsparse.attention.lanes import (
     Rows,
     at,
     by_count,
+    in_products,
     indices,
     lane_count,
     lanes_that_go_on,
@@ -170,6 +171,7 @@ def _adding_all(
 
 def forward(operands: Operands, lists: Lists, rule: LogitRule, sizes: Sizes):
     """Computes `(out, lse)`, both f32."""
+    lists, sizes = in_products(lists, sizes, rule.group, per_row=operands.v.shape[-1])
     walk = _adding_all(operands, sizes, loop)
     return _walk_rows(operands, lists, rule, sizes, lane_count(lists, sizes), walk)[:2]
 

@@ -19,6 +19,7 @@ from jsparse.attention.lanes import (
     from_bits,
     from_rows,
     in_blocks,
+    in_products,
     lane_count,
     loop,
     on_columns,
@@ -34,8 +35,9 @@ def backward(
     operands: Operands, lists: Lists, out, lse, d_out, d_lse, rule: LogitRule, sizes: Sizes
 ) -> Operands:
     """Computes the gradient by the operands."""
-    s = sizes
     q, k, v = operands.q, operands.k, operands.v
+    widest = max(q.shape[-1], v.shape[-1])
+    lists, s = in_products(lists, sizes, rule.group, per_row=widest, per_column=widest)
     terms = Terms.of(out, lse, d_out, d_lse, s)
     d_out = d_out.astype(v.dtype)
     bias = Bias.of(operands.bias, s, rule.group)
