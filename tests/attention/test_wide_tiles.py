@@ -25,7 +25,7 @@ def products(block_q, block_kv, group=1, **which):
     return lanes.in_products(Lists(ids, counts, None), sizes, group, **which)
 
 
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("group", [1, 3, 32])
 @pytest.mark.parametrize("dim", [64, 256, 576])
 @pytest.mark.parametrize(("block_q", "block_kv"), [(128, 128), (512, 1024), (96, 192), (256, 32)])
 def test_no_sum_is_larger_than_the_largest(block_q, block_kv, dim, group, monkeypatch):
@@ -34,7 +34,9 @@ def test_no_sum_is_larger_than_the_largest(block_q, block_kv, dim, group, monkey
     lists, sizes = products(block_q, block_kv, group, per_row=dim, per_column=dim)
     rows, columns = sizes.block_q, sizes.block_kv
     assert columns <= 128
-    assert max(rows * columns, rows * dim, columns * dim) <= LARGEST
+    assert columns * dim <= LARGEST
+    # a group too large for that is not parted
+    assert rows * max(columns, dim) <= LARGEST or rows % (2 * group)
     # no smaller than they must be, and a token's rows together
     assert rows == block_q or 2 * rows * max(columns, dim) > LARGEST
     assert rows % group == 0
@@ -87,7 +89,7 @@ def cut(monkeypatch):
         ({"list_heads": 1, "heads": 4, "kv_heads": 4, "bias": (41, 1)}, xla.PASSES),
         ({"block_q": 1, "list_heads": 4, "bias": (4, 1, 59)}, kv_major.PASSES),
     ],
-    ids=str,
+    ids="bias packed shared gathered".split(),
 )
 def test_every_option_against_float64(changes, passes, cut, monkeypatch):
     problem = Problem(dataclasses.replace(EVERYTHING, **changes))
