@@ -225,6 +225,35 @@ def test_gradients_of_static_masks_turn_no_lists_round(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize(("of_q", "of_plan"), [(0, None), (None, 0), (0, 0)])
+def test_a_plan_that_carries_its_inverse_may_be_mapped_or_not(of_q, of_plan, monkeypatch):
+    """Each sequence of each call has lists of its own: none may be taken for another's."""
+    q, k, v = qkv(64, heads=2, kv_heads=1, batch=(3, 2))
+    k, v = k[0], v[0]
+    tiles = np.random.default_rng(0).random((3, 2, 1, 4, 4)) < 0.5
+    sizes = {"q_len": 64, "kv_len": 64, "block_q": 16, "block_kv": 16}
+    plans = js.BlockMask.from_dense(on_device(tiles), **sizes).with_inverse()
+    q = q if of_q == 0 else q[0]
+    plans = plans if of_plan == 0 else jax.tree.map(lambda x: x[0], plans)
+
+    def gradients(q, plan, implementation):
+        def loss(q, k, v):
+            return jnp.sin(js.attend(q, k, v, plan, implementation=implementation)).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    def of(x, axis, call):
+        return x if axis is None else jax.tree.map(lambda leaf: leaf[call], x)
+
+    one_by_one = [
+        gradients(of(q, of_q, call), of(plans, of_plan, call), "reference") for call in range(3)
+    ]
+    monkeypatch.setattr(block_mask, "invert", None)
+    mapped = jax.vmap(functools.partial(gradients, implementation="triton"), (of_q, of_plan))
+    close(jax.jit(mapped)(q, plans), jax.tree.map(lambda *x: np.stack(x), *one_by_one), 2e-5)
+
+
+@interpreted
 def test_the_choice_falls_on_it_where_mosaic_cannot():
     q, k, v = qkv(64)
     found = js.explain(q, k, v)
