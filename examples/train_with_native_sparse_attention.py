@@ -63,6 +63,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
 from matplotlib.colors import ListedColormap
 
@@ -175,14 +176,19 @@ plt.show()
 # this: four blocks of 16 keys per query and head, its own among them. Short sequences first, in
 # which these are all blocks and the model learns what to do; then longer ones, for which it has to
 # learn where to look. With `python -m examples.associative_recall` the sequences end at 512 tokens,
-# for NSA as well; that script and `examples.train_sparse` save their state with orbax at intervals,
-# show a bar, and go on where they were killed. Here it is a minute, and each line is to be seen.
+# for NSA as well.
+#
+# Orbax keeps the state as it goes. A kernel that dies loses an interval at most: run the cells
+# again, and the loop goes on from the last state. Once it has come to the end it leaves none.
 
 # %%
 STEPS = ((32, 64, 320), (CONTEXT, 16, 160))  # length, sequences per step, steps
+SAVE_EVERY = 80
+STATES = clone / "build" / "recall_states"
 
 model = LanguageModel(recall.MODEL, method=recall.flashmoba(top_k=4), rngs=nnx.Rngs(0))
-total = sum(steps for *_, steps in STEPS)
+schedule = [(length, count) for length, count, steps in STEPS for _ in range(steps)]
+total = len(schedule)
 rates = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, total, end_value=1e-3)
 transformation = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rates, b2=0.98))
 optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
@@ -195,12 +201,31 @@ def step(model, optimizer, batch):
     return bits
 
 
-history, start = [], time.perf_counter()
-for length, count, steps in STEPS:
-    for _ in range(steps):
-        history.append(float(step(model, optimizer, recall.sequences(count, length, len(history)))))
-    elapsed = time.perf_counter() - start
-    print(f"{length:4} tokens: {np.mean(history[-20:]):.2f} bits per answer after {elapsed:.0f} s")
+def state():
+    return {"trained": nnx.state((model, optimizer)), "bits": history}
+
+
+history = np.full(total, np.nan, np.float32)
+states = ocp.CheckpointManager(STATES, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+done = states.latest_step() or 0
+if done:
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state())
+    found = states.restore(done, args=ocp.args.StandardRestore(target))
+    nnx.update((model, optimizer), found["trained"])
+    history = found["bits"]
+    print(f"{done} of {total} steps were done before")
+
+start = time.perf_counter()
+for number, (length, count) in enumerate(schedule[done:], done + 1):
+    batch = recall.sequences(count, length, number - 1)
+    history[number - 1] = step(model, optimizer, batch)
+    if number % SAVE_EVERY == 0:
+        states.save(number, args=ocp.args.StandardSave(state()))
+        recent, elapsed = history[number - 20 : number].mean(), time.perf_counter() - start
+        print(f"step {number}, {length:3} tokens: {recent:.2f} bits per answer, {elapsed:.0f} s")
+states.wait_until_finished()
+states.close()
+shutil.rmtree(STATES)
 
 # %%
 held_out = recall.sequences(64, CONTEXT, seed=10**6)

@@ -1,6 +1,10 @@
 """The notebooks run, in time, and are what their scripts say."""
 
+import os
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,3 +70,38 @@ def test_the_notebook_runs_in_time(expected):
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # no less than importing JAX takes: the kernel has been counted
     assert 1 < spent < 2 * expected.seconds
+
+
+@pytest.mark.slow
+def test_a_kernel_that_dies_loses_no_more_than_an_interval():
+    states = EXAMPLES.parent / "build" / "recall_states"
+    assert not states.exists(), "another one trains, or died; remove it"
+    script = EXAMPLES / "train_with_native_sparse_attention.py"
+
+    def run(until):
+        """What it says of its training, up to a line at which it is killed."""
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=EXAMPLES.parent,
+            env={**os.environ, "MPLBACKEND": "agg"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said = []
+        for line in process.stdout:
+            if line.startswith(("step ", "recall ")) or "of 480 steps" in line:
+                said.append(line.rsplit(",", 1)[0])
+            if until is not None and line.startswith(until):
+                process.kill()
+        assert process.wait() == (0 if until is None else -signal.SIGKILL)
+        return said
+
+    whole = run(None)
+    first, second = run("step 240,"), run(None)
+    # which of two states was complete is the disk's to say
+    lost = second.pop(0)
+    assert lost in ("160 of 480 steps were done before\n", "240 of 480 steps were done before\n")
+    assert not states.exists()
+    assert first == whole[:3]
+    assert second == whole[-len(second) :]
+    assert len(second) == (480 - int(lost.split()[0])) / 80 + 1
