@@ -92,6 +92,7 @@ from jsparse.checks.methods import one_softmax as one_softmax
 from jsparse.checks.methods import parameters_given as parameters_given
 from jsparse.checks.methods import per_kv_head as per_kv_head
 from jsparse.checks.methods import positions_of_a_grid as positions_of_a_grid
+from jsparse.checks.methods import positions_to_turn_back as positions_to_turn_back
 from jsparse.checks.methods import query_latents as query_latents
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends

@@ -155,6 +155,17 @@ def method_type(method: Any) -> None:
         )
 
 
+def positions_to_turn_back(of_method: float | None, of_layer: float | None, layer: str) -> None:
+    """A method that turns rotary positions back is in a layer whose q and k have them."""
+    if of_method is None or of_method == of_layer:
+        return
+    have = "do not all have any" if of_layer is None else f"have those of rope_base={of_layer}"
+    raise ValueError(
+        f"The method turns back rotary positions of rope_base={of_method}, and the features of q "
+        f"and k of this {layer} {have}: make the method with rope_base={of_layer}."
+    )
+
+
 def parameters_given(needed: bool) -> None:
     """A method that has parameters is called with some."""
     if needed:

@@ -396,7 +396,7 @@ def nsa(
         mixed = sum(g[..., None] * o for g, o in zip(gates, outputs, strict=True))
         return jnp.asarray(mixed, v.dtype), info
 
-    return Method(init, plan, attend_to_branches, init_state)
+    return Method(init, plan, attend_to_branches, init_state, rope_base=rope_base)
 
 
 def _projections(key: Array, *, features: int, heads: int, dim: int) -> dict[str, Array]:

@@ -170,7 +170,7 @@ def seerattention(
         limit = jnp.asarray(threshold, jnp.float32)[..., None, None]
         return selection.above_share(chosen, limit, visible=visible, forced=forced)
 
-    return planned(plan, init=init)
+    return planned(plan, init=init)._replace(rope_base=rope_base)
 
 
 @functools.partial(jax.jit, static_argnames="grid")

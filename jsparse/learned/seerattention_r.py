@@ -266,4 +266,5 @@ def seerattention_r(
         tiles = BlockMask.from_dense(keep, **grid._asdict(), width=room)
         return tiles, SeerAttentionRInfo(logits, keys)
 
-    return planned(plan, init=init, restrict=restrict, init_state=init_state)
+    method = planned(plan, init=init, restrict=restrict, init_state=init_state)
+    return method._replace(rope_base=rope_base)

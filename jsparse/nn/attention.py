@@ -57,7 +57,8 @@ class SparseAttention(AttentionLayer):
           rngs: Where initial parameters come from.
 
         Raises:
-          ValueError: if heads do not divide, or a size is not positive.
+          ValueError: if heads do not divide, a size is not positive, or the method turns back
+            positions of another base.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         checks.positive(in_features=in_features, num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -89,6 +90,10 @@ class SparseAttention(AttentionLayer):
         """What a method's parameters are made for."""
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
         return {**heads, "dim": self.head_dim, "features": self.in_features}
+
+    def rotation(self) -> float | None:
+        """Base of the rotary positions of q and k."""
+        return self.rope_base
 
     def options(self) -> dict[str, Any]:
         """The keywords of `js.attend` that the layer calls it with."""

@@ -30,8 +30,8 @@ class LatentAttention(AttentionLayer):
 
     Methods that look at products of queries and keys see the true ones, and choose for all heads as
     for a group that shares a key. Those that turn positions back expect all features of a key to
-    have one: `seerattention` and `seerattention_r`, and `nsa` with a `rope_base`, are not for this
-    layer, in which the last `rope_dim` alone have. `hisa` makes its indexer's queries of the
+    have one, and here the last `rope_dim` alone have: `seerattention`, `seerattention_r` and `nsa`
+    are for this layer with `rope_base=None`. `hisa` makes its indexer's queries of the
     low-rank ones; it learns as in `js.nn.SparseAttention`, by `index_loss` of what `attention` is
     given.
 
@@ -92,8 +92,8 @@ class LatentAttention(AttentionLayer):
           rngs: Where initial parameters come from.
 
         Raises:
-          ValueError: if heads do not divide `in_features` and there is no `head_dim`, or a number
-            is out of range.
+          ValueError: if heads do not divide `in_features` and there is no `head_dim`, a number
+            is out of range, or the method turns back positions of all features.
         """
         checks.positive(in_features=in_features, num_heads=num_heads)
         if head_dim is None:
@@ -139,6 +139,9 @@ class LatentAttention(AttentionLayer):
         if self.q_lora_rank and method is not None and method.of_latents:
             features = LatentStates(self.in_features, self.q_lora_rank)
         return {**heads, "dim": self.kv_lora_rank + self.rope_dim, "features": features}
+
+    def rotation(self) -> None:
+        """Not all features have positions."""
 
     def init_cache(
         self, batch_shape: tuple[int, ...], max_len: int, dtype: Any = jnp.float32

@@ -56,11 +56,21 @@ class AttentionLayer(nnx.Module):
         """The keywords of `js.attend` that the layer calls it with."""
         return {"implementation": self.implementation}
 
+    def rotation(self) -> float | None:
+        """Base of the rotary positions of q and k, halves paired; None unless all features do."""
+        raise NotImplementedError
+
+    def check(self, method: Method | None) -> None:
+        """Refuses what is no method, or one that would turn back other positions."""
+        if method is not None:
+            checks.method_type(method)
+            checks.positions_to_turn_back(method.rope_base, self.rotation(), type(self).__name__)
+
     def new_params(self, method: Method | None, rngs: nnx.Rngs) -> Any:
         """The parameters of a method for this layer's sizes, as `method_params` has them."""
+        self.check(method)
         if method is None:
             return ()
-        checks.method_type(method)
         return _variables(method.init(rngs.params(), **self.sizes(method)))
 
     def params(self) -> Any:

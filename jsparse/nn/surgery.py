@@ -60,8 +60,8 @@ def with_methods(model: M, methods: Sequence[Method | None], *, rngs: nnx.Rngs |
       rngs: Where parameters of new methods come from. Without, those are without parameters.
 
     Raises:
-      ValueError: if there are not as many methods as layers, or one has parameters and there are no
-        `rngs`.
+      ValueError: if there are not as many methods as layers, one has parameters and there are no
+        `rngs`, or one turns back positions of another base than its layer's.
     """
     copy = nnx.merge(*nnx.split(model))
     layers = attention_layers(copy)
@@ -69,8 +69,8 @@ def with_methods(model: M, methods: Sequence[Method | None], *, rngs: nnx.Rngs |
     for number, (layer, method) in enumerate(zip(layers, methods, strict=True)):
         if method is layer.method:
             continue
+        layer.check(method)
         if method is not None:
-            checks.method_type(method)
             needed = rngs is None and has_parameters(method, **layer.sizes(method))
             checks.nothing_to_learn(number, needed)
         layer.method = method

@@ -73,6 +73,8 @@ class Method(NamedTuple):
         that are `Untrained`. None where there are none.
       of_latents: Whether it makes something of low-rank queries where there are some: its `x` may
         be `LatentStates` then, and `features` of `init` the widths of both.
+      rope_base: Base of the rotary positions that all features of q and k have to carry, halves
+        paired, for the method turns them back. None where it takes q and k as they come.
     """
 
     init: Callable[..., Any]
@@ -81,3 +83,4 @@ class Method(NamedTuple):
     init_state: Callable[..., Any] | None = None
     update: Callable[..., Any] | None = None
     of_latents: bool = False
+    rope_base: float | None = None

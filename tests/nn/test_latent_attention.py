@@ -492,6 +492,10 @@ def test_sixteen_bits_err_no_more_than_a_plain_version(attention):
             lambda: js.nn.with_methods(layer(), [TWO_STAGES]),
             r"methods\[0\] has parameters, .* pass rngs=",
         ),
+        (
+            lambda: layer(method=js.seerattention(block_size=8, density=0.5)),
+            "rope_base=10000.0, and .* LatentAttention do not all have any: .* rope_base=None",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message, without_shape_checks):

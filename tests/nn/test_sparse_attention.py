@@ -445,6 +445,16 @@ def test_what_the_method_says_of_a_call_can_be_added_to_a_loss():
         (lambda: js.nn.attention_fn(mask=jnp.ones(1, bool)), ValueError, "mask is .*Array"),
         (lambda: js.nn.with_methods(layer(), [js.pbs_attn]), ValueError, "method is function"),
         (
+            lambda: layer(rope_base=500.0, method=js.seerattention(block_size=8, density=0.5)),
+            ValueError,
+            r"positions of rope_base=10000\.0, .* SparseAttention have those of rope_base=500\.0: ",
+        ),
+        (
+            lambda: js.nn.with_methods(layer(), [js.nsa(rope_base=2.0)], rngs=nnx.Rngs(0)),
+            ValueError,
+            r"turns back rotary positions of rope_base=2\.0, .* method with rope_base=10000\.0\.",
+        ),
+        (
             lambda: nnx_attention(js.nn.attention_fn(js.flashmoba(taps=3)))(inputs()),
             ValueError,
             "this method has parameters: make them by method.init",
