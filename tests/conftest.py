@@ -72,6 +72,7 @@ def pytest_collection_modifyitems(config, items):
         if "newest" in item.keywords and old and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs on later versions; pass --slow"))
         of_numbers = item.path.relative_to(Path(__file__).parent).parts[0] in NUMBERS
+        of_numbers |= "numbers" in item.keywords
         if of_numbers and not old and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs on jax 0.10; pass --slow"))
         if "gpu" in item.keywords and not has_gpu:

@@ -103,6 +103,7 @@ def test_everything_at_once_against_float64_and_the_reference(list_heads):
     exact.close(*map(jax.tree.leaves, (gradients, expected)), TOLERANCE)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("shared", ["queries", "keys", "sequences"])
 @pytest.mark.parametrize("list_heads", [KV_HEADS, HEADS])
@@ -123,6 +124,7 @@ def test_one_side_may_be_grouped_for_all_heads_or_sequences(list_heads, shared, 
     np.testing.assert_allclose(out, expected, atol=TOLERANCE)
 
 
+@pytest.mark.numbers
 def test_tokens_of_no_group_and_concrete_groups():
     """Lists of concrete groups are as wide as they need to be; results are the same."""
     q, k, v = qkv(Q_LEN, KV_LEN)
@@ -185,6 +187,7 @@ def attended(q, k, v, groups, implementation):
     return js.attend(q, k, v, groups, implementation=implementation, return_lse=True)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", BAD_GROUPS)
 def test_what_names_no_token_or_place_counts_as_padding_and_is_named(name):
     q, k, v = qkv(20, heads=2, kv_heads=2, dim=8, batch=(2,))
@@ -225,6 +228,7 @@ def test_tokens_that_are_not_listed_are_no_error_behind_the_last_group():
         jax.block_until_ready(attended(q, k, v, groups, "reference"))
 
 
+@pytest.mark.numbers
 def test_bad_groups_under_vmap_and_over_devices():
     q, k, v = qkv(20, heads=2, kv_heads=2, dim=8, batch=(2,))
     groups = with_entry(sorted_groups(), "kv_order", (1, 0, 3), 999)

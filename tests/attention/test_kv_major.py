@@ -268,6 +268,7 @@ def test_memory_is_that_of_arrays_like_q_whatever_the_width():
     of_gradient(2**14, 8)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("block_q", [1, 8])
 def test_entries_that_name_no_block_are_padding(block_q):
     q, k, v = qkv(64)

@@ -106,6 +106,7 @@ def test_every_option_over_lists_that_depend_on_data(list_heads, rows, implement
         close(run(Q, cache, plan), want, TOLERANCE)
 
 
+@pytest.mark.numbers
 def test_without_a_plan_every_page_is_read_in_which_there_is_something_to_see():
     run = jax.jit(lambda q, cache: js.attend_paged(q, cache, return_lse=True))
     out, lse = run(Q, CACHE)
@@ -165,6 +166,7 @@ def test_what_is_said_of_whole_tiles_is_so_of_each_pair(mask):
         np.testing.assert_array_equal(every, pairs.all(-1))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("implementation", "splits"), [("xla", 1), ("xla", 3), ("reference", 40)])
 def test_any_number_of_parts_gives_the_same(implementation, splits, monkeypatch):
     # parts of a page each, as far as there are

@@ -109,6 +109,7 @@ def listed_rows(tiles):
     return np.broadcast_to(rows, (BATCH, *rows.shape[1:]))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("list_heads", "mask"), [(1, "all"), (KV_HEADS, "causal"), (HEADS, "dense")]
 )
@@ -142,6 +143,7 @@ def test_pooled_columns(list_heads, mask):
     check(run, operands, (lists_of(tiles),), (*both, shown, added))
 
 
+@pytest.mark.numbers
 def test_pooled_columns_under_a_mask_that_counts_sequences():
     """A predicate says of each sequence what its columns stand for, whoever shares the list."""
     pooled = BATCH, KV_BLOCKS, KV_HEADS
@@ -158,6 +160,7 @@ def test_pooled_columns_under_a_mask_that_counts_sequences():
     exact.close(found, expected, TOLERANCE)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("list_heads", "mask"), [(1, "all"), (KV_HEADS, "dense"), (HEADS, "causal")]
 )
@@ -263,6 +266,7 @@ def test_second_derivatives():
     exact.close(curvature("xla"), curvature("reference"), 2e-4)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("form", ["columns", "levels"])
 def test_16_bits_lose_what_16_bits_lose(form):
     """Output and lse of rounded inputs, within the rounding of outputs and probabilities."""
@@ -284,6 +288,7 @@ def test_16_bits_lose_what_16_bits_lose(form):
     exact.close(got, expected, 4 * 2.0**-9)
 
 
+@pytest.mark.numbers
 def test_bits_of_many_blocks():
     """Many blocks: what stands in for whom is looked up, and in every tile of columns."""
     length = 8 * pyramid._BITS * (pyramid._COMPARED + 1)
@@ -297,6 +302,7 @@ def test_bits_of_many_blocks():
     exact.close((got,), (expected,), TOLERANCE)
 
 
+@pytest.mark.numbers
 def test_columns_that_nobody_needs_are_no_tiles():
     """Under a causal mask the first rows of tiles have no column to see."""
     rows = np.tril(np.ones((64, 64), bool)) & ~np.tril(np.ones((64, 64), bool), -2)
@@ -372,6 +378,7 @@ def test_debug_checks_name_the_first_entry_without_a_level(level):
         jax.block_until_ready(run(dataclasses.replace(bad, block_mask=shorter)))
 
 
+@pytest.mark.numbers
 def test_traced_levels_out_of_range_are_padding():
     q, k, v = qkv(Q_LEN, KV_LEN)
     lists = lists_of(np.ones((1, Q_BLOCKS, KV_BLOCKS), bool))

@@ -68,6 +68,7 @@ def test_every_option_against_float64(changes, executed):
     assert set(executed) == {(case.kv_heads, group * case.block_q, case.block_kv)}
 
 
+@pytest.mark.numbers
 def test_lists_per_query_head_and_full_tiles_stay_apart(executed):
     q, k, v = qkv(64)
     tiles = jnp.ones((4, 64, 4), bool)
@@ -77,6 +78,7 @@ def test_lists_per_query_head_and_full_tiles_stay_apart(executed):
     assert executed == [(4, 1, 16), (4, 64, 16)]
 
 
+@pytest.mark.numbers
 def test_a_group_of_too_many_rows_is_packed_in_equal_parts(executed, monkeypatch):
     q, k, v = qkv(7, 20, heads=6, kv_heads=1)
     tiles = np.random.default_rng(0).random((1, 4, 3)) < 0.7

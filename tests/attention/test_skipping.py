@@ -57,6 +57,7 @@ def compiled(implementation, causal, block_q, block_kv):
 
 
 # several tiles in each of several steps, all tiles in one step, one tile in each
+@pytest.mark.numbers
 @implementations
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "block_q", "block_kv", "causal"),
@@ -144,6 +145,7 @@ def test_what_is_skipped_is_not_read():
         assert (rows.all(-1) == ~tiles[:, :, block]).all()
 
 
+@pytest.mark.numbers
 @implementations
 def test_who_has_a_say(implementation):
     """Rows that see nothing of a tile and rows past the end have none; each other row has."""
@@ -181,6 +183,7 @@ def test_who_has_a_say(implementation):
     assert kept(q, hidden, threshold=0.0) == [[[True, False, True]] * 2]
 
 
+@pytest.mark.numbers
 @implementations
 def test_the_order_of_the_keys_decides(implementation):
     """Logits that rise along the keys skip nothing, those that fall skip all but the first tile."""
@@ -224,6 +227,7 @@ def test_parts_merge_and_sinks_take_their_share():
     np.testing.assert_array_equal(found.to_dense(), without.to_dense())
 
 
+@pytest.mark.numbers
 def test_thresholds_of_sequences_and_heads():
     q, k, v = leveled(64, batch=(2,))
     threshold = on_device([[0.0, 0.01, 0.1, 1.0], [1.0, 0.1, 0.01, 0.0]])

@@ -24,6 +24,7 @@ MASKS = {
 }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("name", "list_batches", "list_heads", "group"),
     [

@@ -14,6 +14,8 @@ from jsparse.attention.block_sparse import Lists, Sizes
 from jsparse.testing import CASES, Problem
 from tests.attention.test_query_major import close
 
+# later versions have no largest sum
+pytestmark = pytest.mark.numbers
 EVERYTHING = next(case for case in CASES if case.name == "everything")
 LARGEST = 2**15 - 1
 

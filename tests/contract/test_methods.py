@@ -126,6 +126,7 @@ def gradients(row, implementation, further=()):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
 
 
+@pytest.mark.numbers
 @by_kind
 def test_jit_equals_eager(row):
     method = sparsest(row)
@@ -168,6 +169,7 @@ def test_batch_axes_and_vmap_agree(row):
     np.testing.assert_allclose(mapped, together, atol=2e-6)
 
 
+@pytest.mark.numbers
 @by_kind
 def test_each_sequence_gets_its_own_tiles(row):
     q, k, _ = inputs_of(row, 1200, batch=(2,))
@@ -201,6 +203,7 @@ def test_parts_of_a_plan_have_no_pair_in_common(row):
     assert pairs.max() == 1
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", [r for r in js.registry.METHODS if r.causal], ids=lambda r: r.name)
 def test_causal_never_looks_ahead(row):
     q, k, v = inputs_of(row, LENGTH)
@@ -233,6 +236,7 @@ def test_estimates_never_look_ahead(row):
     np.testing.assert_array_equal(later[..., :6, :], tiles[..., :6, :])
 
 
+@pytest.mark.numbers
 @controlled
 def test_density_grows_with_the_control(row):
     q, k, _ = inputs_of(row, 1200)
@@ -255,6 +259,7 @@ def test_density_grows_with_the_control(row):
     assert densities[0] < densities[-1]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "row",
     [r for r in js.registry.METHODS if r.control and not r.by_gates],
@@ -278,6 +283,7 @@ def test_the_sparsest_setting_leaves_something_out(row):
     assert float(jnp.abs(attend(row)(q, k, v) - dense).max()) > 1e-3
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "row", [r for r in js.registry.METHODS if r.bidirectional], ids=lambda r: r.name
 )
@@ -376,6 +382,7 @@ def test_gradients_through_bfloat16_are_as_good_as_plain_ones(row, further, monk
         assert (lost > 0) == true.any(), path
 
 
+@pytest.mark.numbers
 @by_kind
 def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     q, k, v = inputs_of(row, LENGTH)
@@ -392,6 +399,7 @@ def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     np.testing.assert_array_equal(out[256:], clean[256:])
 
 
+@pytest.mark.numbers
 @by_kind
 def test_rows_without_keys_give_zeros(row):
     q, k, v = inputs_of(row, LENGTH)
@@ -410,6 +418,7 @@ def test_rows_without_keys_give_zeros(row):
     assert not gradient[:130].any()
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "row", [r for r in js.registry.METHODS if not r.needs_all_queries], ids=lambda r: r.name
 )
@@ -420,6 +429,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(row):
     np.testing.assert_allclose(part, whole[128:], atol=4e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "row", [r for r in js.registry.METHODS if not r.by_kv_head], ids=lambda r: r.name
 )
@@ -449,6 +459,7 @@ def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     assert np.abs(out - np.asarray(exact, np.float64)).max() <= 4 * rounding
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "row",
     [r for r in js.registry.METHODS if "width" in inspect.signature(r.factory).parameters],

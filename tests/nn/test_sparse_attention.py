@@ -97,6 +97,7 @@ def test_decoding_equals_the_whole(split):
 DOCUMENTS = causal_document_columns(on_device([10] * 10 + [30] * 20 + [40] * 10, jnp.int32))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "method",
     [
@@ -145,6 +146,7 @@ def test_a_method_that_skips_on_the_way_skips_in_steps():
     assert float(jnp.abs(out - whole).max()) > 1e-3
 
 
+@pytest.mark.numbers
 def test_a_method_with_a_state_decodes_by_itself(tmp_path):
     sizes = {"compression_size": 4, "stride": 2, "block_kv": 4, "top_k": 3, "window": 6}
     module, x = layer(method=js.nsa(**sizes)), inputs()
@@ -165,6 +167,7 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
     np.testing.assert_array_equal(applied(again, x), applied(module, x))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "method",
     [
@@ -198,6 +201,7 @@ def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
     np.testing.assert_allclose(out, applied(module, x, CAUSAL), atol=5e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "mask",
     [
@@ -216,6 +220,7 @@ def test_decoding_with_a_mask_is_the_whole(mask):
     np.testing.assert_allclose(out, applied(module, x, CAUSAL & mask), atol=5e-6)
 
 
+@pytest.mark.numbers
 def test_sequences_with_a_mask_decode_at_their_own_positions():
     module, x, mask = layer(), inputs(16), js.masks.sliding_window(left=4)
     whole = applied(module, x, CAUSAL & mask)
@@ -228,6 +233,7 @@ def test_sequences_with_a_mask_decode_at_their_own_positions():
     np.testing.assert_allclose(out[:, 0], jnp.stack([whole[0, 9], whole[1, 4]]), atol=5e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("own", "cached"),
     # the same rule, the other way round
@@ -246,6 +252,7 @@ def test_a_state_has_the_dtype_of_its_cache(own, cached):
         module(x[:, :2], cache=KVCache.empty((2,), 20, 2, 8))
 
 
+@pytest.mark.numbers
 def test_sequences_of_one_batch_decode_at_their_own_positions():
     module, x = layer(), inputs()
     caches = [applied(module, x[:1, :9], cache=module.init_cache((1,), 16))[1]]
