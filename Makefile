@@ -128,7 +128,7 @@ gpu-compile-mosaic: $(CUDA_VENV)/.compile
 	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile $(if $(UPDATE),--update)
 
 gpu-compile-triton: $(CUDA_VENV)/.compile
-	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile_triton
+	$(CUDA_VENV)/bin/python -m benchmarks.gpu_compile_triton $(if $(UPDATE),--update)
 
 gpu-compile-ampere: $(CUDA_NEWEST_VENV)/.compile
 	$(CUDA_NEWEST_VENV)/bin/python -m benchmarks.gpu_compile_ampere $(if $(UPDATE),--update)

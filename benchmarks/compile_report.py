@@ -37,7 +37,7 @@ COLUMNS = (
     Column("pass", "pass"),
     Column("target", "target", "the architecture compiled for"),
     Column("tile", "tile", "queries x keys"),
-    Column("stages", "stages", "tiles in flight, of the kernel with the fewest"),
+    Column("stages", "stages", "tiles in flight, of the kernel with the fewest; Triton chooses"),
     Column("registers", "registers", "per thread, of each kernel"),
     Column("spill_bytes", "spills", "bytes, of all kernels"),
     Column("shared_memory", "shared", "bytes, of the kernel with the most"),
@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser, path: Path) -> None:
 
 
 def conclude(
-    rows: Sequence[Row], path: Path, names: Collection[str] | None = None, *, update: bool
+    rows: Sequence[Row],
+    path: Path,
+    names: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
+    *,
+    update: bool,
 ) -> int:
     """Compares rows with what is kept, or keeps them, and says what came of it.
 
@@ -70,6 +75,7 @@ def conclude(
       rows: What was compiled; "failed" of each says which gates it did not pass.
       path: The kept report.
       names: The cases that were compiled; None for all there are.
+      targets: The architectures that they were compiled for; None for all there are.
       update: Whether to keep the rows.
 
     Returns:
@@ -83,7 +89,7 @@ def conclude(
             print("Nothing is written: a kernel does not pass its gates.")
             return 1
         try:
-            write(path, merged(old, new, complete=names is None))
+            write(path, merged(old, new, complete=names is targets is None))
         except ValueError as error:
             print(f"Nothing is written: {error}")
             return 2
@@ -96,7 +102,7 @@ def conclude(
     if apart:
         print(apart)
         return int(failed)
-    found = differences(old.rows, new.rows, names)
+    found = differences(old.rows, new.rows, names, targets)
     for sentence in found:
         print(sentence)
     if found:
@@ -173,7 +179,10 @@ def comparable(old: Report, new: Report) -> str | None:
 
 
 def differences(
-    old: Sequence[Row], new: Sequence[Row], names: Collection[str] | None = None
+    old: Sequence[Row],
+    new: Sequence[Row],
+    names: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
 ) -> list[str]:
     """A sentence for each difference that matters.
 
@@ -181,8 +190,11 @@ def differences(
       old: The kept rows.
       new: The rows compiled now.
       names: The cases that were compiled, so that others are not missed; None for all.
+      targets: The architectures that they were compiled for, likewise.
     """
-    before = {identity(row): row for row in old if names is None or row["name"] in names}
+    again = [row for row in old if names is None or row["name"] in names]
+    again = [row for row in again if targets is None or row["target"] in targets]
+    before = {identity(row): row for row in again}
     after = {identity(row): row for row in new}
     found = [f"{_title(key)} is kept, but was not compiled." for key in before if key not in after]
     found += [f"{_title(key)} is new." for key in after if key not in before]
@@ -226,7 +238,8 @@ def page(report: Report) -> str:
         "|" + "---|" * len(COLUMNS),
     ]
     for row in report.rows:
-        lines.append("| " + " | ".join(_shown(row[column.key]) for column in COLUMNS) + " |")
+        figures = (_shown(row.get(column.key, "")) for column in COLUMNS)
+        lines.append("| " + " | ".join(figures) + " |")
     return "\n".join(lines) + "\n"
 
 

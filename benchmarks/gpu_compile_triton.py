@@ -1,11 +1,12 @@
 """Compiles the Triton kernels for several chips on a machine without a GPU; holds them to gates.
 
-Needs the CUDA plugin of the installed jax, and ptxas; `make gpu-compile` brings both.
+What kernels are made of is compared with benchmarks/results/gpu_compile_triton.json; --update
+writes that file, and the page beside it. Needs the CUDA plugin of the installed jax, and ptxas;
+`make gpu-compile` brings both.
 """
 
 import argparse
 import functools
-import json
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jsparse as js
+from benchmarks import compile_report
 from benchmarks.chips import CHIPS, Chip
 from benchmarks.gpu_compile import Case
 from jsparse.attention.triton import PASSES
@@ -167,6 +169,7 @@ USUAL = frozenset(
 )
 
 
+RESULTS = compile_report.RESULTS.with_name("gpu_compile_triton.json")
 FORWARD = frozenset({"forward", "skipping", "gathered_forward"})
 # the kernels that add up what others computed
 SUMS = frozenset({"add_entries"})
@@ -191,7 +194,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="compile every case; takes minutes")
     parser.add_argument("--only", default="", help="compile only cases whose name has this in it")
     parser.add_argument("--chip", default="", help="compile only for this compute capability")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    compile_report.add_arguments(parser, RESULTS)
     arguments = parser.parse_args()
     chosen = [
         (chip, case)
@@ -207,13 +210,13 @@ def main() -> int:
     for chip, case in track(chosen, "compiling", console=console):
         rows += compiled_passes(case, chip)
     console.print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"jax": jax.__version__, "kernels": rows}, indent=1))
-    failed = [row for row in rows if row["failed"]]
-    for row in failed:
-        name = f"{row['capability']}, {row['name']}, {row['kernel']}"
-        console.print(f"[red]{name}: {'; '.join(row['failed'])}", highlight=False)
-    return 1 if failed else 0
+    for row in rows:
+        if row["failed"]:
+            about = f"{row['target']}, {row['name']}, {row['pass']}"
+            console.print(f"[red]{about}: {'; '.join(row['failed'])}", highlight=False)
+    names = None if arguments.all and not arguments.only else {case.name for _, case in chosen}
+    targets = {row["target"] for row in rows} if arguments.chip else None
+    return compile_report.conclude(rows, arguments.report, names, targets, update=arguments.update)
 
 
 def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
@@ -228,8 +231,8 @@ def compiled_passes(case: Case, chip: Chip) -> Iterator[dict[str, Any]]:
         rows = list(measure(function, inputs, chip, gathered=gathered, at_once=at_once))
         for row in rows:
             # the gradients compute the forward pass again; one report of that is enough
-            if name == "forward" or row["kernel"] not in FORWARD:
-                yield {"name": case.name, "capability": chip.capability, **row}
+            if name == "forward" or row["pass"] not in FORWARD:
+                yield {"name": case.name, "tile": f"{case.block_q}x{case.block_kv}", **row}
         if len(rows) != (wanted := kernels_of(case, name)):
             sys.exit(f"{case.name}, {name}: {len(rows)} kernels, not {wanted}, were dumped.")
 
@@ -255,14 +258,14 @@ def measure(
                 said = _assembled(path, target, f"{kernel}_kernel")
                 asked = _found(rf"{kernel}_kernel .*shared_memory: (\d+)", thunks)
                 row = {
-                    "kernel": kernel,
+                    "pass": kernel,
                     "target": target,
                     "warps": int(_found(r"\.(?:req|max)ntid (\d+)", body)) // 32,
-                    "registers": int(_found(r"Used (\d+) registers", said)),
+                    "registers": [int(_found(r"Used (\d+) registers", said))],
                     "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
                     "shared_memory": int(asked),
-                    "tensor_core": len(re.findall(chip.product, body)),
-                    "copies": len(re.findall(r"cp\.async\.c[ag]", body)),
+                    "tensor_core": [len(re.findall(chip.product, body))],
+                    "bulk_copies": [len(re.findall(r"cp\.async\.c[ag]", body))],
                     "temp_bytes": memory.temp_size_in_bytes,
                     "input_bytes": memory.argument_size_in_bytes,
                 }
@@ -283,10 +286,10 @@ def _gates(
     row: dict[str, Any], chip: Chip, *, gathered: bool, waits: bool
 ) -> list[tuple[str, bool]]:
     major, minor = chip.capability.split(".")
-    computes = row["kernel"] not in SUMS
+    computes = row["pass"] not in SUMS
     return [
-        ("no product is on the tensor cores", computes and row["tensor_core"] == 0),
-        ("no load is asynchronous", not waits and row["copies"] == 0),
+        ("no product is on the tensor cores", computes and 0 in row["tensor_core"]),
+        ("no load is asynchronous", not waits and 0 in row["bulk_copies"]),
         (f"compiled for {row['target']}", not row["target"].startswith(f"sm_{major}{minor}")),
         (f"{row['spill_bytes']} bytes of registers spilled", row["spill_bytes"] > 0),
         # padded copies, f32 outputs and lists, at most; and what entries of a span are given
@@ -322,9 +325,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "",
         "chip",
         "warps",
-        "regs",
         "spill",
         "smem KB",
+        "regs",
         "products",
         "copies",
         "temp MB",
@@ -334,11 +337,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         out.add_row(
             row["name"],
-            row["kernel"],
-            row["capability"],
-            *(str(row[name]) for name in ("warps", "registers", "spill_bytes")),
+            row["pass"],
+            row["target"],
+            *(str(row[name]) for name in ("warps", "spill_bytes")),
             f"{row['shared_memory'] / 1024:.0f}",
-            *(str(row[name]) for name in ("tensor_core", "copies")),
+            *(str(row[name][0]) for name in ("registers", "tensor_core", "bulk_copies")),
             f"{row['temp_bytes'] / 2**20:.1f}",
             "[red]fails" if row["failed"] else "[green]ok",
         )

@@ -137,8 +137,8 @@ def test_a_run_compares_updates_and_heeds_the_gates(tmp_path, monkeypatch, capsy
     path = tmp_path / "gpu_compile.json"
     good, wrong = row(failed=[]), row(failed=["no wgmma"])
 
-    def run(*rows, update=False, names=None):
-        return compile_report.conclude(rows, path, names, update=update)
+    def run(*rows, update=False, names=None, targets=None):
+        return compile_report.conclude(rows, path, names, targets, update=update)
 
     assert run(good) == 1
     assert "nothing to compare with" in capsys.readouterr().out
@@ -153,6 +153,12 @@ def test_a_run_compares_updates_and_heeds_the_gates(tmp_path, monkeypatch, capsy
     assert "1 bytes of shared memory" in capsys.readouterr().out
     assert run(row("dim 64", failed=[])) == 1
     assert run(row("dim 64", failed=[]), names={"dim 64"}) == 1
+    # another chip's alone: what is kept of the first is not missed, nor forgotten by an update
+    other = row(target="sm_80", failed=[])
+    assert run(other) == run(other, targets={"sm_80"}) == 1
+    assert run(other, targets={"sm_80"}, update=True) == 0
+    assert run(other, targets={"sm_80"}) == run(good, other) == 0
+    assert run(good, targets={"sm_90a"}) == 0
     monkeypatch.setattr(compile_report, "versions", lambda: {"jax": "0.12"})
     capsys.readouterr()
     assert run(good | {"shared_memory": 1}) == 0
