@@ -36,12 +36,25 @@ from pallas_kernels.block_sparse_attention.triton import LEAST_SIDE, WIDEST_OF_G
 from pallas_kernels.block_sparse_attention.triton_columns import spills
 
 
-def every_operation(table, logit, batch, head, q, kv):
-    """What a rule may do on registers, derivatives and all."""
+# what a rule may do on registers, derivatives and all: they do not hold everything at once
+def waves(table, logit, batch, head, q, kv):
+    """Sines, roots and steps, and an array of what each key adds."""
     far = jnp.abs(q - kv).astype(jnp.float32)
     x = jnp.clip(jnp.sin(logit) * jnp.cos(far) + jnp.log1p(far) - jnp.exp2(-far), -9, table[kv])
-    x = x + jax.lax.rsqrt(1 + x * x) + jnp.sqrt(1 + far) * jnp.sign(x) + jnp.floor(x) + jnp.ceil(x)
-    x = jnp.expm1(jnp.tanh(x)) + jax.lax.logistic(x) ** 3 + (2 + jnp.tanh(x)) ** (1 + far / T)
+    x = x + jax.lax.rsqrt(1 + x * x) + jnp.sqrt(1 + far) * jnp.sign(x)
+    return x + jnp.floor(x) + jnp.ceil(x)
+
+
+def powers(logit, batch, head, q, kv):
+    """Exponentials and powers."""
+    far = jnp.abs(q - kv).astype(jnp.float32)
+    x = jnp.expm1(jnp.tanh(logit)) + jax.lax.logistic(logit) ** 3
+    return x + (2 + jnp.tanh(x)) ** (1 + far / T)
+
+
+def choices(x, batch, head, q, kv):
+    """Conditions, and what has no derivative."""
+    far = jnp.abs(q - kv).astype(jnp.float32)
     x = jnp.where((q % 7 < kv // 3) ^ (head == 1) | ~(x > 1), x, jnp.maximum(jnp.exp(-x), far))
     return x + jax.lax.stop_gradient(jnp.log(1 + x * x)) / (1 + far)
 
@@ -143,11 +156,20 @@ CASES = (
     Case("gathered queries, tiles of 4 x 128", 128, 128, 4, 128, kv_heads=16, width=8),
     Case("gathered columns, tiles of 64 x 8", 128, 128, 64, 8, width=64),
     Case(
-        "every operation",
+        "operations: waves",
         *(16, 16, 16, 16),  # sines alone fill hundreds of lines
-        options=lambda table: {"score_mod": functools.partial(every_operation, table)},
+        options=lambda table: {"score_mod": functools.partial(waves, table)},
         arrays=(((T,), "float32"),),
         q_len=T,
+    ),
+    *(
+        Case(
+            f"operations: {rule.__name__}",
+            *(16, 16, 32, 32),
+            options=lambda rule=rule: {"score_mod": rule},
+            q_len=T,
+        )
+        for rule in (powers, choices)
     ),
     Case(
         "dense mask",

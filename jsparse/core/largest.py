@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jsparse import _compat
+from jsparse.types.counts import counted
 from pallas_kernels.sortable import NOTHING
 
 _LAST = 2**31 - 1  # no key is larger
@@ -26,10 +27,14 @@ def largest(
         return (keys >= least).sum(-1, keepdims=True) >= count
 
     least = _greatest(enough, keys)
-    equal = keys == least
-    room = count - (keys > least).sum(-1, keepdims=True)
-    best = (keys > least) | (equal & (jnp.cumsum(equal, axis=-1) <= room))
-    return best & (keys > NOTHING)
+    above, equal = keys > least, (keys == least) & (keys > NOTHING)
+    room = count - above.sum(-1, keepdims=True)
+
+    def first_ones():
+        return equal & (counted(equal) <= room)
+
+    too_many = (equal.sum(-1, keepdims=True) > room).any()
+    return above | _compat.cond(too_many, first_ones, lambda: equal)
 
 
 def largest_with_mass(

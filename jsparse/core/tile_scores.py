@@ -1,5 +1,7 @@
 """Scores of single queries for keys or blocks of keys, a tile at a time, for `running_top_k`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,7 +42,8 @@ def block_importance(
     strides = importance.shape[1] - overlap + 1
     # every stride of tokens has the windows that begin in it or up to `overlap - 1` before
     of_stride = sum(importance[:, n : n + strides] for n in range(overlap))
-    return of_stride.reshape(len(importance), -1, per_block).sum(-1)  # pyright: ignore
+    # one by one: see `window_scores`
+    return sum(of_stride[:, n::per_block] for n in range(per_block))  # pyright: ignore
 
 
 def mean_key_scores(
@@ -171,7 +174,9 @@ def window_scores(
             logits = softcap * jnp.tanh(logits / softcap)
         # a query that sees no window has no log-sum-exp to subtract, and nothing to weigh
         probs = jnp.exp(jnp.where(seen, logits - row_lse[..., None], -jnp.inf))
-        importance = block_importance(probs.sum(0), windows, block)
+        # one by one: many sums of a few numbers each take XLA for CPUs half of the time otherwise
+        of_group = functools.reduce(jnp.add, probs)
+        importance = block_importance(of_group, windows, block)
         index, own = kv_tile * blocks + jnp.arange(blocks), position // block
         visible = index <= own
         if tokens is not None:

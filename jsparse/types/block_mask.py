@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsparse import _compat, checks
+from jsparse.types.counts import counted
 from jsparse.types.integers import as_int32
 from jsparse.types.inverse_list import InverseList, invert
 from jsparse.types.mask import TileGrid
@@ -309,7 +310,7 @@ def parts_of(plan: BlockMask | Sequence[BlockMask]) -> tuple[BlockMask, ...]:
 def dense_to_lists(tiles: Array, width: int) -> Int[Array, "... width"]:
     """Positions of the first `width` True entries of each row, ascending, zero-padded."""
     size = tiles.shape[-1]
-    position = jnp.cumsum(tiles, axis=-1, dtype=jnp.int32) - 1
+    position = counted(tiles) - 1
     # entries past the width and False ones go to a slot of their own, which is cut off
     slot = jnp.where(tiles & (position < width), position, width)
     flat = slot.reshape(-1, size)
