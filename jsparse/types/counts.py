@@ -15,11 +15,12 @@ def counted(holds: Bool[Array, "*rows columns"]) -> Int[Array, "*rows columns"]:
     times as long for a `jnp.cumsum` over all.
     """
     columns = holds.shape[-1]
-    runs = -(-columns // _RUN)
-    missing = [(0, 0)] * (holds.ndim - 1) + [(0, runs * _RUN - columns)]
-    of_run = jnp.pad(holds, missing).reshape(*holds.shape[:-1], runs, _RUN)
-    inside = of_run.astype(jnp.float32) @ np.triu(np.ones((_RUN, _RUN), np.float32))
+    run = max(min(_RUN, columns), 1)
+    runs = -(-columns // run)
+    missing = [(0, 0)] * (holds.ndim - 1) + [(0, runs * run - columns)]
+    of_run = jnp.pad(holds, missing).reshape(*holds.shape[:-1], runs, run)
+    inside = of_run.astype(jnp.float32) @ np.triu(np.ones((run, run), np.float32))
     inside = inside.astype(jnp.int32)
     up_to = jnp.cumsum(inside[..., -1:], axis=-2, dtype=jnp.int32)
     found = inside + (up_to - inside[..., -1:])
-    return found.reshape(*holds.shape[:-1], runs * _RUN)[..., :columns]
+    return found.reshape(*holds.shape[:-1], runs * run)[..., :columns]

@@ -232,7 +232,7 @@ def largest(jaxpr):
     """The size of the largest array of a program, its loops included."""
     sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
     inner = [sub for e in jaxpr.eqns for sub in _compat.inner_jaxprs(e.params)]
-    return max([*sizes, *map(largest, inner)])
+    return max([*sizes, *map(largest, inner)], default=0)
 
 
 def test_ratio_scales_both_sizes_down_to_the_least():
