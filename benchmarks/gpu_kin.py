@@ -29,6 +29,7 @@ import numpy as np
 import jsparse as js
 from benchmarks import gpu_peers, roofline
 from benchmarks.random_plans import random_groups, random_lists, skip, skipped
+from jsparse.attention.pyramid import level_tiles
 from jsparse.attention.tuning import milliseconds
 from jsparse.core.pooling import mean_blocks
 
@@ -262,6 +263,23 @@ def pooled(run: Run, length: int) -> Kernel:
     return Kernel(arrays, compute, work, flops, of_tiles(heads, kv_heads, length, flops))
 
 
+def levels(run: Run, length: int) -> Kernel:
+    """Tiles at random, as many exact as of means of two, of four and of eight keys."""
+    heads, kv_heads, top_level = 16, 4, 3
+    lists = gpu.random_plan(length, heads, DENSITY)
+    drawn = np.random.default_rng(1).integers(0, top_level + 1, lists.kv_indices.shape)
+    plan = js.BlockPyramid.from_levels(lists, jnp.asarray(drawn), top_level=top_level)
+    own = problem(run, level_tiles(plan), heads, kv_heads)._replace(masked=True)
+    flops = roofline.forward(own).flops
+    return Kernel(
+        (*operands(length, heads, kv_heads, run.dim), plan),
+        lambda name, q, k, v, plan: js.attend(q, k, v, plan, implementation=name),
+        roofline.kernels(own),
+        flops,
+        of_tiles(heads, kv_heads, length, flops),
+    )
+
+
 def skipping(run: Run, length: int) -> Kernel:
     """Tiles of which three of four are skipped on the way, against all of them."""
     heads = 16
@@ -372,6 +390,7 @@ CASES = (
     Case("latents of listed tokens", latents),
     Case("routed queries", routed, lambda run: run.routed_length),
     Case("pooled columns", pooled),
+    Case("levels", levels),
     Case("three of four tiles skipped", skipping),
     Case("decoding over pages", decoding),
     groups(512),

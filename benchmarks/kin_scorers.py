@@ -3,11 +3,11 @@
     python -m benchmarks.kin_scorers           # some minutes on two cores
     python -m benchmarks.kin_scorers --quick   # short sequences, writes nothing
 
-Time over what is selected: of the map, tiles under windows of several widths and at several
-lengths; of the antidiagonals, pairs of cells under a causal mask; of the running top-k, tiles of
-scores. Where each costs the same at all settings, time is proportional to the selected work; these
-figures are of processor time, which other work on the machine does not enter. The map is compared
-with attention to the same tiles in the same run. Temporary memory stands beside.
+Time over what is selected, under windows of several widths and at several lengths: of the map its
+tiles, of the antidiagonals pairs of cells, of the running top-k tiles of scores. Where each costs
+the same at all settings, time is proportional to the selected work; these figures are of processor
+time, which other work on the machine does not enter. The map is compared with attention to the same
+tiles in the same run. Temporary memory stands beside.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from jsparse.core.running_top_k import TileScores, running_top_k
 from jsparse.core.tile_scores import relu_weighted, window_scores
 from jsparse.core.windows import Windows
 from jsparse.estimators.xattention import antidiagonal_scores
-from jsparse.types import TileGrid
+from jsparse.types import Frame, Mask, TileGrid
 
 RESULTS = Path(__file__).parent / "results" / "kin_scorers_cpu.json"
 HEADS, DIM, BLOCK = 2, 64, 128
@@ -78,10 +78,20 @@ def timed(
     return found
 
 
+def seen_keys(window: int | None) -> Mask:
+    """Those before a query, or the nearest of them."""
+    mask = js.masks.causal()
+    return mask if window is None else mask & js.masks.sliding_window(left=window)
+
+
+def windows(length: int) -> list[int | None]:
+    """From a fiftieth of the keys to all."""
+    return [*(round(length * share) for share in (0.02, 0.1, 0.25, 0.5)), None]
+
+
 def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     """Sums and maxima per tile, against attention to the tiles under the same mask."""
-    mask = js.masks.causal()
-    mask = mask if window is None else mask & js.masks.sliding_window(left=window)
+    mask = seen_keys(window)
     q, k, v = (x.astype(map_dtype()) for x in arrays(*[(length, HEADS, DIM)] * 3))
     plan = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
     runs: dict[str, Any] = {
@@ -103,29 +113,36 @@ def of_map(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     }
 
 
-def of_antidiagonals(length: int, repeats: int) -> dict[str, Any]:
-    """Block scores of XAttention at its defaults, causal."""
+def of_antidiagonals(length: int, window: int | None, repeats: int) -> dict[str, Any]:
+    """Block scores of XAttention at its defaults."""
+    mask = seen_keys(window)
     q, k = arrays(*[(length, HEADS, DIM)] * 2)
+    plan = js.block_mask(mask, length, length, block_q=BLOCK, block_kv=BLOCK)
 
     def scores(q, k):
-        return antidiagonal_scores(q, k, stride=16, block_size=BLOCK, mask=js.masks.causal())
+        return antidiagonal_scores(q, k, stride=16, block_size=BLOCK, mask=mask)
 
     found = timed({"scores": (scores, [q, k])}, repeats)["scores"]
-    cells = HEADS * (length // 16) ** 2 / 2
-    per_pair = {"cpu_ns_per_pair_of_cells": 1e6 * found.cpu_ms / cells}
-    return {"tokens": length, **found._asdict(), **per_pair}
+    cells = HEADS * int(plan.kv_num_blocks.sum()) * (BLOCK // 16) ** 2
+    return {
+        "tokens": length,
+        "window": window,
+        "density": float(plan.density().mean()),
+        **found._asdict(),
+        "cpu_ns_per_pair_of_cells": 1e6 * found.cpu_ms / cells,
+    }
 
 
-def of_blocks(length: int, repeats: int) -> dict[str, Any]:
+def of_blocks(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     """Blocks per query, chosen by the probabilities of compressed keys, one kv head."""
     count = (length - WINDOWS.size) // WINDOWS.stride + 1
     q, k_windows, lse = arrays((1, length, HEADS, DIM), (1, count, 1, DIM), (1, HEADS, length))
-    grid = TileGrid(length, length // SELECTED, 256, 32)
-    rows = js.block_mask(js.masks.causal(), length, length, block_q=256, block_kv=32 * 64)
+    grid, mask = TileGrid(length, length // SELECTED, 128, 32), seen_keys(window)
+    rows = js.block_mask(mask, length, length, block_q=128, block_kv=32 * SELECTED)
     tiles = js.BlockMask(rows.kv_indices, rows.kv_num_blocks, rows.overflowed, *grid)
 
     sizes = {"size": WINDOWS.size, "stride": WINDOWS.stride}
-    seen = js.masks.whole_windows(js.masks.causal(), kv_len=length, **sizes)
+    seen = js.masks.whole_windows(mask, kv_len=length, **sizes)
 
     def chosen(q, k_windows, lse):
         options: dict[str, Any] = {"num_init": 1, "num_local": 2, "scale": DIM**-0.5}
@@ -135,14 +152,15 @@ def of_blocks(length: int, repeats: int) -> dict[str, Any]:
         return running_top_k(score, BLOCKS_TOP_K, grid, tiles=tiles).indices
 
     inputs = [q, k_windows, lse + np.log(count)]
-    return _of_top_k("blocks of windows", length, tiles, chosen, inputs, BLOCKS_TOP_K, repeats)
+    case = {"chosen": "blocks of windows", "tokens": length, "window": window}
+    return _of_top_k(case, tiles, chosen, inputs, BLOCKS_TOP_K, repeats)
 
 
-def of_tokens(length: int, repeats: int) -> dict[str, Any]:
+def of_tokens(length: int, window: int | None, repeats: int) -> dict[str, Any]:
     """Tokens per query, chosen by a small indexer."""
     shapes = (length, INDEXER_HEADS, INDEXER_DIM), (length, INDEXER_HEADS), (length, INDEXER_DIM)
-    grid = TileGrid(length, length, 128, 1024)
-    tiles = js.block_mask(js.masks.causal(), **grid._asdict())
+    grid, mask = TileGrid(length, length, 128, 1024), seen_keys(window)
+    tiles = js.block_mask(mask, **grid._asdict())
 
     def chosen(q, weights, k):
         def score(batch, head, q_tile, kv_tile):
@@ -150,31 +168,32 @@ def of_tokens(length: int, repeats: int) -> dict[str, Any]:
             queries, of_heads = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (q, weights))
             first = kv_tile * grid.block_kv
             keys = jax.lax.dynamic_slice_in_dim(k, first, grid.block_kv)
-            visible = first + jnp.arange(grid.block_kv) <= start + jnp.arange(size)[:, None]
+            rows, columns = start + jnp.arange(size)[:, None], first + jnp.arange(grid.block_kv)
+            visible = mask.visible(rows, columns, Frame(length, length, batch, head))
             return TileScores(relu_weighted(queries, of_heads, keys), visible)
 
         return running_top_k(score, INDEXER_TOP_K, grid, tiles=tiles).indices
 
-    return _of_top_k("tokens", length, tiles, chosen, arrays(*shapes), INDEXER_TOP_K, repeats)
+    case = {"chosen": "tokens", "tokens": length, "window": window}
+    return _of_top_k(case, tiles, chosen, arrays(*shapes), INDEXER_TOP_K, repeats)
 
 
 def _of_top_k(
-    name: str,
-    length: int,
+    case: dict[str, Any],
     tiles: js.BlockMask,
     chosen: Callable[..., Any],
     inputs: list[jax.Array],
     k: int,
     repeats: int,
 ) -> dict[str, Any]:
-    found = timed({name: (chosen, inputs)}, repeats)[name]
+    found = timed({"chosen": (chosen, inputs)}, repeats)["chosen"]
     return {
-        "chosen": name,
-        "tokens": length,
+        **case,
+        "density": float(tiles.density().mean()),
         "top_k": k,
         **found._asdict(),
         "cpu_ms_per_tile": found.cpu_ms / int(tiles.kv_num_blocks.sum()),
-        "scores_mib": 4 * length * tiles.kv_len / 2**20,
+        "scores_mib": 4 * tiles.q_len * tiles.kv_len / 2**20,
     }
 
 
@@ -193,8 +212,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start, repeats = time.perf_counter(), arguments.repeats
     lengths = (1024, 2048) if arguments.quick else (2048, 8192, 32768, 65536)
-    some = lengths[1]
-    windows = [round(some * share) for share in (0.02, 0.1, 0.25, 0.5)]
+    # of cells and of wide tiles only long rows have many
+    some, longer, longest = lengths[1], lengths[-2], lengths[-1]
     result = {
         "machine": machine(),
         "case": {
@@ -203,13 +222,20 @@ def main() -> None:
             "block": BLOCK,
             "dtype": jnp.dtype(map_dtype()).name,
         },
-        "map_over_density": [of_map(some, window, repeats) for window in [*windows, None]],
+        "map_over_density": [of_map(some, width, repeats) for width in windows(some)],
         "map_over_length": [of_map(length, 1024, repeats) for length in lengths],
-        "antidiagonals": [of_antidiagonals(length, repeats) for length in lengths],
-        "running_top_k": [
-            *(of_blocks(length, fewer(repeats, length)) for length in lengths),
+        "antidiagonals_over_density": [
+            of_antidiagonals(longest, width, repeats) for width in windows(longest)
+        ],
+        "antidiagonals_over_length": [of_antidiagonals(n, None, repeats) for n in lengths],
+        "running_top_k_over_density": [
+            *(of_blocks(longest, width, fewer(repeats, longest)) for width in windows(longest)),
+            *(of_tokens(longer, width, fewer(repeats, longer)) for width in windows(longer)),
+        ],
+        "running_top_k_over_length": [
+            *(of_blocks(length, None, fewer(repeats, length)) for length in lengths),
             # of 65536 tokens a run takes a minute
-            *(of_tokens(length, fewer(repeats, length)) for length in lengths),
+            *(of_tokens(length, None, fewer(repeats, length)) for length in lengths),
         ],
     }
     console = Console(width=max(Console().width, 130))

@@ -474,10 +474,14 @@ def kept_figures():
         tiles = 1e3 * row["sums_cpu_ms"] / row["sums_cpu_us_per_tile"]
         for name in ("sums", "maxima"):
             found[part, "map", name].append((tiles, row[f"{name}_cpu_ms"]))
-    for part, row in figures(kin_scorers.RESULTS, "running_top_k"):
+    for part, row in figures(
+        kin_scorers.RESULTS, "running_top_k_over_density", "running_top_k_over_length"
+    ):
         tiles = row["cpu_ms"] / row["cpu_ms_per_tile"]
         found[part, "best", row["chosen"]].append((tiles, row["cpu_ms"]))
-    for part, row in figures(kin_scorers.RESULTS, "antidiagonals"):
+    for part, row in figures(
+        kin_scorers.RESULTS, "antidiagonals_over_density", "antidiagonals_over_length"
+    ):
         cells = 1e6 * row["cpu_ms"] / row["cpu_ns_per_pair_of_cells"]
         found[part, "cells", "sums"].append((cells, row["cpu_ms"]))
     return {name: sorted(rows) for name, rows in found.items()}

@@ -20,7 +20,7 @@ from pallas_kernels.top_k import mosaic
 
 IMPLEMENTATIONS = ("xla", "mosaic")
 # queries, and blocks of keys, that XLA scores at once
-_SCORED_ROWS, _SCORED_BLOCKS = 128, 64
+_SCORED_ROWS, _SCORED_BLOCKS = 256, 64
 
 
 def best_blocks(

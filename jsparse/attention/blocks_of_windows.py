@@ -26,7 +26,7 @@ from pallas_kernels.top_k import mosaic_sums
 
 IMPLEMENTATIONS = ("xla", "mosaic")
 # queries, and blocks of keys, that XLA scores at once
-_SCORED_ROWS, _SCORED_BLOCKS = 128, 32
+_SCORED_ROWS, _SCORED_BLOCKS = 256, 64
 _LOG2_E = math.log2(math.e)
 
 

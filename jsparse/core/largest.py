@@ -5,6 +5,7 @@ On a CPU, to add up a row 32 times over takes a twentieth of the time of sorting
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
@@ -13,6 +14,7 @@ from jsparse.types.counts import counted
 from pallas_kernels.sortable import NOTHING
 
 _LAST = 2**31 - 1  # no key is larger
+_FUSED_BYTES = 2**14  # a vector of so many is not put into the loop of its product
 
 
 def largest(
@@ -24,16 +26,16 @@ def largest(
     """
 
     def enough(least):
-        return (keys >= least).sum(-1, keepdims=True) >= count
+        return _sums((keys >= least).astype(jnp.int32)) >= count
 
     least = _greatest(enough, keys)
     above, equal = keys > least, (keys == least) & (keys > NOTHING)
-    room = count - above.sum(-1, keepdims=True)
+    room = count - _sums(above.astype(jnp.int32))
 
     def first_ones():
         return equal & (counted(equal) <= room)
 
-    too_many = (equal.sum(-1, keepdims=True) > room).any()
+    too_many = (_sums(equal.astype(jnp.int32)) > room).any()
     return above | _compat.cond(too_many, first_ones, lambda: equal)
 
 
@@ -49,14 +51,28 @@ def largest_with_mass(
     """
 
     def enough(least):
-        return jnp.where(keys >= least, mass, 0).sum(-1, keepdims=True) >= need
+        return _sums(jnp.where(keys >= least, mass, 0)) >= need
 
     least = _greatest(enough, keys)
     equal = keys == least
     of_equal = jnp.where(equal, mass, 0)
-    before = jnp.where(keys > least, mass, 0).sum(-1, keepdims=True)
+    before = _sums(jnp.where(keys > least, mass, 0))
     before = before + jnp.cumsum(of_equal, axis=-1) - of_equal
     return ((keys > least) | (equal & ~(before >= need))) & (keys > NOTHING)
+
+
+def _sums(x: Shaped[Array, "*rows columns"]) -> Shaped[Array, "*rows 1"]:
+    """The sum of each row, as a product with ones.
+
+    XLA for CPUs computes what is summed on the way, if the ones are few and come first, with as
+    many rows at once as a register holds, in a quarter of the time of `x.sum(-1)`. For GPUs it
+    makes a sum of it.
+    """
+    columns = x.shape[-1]
+    flat, ones = x.reshape(-1, columns), jnp.ones(columns, x.dtype)
+    few = ones.nbytes < _FUSED_BYTES
+    sums = jnp.dot(*((ones, flat.T) if few else (flat, ones)), precision=jax.lax.Precision.HIGHEST)
+    return sums.reshape(*x.shape[:-1], 1)
 
 
 def _greatest(holds: Callable[[Array], Array], keys: Array) -> Int[Array, "*rows 1"]:

@@ -23,8 +23,13 @@ def relu_weighted(
     The indexer of DeepSeek-V3.2; scales of quantised queries and keys belong to the weights and to
     what is made of the result.
     """
-    logits = jnp.einsum("rhd,cd->hrc", q, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("hrc,rh->rc", jax.nn.relu(logits), weights.astype(jnp.float32))
+    rows, heads, dim = q.shape
+    # one product of all heads' rows: a product for each head takes XLA for CPUs longer
+    flat = jnp.swapaxes(q, 0, 1).reshape(-1, dim)
+    logits = jnp.dot(flat, k.T, preferred_element_type=jnp.float32).reshape(heads, rows, -1)
+    of_heads = weights.astype(jnp.float32).T[:, :, None]
+    # one by one: see `window_scores`
+    return functools.reduce(jnp.add, jax.nn.relu(logits) * of_heads)
 
 
 def block_importance(

@@ -9,7 +9,7 @@ from pallas_kernels.sortable import NOTHING
 from tests.inputs import on_device
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 70])
+@pytest.mark.parametrize("columns", [0, 1, 31, 32, 33, 70, 1100])
 def test_entries_are_counted(columns):
     holds = np.random.default_rng(columns).random((3, 5, columns)) < 0.6
     got = counted(on_device(holds))
