@@ -342,7 +342,7 @@ def backward(
         carry = loop(chunks.steps, step, carry)
         return carry, sum_of_lists(carry[0], chunks, None)
 
-    d_k, d_v = (ColumnSums.zeros(x, s.block_kv, 1) for x in (k, v))
+    d_k, d_v = (ColumnSums.zeros(x, s.block_kv) for x in (k, v))
     kept = _kept((s.block_q, q.shape[-1]), cut)
     carry: Any = kept, d_k, d_v, differentiated.zeros(bias)
     (_, d_k, d_v, sums), d_q = by_chunks(span, carry, lists, s, cut)

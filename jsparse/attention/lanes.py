@@ -92,6 +92,11 @@ def _halved(size: int, most: int, unit: int) -> int:
     return size
 
 
+def are_few(rows: int) -> bool:
+    """Whether tiles have so few queries that a step's work is in reading the keys."""
+    return rows < _LEAST_ROWS
+
+
 def tiles_together(lists: Lists, sizes: Sizes) -> int:
     """How many tiles of its list a row takes per step."""
     return max(1, min(lists.kv_indices.shape[-1], _COLUMNS // sizes.block_kv))
@@ -102,7 +107,7 @@ def lane_count(lists: Lists, sizes: Sizes) -> int:
     columns = sizes.block_kv * tiles_together(lists, sizes)
     rows = sizes.batches * sizes.heads * sizes.q_blocks
     most = _tuning().logits // (max(sizes.block_q, _LEAST_ROWS) * columns)
-    if sizes.block_q < _LEAST_ROWS:
+    if are_few(sizes.block_q):
         most = min(most, max(_LEAST_LANES, rows // _tuning().groups))
     return max(1, min(rows, most))
 
@@ -276,32 +281,40 @@ class Blocks(NamedTuple):
 class ColumnSums(NamedTuple):
     """Sums over lanes and steps for an array of keys, from `weighted_rows`.
 
-    Where tiles come one at a time they are kept as they come, the tokens last and in parts.
+    Where tiles come one at a time, and of many rows, they are kept as they come, the tokens last
+    and in parts.
     """
 
     sums: Float[Array, "batch blocks heads *tile"]
 
     @property
-    def _one_at_a_time(self) -> bool:
+    def _in_parts(self) -> bool:
         return self.sums.ndim == 6
 
     @classmethod
-    def zeros(cls, x: Array, size: int, together: int) -> "ColumnSums":
-        """For an array [batch, length, heads, dim], in tiles of `size`, so many per step."""
+    def zeros(cls, x: Array, size: int, together: int = 1, *, few: bool = False) -> "ColumnSums":
+        """For an array [batch, length, heads, dim], in tiles of `size`, so many per step.
+
+        `few` says whether these are of few rows.
+        """
         batch, length, heads, dim = x.shape
         parts = parts_of(size)
-        tile = (parts, dim, size // parts) if together == 1 else (size, dim)
+        in_parts = together == 1 and not few
+        tile = (parts, dim, size // parts) if in_parts else (size, dim)
         return cls(jnp.zeros((batch, length // size, heads, *tile), jnp.float32))
 
     def add(
-        self, there: Blocks, tiles: Float[Array, "lanes parts dim column_part"]
+        self,
+        there: Blocks,
+        tiles: Float[Array, "lanes parts dim column_part"] | Float[Array, "lanes columns dim"],
     ) -> "ColumnSums":
         """Adds a step's tiles; lanes may meet."""
-        if self._one_at_a_time:
+        if self._in_parts:
             # an axis more for the one tile would cost a copy
             index = there.batch, there.blocks[:, 0], there.head
         else:
-            tiles = jnp.moveaxis(tiles, 2, 3)
+            if tiles.ndim == 4:
+                tiles = jnp.moveaxis(tiles, 2, 3)
             tiles = tiles.reshape(*there.blocks.shape, *self.sums.shape[-2:])
             index = there.batch[:, None], there.blocks, there.head[:, None]
         return ColumnSums(
@@ -310,7 +323,7 @@ class ColumnSums(NamedTuple):
 
     def like(self, x: Array) -> Array:
         """The sums in the order and dtype of the array `x`."""
-        order = (0, 1, 3, 5, 2, 4) if self._one_at_a_time else (0, 1, 3, 2, 4)
+        order = (0, 1, 3, 5, 2, 4) if self._in_parts else (0, 1, 3, 2, 4)
         return jnp.transpose(self.sums, order).reshape(x.shape).astype(x.dtype)
 
 
@@ -387,10 +400,18 @@ def across(
 
 
 def weighted_rows(
-    rows: Float[Array, "lanes row_parts dim row_part"],
+    rows: Float[Array, "lanes row_parts dim row_part"] | Float[Array, "lanes rows dim"],
     weights: Float[Array, "lanes parts rows column_part"],
-) -> Float[Array, "lanes parts dim column_part"]:
-    """Sums of rows, one sum per column of the weights; `across` says how rows come."""
+) -> Float[Array, "lanes parts dim column_part"] | Float[Array, "lanes columns dim"]:
+    """Sums of rows, one sum per column of the weights.
+
+    Many rows come as `across` gives them. Few come whole, and so do their sums: these are small
+    beside what it costs to turn them round.
+    """
+    if rows.ndim == 3:
+        weights = jnp.moveaxis(weights, 1, 2).reshape(*rows.shape[:2], -1)
+        dims = (((1,), (1,)), ((0,), (0,)))
+        return jax.lax.dot_general(weights, rows, dims, preferred_element_type=jnp.float32)
     rows = rows[:, None]
     rows = jnp.broadcast_to(rows, (rows.shape[0], weights.shape[1], *rows.shape[2:]))
     shape = *weights.shape[:2], rows.shape[2], -1, weights.shape[3]

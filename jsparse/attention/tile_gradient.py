@@ -13,6 +13,7 @@ from jsparse.attention.lanes import (
     Blocks,
     ColumnSums,
     across,
+    from_rows,
     on_rows,
     scores,
     weighted_columns,
@@ -64,23 +65,26 @@ class OwnRows(NamedTuple):
 
     queries: Float[Array, "lanes dim_parts rows dim_part"]
     d_outs: Float[Array, "lanes dim_parts rows dim_part"]
-    queries_across: Float[Array, "lanes row_parts dim row_part"]
-    d_outs_across: Float[Array, "lanes row_parts v_dim row_part"]
+    summed_queries: Float[Array, "lanes ..."]
+    summed_d_outs: Float[Array, "lanes ..."]
     lse: Float[Array, "lanes rows"]
     delta: Float[Array, "lanes rows"]
 
     @classmethod
-    def of(cls, queries: Array, d_outs: Array, lse: Array, delta: Array) -> "OwnRows":
-        """From the rows as `scores` takes them."""
-        return cls(queries, d_outs, across(queries), across(d_outs), lse, delta)
+    def of(
+        cls, queries: Array, d_outs: Array, lse: Array, delta: Array, *, few: bool = False
+    ) -> "OwnRows":
+        """From the rows as `scores` takes them, and whether they are few for `weighted_rows`."""
+        turned = from_rows if few else across
+        return cls(queries, d_outs, turned(queries), turned(d_outs), lse, delta)
 
 
 class StepGradient(NamedTuple):
     """What a step gives its rows, its columns, and what changes logits."""
 
     queries: Float[Array, "lanes dim_parts rows dim_part"]
-    keys: Float[Array, "lanes parts dim column_part"]
-    values: Float[Array, "lanes parts v_dim column_part"]
+    keys: Float[Array, "lanes ..."]
+    values: Float[Array, "lanes ..."]
     modifiers: Modifiers
 
 
@@ -132,8 +136,8 @@ class Differentiated:
         d_raw = d_raw.astype(own.queries.dtype)
         return StepGradient(
             weighted_columns(d_raw, keys),
-            weighted_rows(own.queries_across, d_raw),
-            weighted_rows(own.d_outs_across, probs.astype(values.dtype)),
+            weighted_rows(own.summed_queries, d_raw),
+            weighted_rows(own.summed_d_outs, probs.astype(values.dtype)),
             Modifiers(*d_modifiers),
         )
 

@@ -13,6 +13,7 @@ from jsparse.attention.lanes import (
     ColumnSums,
     Lanes,
     Rows,
+    are_few,
     at,
     bits,
     by_count,
@@ -44,7 +45,7 @@ def backward(
     differentiated = Differentiated(operands, rule, lists.mask, s.ragged)
 
     groups = by_count(row_counts(lists, s), lane_count(lists, s))
-    together = tiles_together(lists, s)
+    together, few = tiles_together(lists, s), are_few(s.block_q)
 
     def group(number, carry):
         lanes = Lanes(groups.index[number], groups.counts[number])
@@ -55,6 +56,7 @@ def backward(
             here.rows(d_out, s.block_q),
             at(terms.lse, *here),
             at(terms.delta, *here),
+            few=few,
         )
         q_index = on_rows(here.tokens(s.block_q))
         owner = here.batch[:, None, None, None], here.head[:, None, None, None]
@@ -93,7 +95,7 @@ def backward(
         return d_q.at[target].set(rows, mode="drop", wrap_negative_indices=False), *rest
 
     d_q = in_blocks(bits(jnp.zeros_like(q)), s.block_q)
-    d_k, d_v = (ColumnSums.zeros(x, s.block_kv, together) for x in (k, v))
+    d_k, d_v = (ColumnSums.zeros(x, s.block_kv, together, few=few) for x in (k, v))
     sums = differentiated.zeros(bias)
     carry = loop((groups.longest > 0).sum(), group, (d_q, d_k, d_v, sums))
     d_q, d_k, d_v, sums = carry
