@@ -34,7 +34,7 @@ def charts(record: dict[str, Any]) -> list[Chart]:
     """The charts that a record of either benchmark has figures for, none for other files."""
     if "timings" in record:
         return _gpu_charts([row for row in record["timings"] if "times" in row])
-    if "scaling_in_density" in record:
+    if "against_torch" in record:
         return _cpu_charts(record)
     return []
 

@@ -287,6 +287,16 @@ def test_the_kept_picture_is_of_the_kept_figures(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{}", "no json"])
+def test_of_all_results_that_are_kept_those_with_charts_are_drawn(monkeypatch, tmp_path, capsys):
+    for path in plots.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plots"])
+    assert plots.main() == 0
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["attention_cpu.svg"]
+    assert "attention_cpu.svg" in capsys.readouterr().out
+
+
 def test_a_file_without_figures_is_named(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "x.json"
     path.write_text(text)
