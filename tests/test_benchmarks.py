@@ -286,7 +286,6 @@ def test_the_kept_picture_is_of_the_kept_figures(tmp_path):
     assert words(kept) == words(path.read_text()), "run python -m benchmarks.plots"
 
 
-@pytest.mark.parametrize("text", ["{}", "no json"])
 def test_of_all_results_that_are_kept_those_with_charts_are_drawn(monkeypatch, tmp_path, capsys):
     for path in plots.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
@@ -297,6 +296,7 @@ def test_of_all_results_that_are_kept_those_with_charts_are_drawn(monkeypatch, t
     assert "attention_cpu.svg" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["{}", "no json"])
 def test_a_file_without_figures_is_named(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "x.json"
     path.write_text(text)
