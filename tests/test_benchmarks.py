@@ -286,14 +286,13 @@ def test_the_kept_picture_is_of_the_kept_figures(tmp_path):
     assert words(kept) == words(path.read_text()), "run python -m benchmarks.plots"
 
 
-def test_of_all_results_that_are_kept_those_with_charts_are_drawn(monkeypatch, tmp_path, capsys):
+def test_of_all_results_that_are_kept_those_with_charts_are_drawn(monkeypatch, tmp_path):
     for path in plots.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["plots"])
     assert plots.main() == 0
     assert [path.name for path in tmp_path.glob("*.svg")] == ["attention_cpu.svg"]
-    assert "attention_cpu.svg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{}", "no json"])
