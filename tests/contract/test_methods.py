@@ -126,7 +126,7 @@ def gradients(row, implementation, further=()):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
 
 
-@pytest.mark.numbers
+@pytest.mark.newest
 @by_kind
 def test_jit_equals_eager(row):
     method = sparsest(row)
@@ -157,6 +157,7 @@ def test_other_data_is_no_other_program(row):
     assert len(traces) == 1
 
 
+@pytest.mark.newest
 @by_kind
 def test_batch_axes_and_vmap_agree(row):
     q, k, v = inputs_of(row, LENGTH, batch=(2, 1))
