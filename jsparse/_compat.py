@@ -15,6 +15,8 @@ _CALLS = frozenset(
 _BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # XLA of jax 0.10 takes five times as long for sums of products of more numbers each
 LARGEST_SUM = {"cpu": 2**15 - 1} if jax.__version_info__ < (0, 11) else {}
+# and it computes a batch of products on one core of a CPU, while a sum of products it spreads
+SPREADS_BATCHES = jax.__version_info__ >= (0, 11)
 
 
 def closed_jaxpr_call(closed, consts, *args):

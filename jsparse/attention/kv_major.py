@@ -265,8 +265,9 @@ def forward(
             here, there, _ = chunks.step(number, start, s)
             owner = here.batch[:, None, None, None], here.head[:, None, None, None]
             where = on_rows(here.tokens(s.block_q)), on_columns(there.tokens(s.block_kv)), *owner
-            logits = rule.modify(
-                scores(here.rows(q, s.block_q), there.columns(k, s.block_kv)),
+            queries, unscaled = rule.scale_in(here.rows(q, s.block_q))
+            logits = unscaled.modify(
+                scores(queries, there.columns(k, s.block_kv)),
                 bias.on_rows(bias.load(here, there), cut.chunk * s.block_q),
                 operands.scale,
                 operands.captured,
@@ -317,7 +318,7 @@ def backward(
             index = here.batch[:, None], here.head[:, None], here.blocks
             lse = jnp.where(listed[..., None], at(terms.lse, *index), jnp.inf)
             own = OwnRows.of(
-                here.rows(q, s.block_q),
+                differentiated.queries(here.rows(q, s.block_q)),
                 here.rows(d_out, s.block_q),
                 lse.reshape(len(lse), -1),
                 at(terms.delta, *index).reshape(len(lse), -1),

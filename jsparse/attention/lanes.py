@@ -24,9 +24,8 @@ class _Tuning(NamedTuple):
 
     `logits` are at work in one step. Rows that are few go in so many `groups`: a list that is
     longer than others holds up those of its own group alone. `parts` is how often an axis is cut
-    that products sum over, or that their columns lie on: in jax 0.10, XLA spreads a sum of products
-    over the cores of a CPU, while a single product of a tile's size, or a batch of them, it
-    computes on one. Later versions spread both; what the parts cost or save there is about a tenth.
+    that products sum over, or that their columns lie on: where XLA spreads sums of products over
+    the cores of a CPU, and not their batches, two parts are worth the tenth that they cost.
     """
 
     logits: int
@@ -34,7 +33,7 @@ class _Tuning(NamedTuple):
     parts: int
 
 
-_TUNING = {"cpu": _Tuning(logits=2**19, groups=8, parts=2)}
+_TUNING = {"cpu": _Tuning(logits=2**19, groups=8, parts=1 if _compat.SPREADS_BATCHES else 2)}
 _TUNING_OF_ACCELERATORS = _Tuning(logits=2**23, groups=1, parts=1)
 
 
@@ -187,11 +186,20 @@ class Lanes(NamedTuple):
         """Indices to write to: `nowhere`, past an array's end, for lanes without tiles."""
         return jnp.where(self.counts > 0, x, nowhere)
 
-    def over(self, first: Array, together: int, block_kv: int) -> Float[Array, "lanes parts 1 _"]:
-        """What to add to logits: -inf where a list is over."""
-        over = jnp.where(self.listed(first, together), 0.0, -jnp.inf)
+    def over(self, first: Array) -> Bool[Array, " lanes"]:
+        """Which lists have no entry from `first` on."""
+        return first >= self.counts
+
+    def ends(
+        self, first: Array, together: int, block_kv: int
+    ) -> Float[Array, "lanes parts 1 _"] | float:
+        """What to add to logits: -inf where a list ends among the entries from `first` on.
+
+        One that is over by then need not be hidden here, which takes a pass over all logits.
+        """
         if together == 1:
-            return over[:, :, None, None]
+            return 0.0
+        over = jnp.where(self.listed(first, together), 0.0, -jnp.inf)
         return on_columns(jnp.repeat(over, block_kv, axis=1))
 
 

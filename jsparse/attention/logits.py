@@ -3,6 +3,7 @@
 Order: scale, softcap, score_mod, bias, mask.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +67,26 @@ class LogitRule(NamedTuple):
         """Applies the scale, static or traced."""
         factor = self.scale if scale is None else scale
         return logits if factor is None else logits * factor
+
+    def scale_fits(self, dtype: Any) -> bool:
+        """Whether queries of a dtype can have a constant scale in them, and nothing is lost.
+
+        Those of 16 bits would be rounded once more: in bfloat16 they take powers of two alone, in
+        float16, whose small numbers have fewer bits, none.
+        """
+        if self.scale is None or dtype == jnp.float16:
+            return False
+        return dtype == jnp.float32 or abs(math.frexp(self.scale)[0]) == 0.5
+
+    def scale_in(self, queries: Float[Array, "..."]) -> tuple[Float[Array, "..."], "LogitRule"]:
+        """The queries with the scale in them if it fits, and what is left of the rule.
+
+        To scale the products instead takes a pass over all logits.
+        """
+        if not self.scale_fits(queries.dtype):
+            return queries, self
+        scale = jnp.asarray(self.scale, queries.dtype)
+        return queries * scale, self._replace(scale=None)
 
     def capped(self, logits: Array) -> Array:
         """Applies the softcap."""

@@ -93,9 +93,11 @@ class Differentiated:
 
     def __init__(self, operands: Operands, rule: LogitRule, mask: Mask | None, ragged: bool):
         self.operands, self.mask, self.ragged = operands, mask, ragged
-        # the derivative would keep a constant as an array: d_q and d_k take it at the end
+        # the derivative would keep a constant as an array: d_q takes it at the end, and so does d_k
+        # unless queries have it already
         self.factor = 1.0 if rule.scale is None else rule.scale
-        self.rule = rule._replace(scale=None)
+        self.of_products = 1.0 if rule.scale_fits(operands.q.dtype) else self.factor
+        self.rule, self._with_scale = rule._replace(scale=None), rule
         self.inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in operands.captured]
         self.floats = tuple(
             x for x, is_float in zip(operands.captured, self.inexact, strict=True) if is_float
@@ -108,13 +110,17 @@ class Differentiated:
             Modifiers(bias.tiles, self.operands.scale, self.floats),
         )
 
+    def queries(self, rows: Array) -> Array:
+        """Rows of queries as products take them."""
+        return self._with_scale.scale_in(rows)[0]
+
     def step(
         self, own: OwnRows, keys: Array, values: Array, bias: Bias, tiles: Any, over: Any, where
     ) -> StepGradient:
         """The gradient through a step's logits.
 
         Args:
-          own: The rows.
+          own: The rows, their queries from `queries`; an lse of +inf hides a row's logits.
           keys: The columns, as `scores` takes them.
           values: Theirs.
           bias: Whose `tiles` these are.
@@ -127,7 +133,7 @@ class Differentiated:
             rows = bias.on_rows(bias_tiles, own.lse.shape[1])
             return self.rule.modify(products, rows, scale, self._captured(floats), *where)
 
-        products = scores(own.queries, keys) * self.factor
+        products = scores(own.queries, keys) * self.of_products
         logits, pullback = jax.vjp(modify, products, tiles, self.operands.scale, self.floats)
         logits = self.rule.hide(logits, self.mask, *where, ragged=self.ragged)
         probs = jnp.exp(logits + over - on_rows(own.lse))
@@ -149,7 +155,7 @@ class Differentiated:
         self, d_q: Array, d_k: ColumnSums, d_v: ColumnSums, sums: Modifiers, bias: Bias
     ) -> Operands:
         """The gradient by the operands, from that by queries and sums over all steps."""
-        d_k = ColumnSums(d_k.sums * self.factor)
+        d_k = ColumnSums(d_k.sums * self.of_products)
         of, floats = self.operands, iter(sums.captured)
         captured: Any = tuple(
             next(floats).astype(x.dtype) if is_float else np.zeros(x.shape, jax.dtypes.float0)

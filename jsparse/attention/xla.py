@@ -58,10 +58,14 @@ class _Softmax(NamedTuple):
         logits: Float[Array, "lanes parts rows column_part"],
         largest: Float[Array, "lanes rows"],
         values: Float[Array, "lanes columns v_dim"],
+        over: Bool[Array, " lanes"] | bool = False,
     ) -> "_Softmax":
-        """What is known after these tiles too, of whose logits `largest` are the largest."""
+        """What is known after these tiles too, of whose logits `largest` are the largest.
+
+        Of a list that is `over` they are the last ones again, and count nothing.
+        """
         peak = jax.lax.stop_gradient(jnp.maximum(self.peak, largest))
-        probs = jnp.exp(logits - on_rows(peak))
+        probs = jnp.exp(logits - on_rows(jnp.where(jnp.reshape(over, (-1, 1)), jnp.inf, peak)))
         decay = jnp.exp(self.peak - peak)
         new = weighted(probs.astype(values.dtype), values)
         total = self.total * decay + probs.sum((1, 3))
@@ -77,7 +81,8 @@ class _Softmax(NamedTuple):
 class _Group(NamedTuple):
     """Rows of tiles that are computed together, and how their tiles are read.
 
-    `look(first)` gives the logits of their entries from `first` on, and which tiles these are.
+    `look(first)` gives the logits of their entries from `first` on, and which tiles these are; of
+    lists that are over by then these are the last ones again.
     """
 
     lanes: Lanes
@@ -116,6 +121,7 @@ def _walk_rows(
         lanes, here = rows
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
         queries = here.rows(q, s.block_q)
+        queries, unscaled = rule.scale_in(queries)
         q_index = on_rows(here.tokens(s.block_q))
         owner = here.batch[:, None, None, None], here.head[:, None, None, None]
 
@@ -124,7 +130,7 @@ def _walk_rows(
             kv_blocks = at(lists.kv_indices, *index).T
             there = Blocks(here.batch, here.head // s.group, kv_blocks)
             where = q_index, on_columns(there.tokens(s.block_kv)), *owner
-            logits = rule.modify(
+            logits = unscaled.modify(
                 scores(queries, there.columns(k, s.block_kv)),
                 bias.on_rows(bias.load(here.alone, there), s.block_q),
                 operands.scale,
@@ -132,7 +138,7 @@ def _walk_rows(
                 *where,
             )
             logits = rule.hide(logits, lists.mask, *where, ragged=s.ragged)
-            return logits + lanes.over(first, together, s.block_kv), there
+            return logits + lanes.ends(first, together, s.block_kv), there
 
         softmax, kept_here = walk(_Group(lanes, here, together, look))
         row_out, row_lse = softmax.end()
@@ -160,8 +166,10 @@ def _adding_all(
 
     def walk(group: _Group):
         def step(number, softmax: _Softmax):
-            logits, there = group.look(number * group.together)
-            return softmax.add(logits, logits.max((1, 3)), there.tiles(v, sizes.block_kv))
+            first = number * group.together
+            logits, there = group.look(first)
+            largest, tiles = logits.max((1, 3)), there.tiles(v, sizes.block_kv)
+            return softmax.add(logits, largest, tiles, group.lanes.over(first))
 
         start = _Softmax.of_nothing(len(group.here.block), sizes.block_q, v.shape[-1])
         return repeat(group.steps, step, start), None

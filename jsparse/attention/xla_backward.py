@@ -52,7 +52,7 @@ def backward(
         here = Rows.of(lanes.index, s)
         list_batch, list_head = here.list_of(lists.kv_indices.shape, s)
         own = OwnRows.of(
-            here.rows(q, s.block_q),
+            differentiated.queries(here.rows(q, s.block_q)),
             here.rows(d_out, s.block_q),
             at(terms.lse, *here),
             at(terms.delta, *here),
@@ -66,13 +66,14 @@ def backward(
             first = number * together
             index = list_batch, list_head, here.block, lanes.entries(first, together).T
             there = Blocks(here.batch, here.head // s.group, at(lists.kv_indices, *index).T)
+            lse = jnp.where(lanes.over(first)[:, None], jnp.inf, own.lse)
             found = differentiated.step(
-                own,
+                own._replace(lse=lse),
                 there.columns(k, s.block_kv),
                 there.columns(v, s.block_kv),
                 bias,
                 bias.load(here.alone, there),
-                lanes.over(first, together, s.block_kv),
+                lanes.ends(first, together, s.block_kv),
                 (q_index, on_columns(there.tokens(s.block_kv)), *owner),
             )
             return (
