@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_COMPILE := 0
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo notebook test test-all test-newest check format bench gpu gpu-compile clean
+.PHONY: help demo notebook test test-all test-newest check format bench bench-newest gpu gpu-compile clean
 # the parts of gpu-compile
 .PHONY: gpu-compile-mosaic gpu-compile-triton gpu-compile-ampere
 
@@ -36,7 +36,7 @@ help:
 	@echo "make check        lint, types, import contracts"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make bench        time attention on this CPU against torch, and what choosing costs; draw"
-	@echo "                  the figures"
+	@echo "                  the figures; make bench-newest: attention, on the newest JAX"
 	@echo "make gpu-compile  compile every GPU kernel for its chips, without a GPU, and compare"
 	@echo "                  with benchmarks/results/gpu_compile*.json; UPDATE=1 writes those instead"
 	@echo "                  (also needs Python 3.12 or newer, for the chips before Hopper)"
@@ -60,6 +60,10 @@ $(VENV)/.test: $(BIN)/python pyproject.toml $(PIN)
 # where pip knows a CPU build of torch it takes that; any torch from 2.8 on will do
 $(VENV)/.bench: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0' || $(BIN)/python -m pip install --quiet 'torch>=2.8'
+	@touch $@
+
+$(NEWEST_VENV)/.bench: $(NEWEST_VENV)/.test
+	$(NEWEST_VENV)/bin/python -m pip install --quiet 'torch==2.13.0' || $(NEWEST_VENV)/bin/python -m pip install --quiet 'torch>=2.8'
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -94,6 +98,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.kin_rows
 	$(BIN)/python -m benchmarks.kin_paged
 	$(BIN)/python -m benchmarks.trainable
+	$(BIN)/python -m benchmarks.plots
+
+bench-newest: $(NEWEST_VENV)/.bench $(VENV)/.demo
+	$(NEWEST_VENV)/bin/python -m benchmarks.attention --output benchmarks/results/attention_cpu_newest.json
 	$(BIN)/python -m benchmarks.plots
 
 $(NEWEST_VENV)/.test: pyproject.toml requirements/newest.txt
