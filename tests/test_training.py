@@ -260,10 +260,10 @@ def test_questions_have_their_answers_out_of_reach():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nsa", "flashmoba"])
 def test_what_is_far_back_is_found(name, tmp_path):
-    phases = (Phase(32, 64, 0.7), Phase(128, 16, 0.3))
+    phases = (Phase(32, 64, 0.5), Phase(128, 16, 0.5))
     record = recall.train(
         name,
-        course=recall.COURSE._replace(phases=phases, steps=600, save_every=100),
+        course=recall.COURSE._replace(phases=phases, steps=1400, save_every=100),
         folder=tmp_path,
         states=tmp_path / "states",
         fresh=True,

@@ -105,8 +105,17 @@ def test_everything_at_once_against_float64_and_the_reference(list_heads):
 
 @pytest.mark.numbers
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("shared", ["queries", "keys", "sequences"])
-@pytest.mark.parametrize("list_heads", [KV_HEADS, HEADS])
+@pytest.mark.parametrize(
+    ("shared", "list_heads"),
+    [
+        ("queries", KV_HEADS),
+        ("keys", HEADS),
+        ("sequences", KV_HEADS),
+        pytest.param("queries", HEADS, marks=pytest.mark.slow),
+        pytest.param("keys", KV_HEADS, marks=pytest.mark.slow),
+        pytest.param("sequences", HEADS, marks=pytest.mark.slow),
+    ],
+)
 def test_one_side_may_be_grouped_for_all_heads_or_sequences(list_heads, shared, implementation):
     q, k, v = qkv(Q_LEN, KV_LEN, heads=HEADS, kv_heads=KV_HEADS, batch=(2,))
     q_ids, kv_ids = random_ids(list_heads)

@@ -170,7 +170,7 @@ def test_batch_axes_and_vmap_agree(row):
     np.testing.assert_allclose(mapped, together, atol=2e-6)
 
 
-@pytest.mark.numbers
+@pytest.mark.newest
 @by_kind
 def test_each_sequence_gets_its_own_tiles(row):
     q, k, _ = inputs_of(row, 1200, batch=(2,))
@@ -237,7 +237,7 @@ def test_estimates_never_look_ahead(row):
     np.testing.assert_array_equal(later[..., :6, :], tiles[..., :6, :])
 
 
-@pytest.mark.numbers
+@pytest.mark.newest
 @controlled
 def test_density_grows_with_the_control(row):
     q, k, _ = inputs_of(row, 1200)
@@ -400,7 +400,7 @@ def test_a_nan_stays_in_its_row_of_tiles_and_is_seen(row):
     np.testing.assert_array_equal(out[256:], clean[256:])
 
 
-@pytest.mark.numbers
+@pytest.mark.newest
 @by_kind
 def test_rows_without_keys_give_zeros(row):
     q, k, v = inputs_of(row, LENGTH)

@@ -87,8 +87,11 @@ def closed_forms(offset):
 @pytest.mark.parametrize("name", closed_forms(0))
 @pytest.mark.parametrize(
     "grid",
-    [(64, 400, 8, 8), (61, 397, 4, 4), (70, 601, 16, 3)],
-    ids=["tiles are blocks", "smaller tiles", "tiles across blocks"],
+    [
+        pytest.param((64, 400, 8, 8), id="tiles are blocks"),
+        pytest.param((61, 397, 4, 4), id="smaller tiles", marks=pytest.mark.slow),
+        pytest.param((70, 601, 16, 3), id="tiles across blocks"),
+    ],
 )
 def test_tiles_by_closed_form_are_those_by_classification(name, grid):
     """At any place among the keys, before the first and past the last included."""
