@@ -49,6 +49,31 @@ def assert_equal_to_the_reference(q, k, v, plan=None, **options):
     return got
 
 
+# narrower ones go several at a time, and a list ends among them
+@pytest.mark.parametrize("block", [8, 128])
+def test_lists_end_one_after_the_other(block):
+    """Rows go on side by side: what a list is over for has no say in its row any more."""
+    length = 5 * block
+    counts = jnp.array([[0, 3, 1, 5, 2], [4, 1, 5, 0, 1]])
+    ids = on_device(np.argsort(np.random.default_rng(0).random((2, 5, 5))), jnp.int32)
+    plan = js.BlockMask.from_lists(
+        ids, counts, q_len=length, kv_len=length, block_q=block, block_kv=block
+    )
+    assert_equal_to_the_reference(*qkv(length, heads=2, dim=8), plan)
+    weights = qkv(length, heads=2, dim=8, seed=1)[0]
+
+    def slope(implementation, q, k, v):
+        def loss(q):
+            out = js.attend(q, k, v, plan, implementation=implementation)
+            return (jnp.sin(out) * weights).sum()
+
+        return (jax.grad(loss)(q) * weights).sum()
+
+    q, k, v = qkv(length, heads=2, dim=8)
+    second = [jax.jit(jax.grad(partial(slope, x)))(q, k, v) for x in ("xla", "reference")]
+    np.testing.assert_allclose(*second, rtol=0, atol=3e-5)
+
+
 def test_second_derivatives_in_bfloat16():
     """Floats of 16 bits are read as bits, without a derivative; a second one must not notice."""
     q, k, v = qkv(40, dtype=jnp.bfloat16)
