@@ -59,7 +59,11 @@ def test_lists_end_one_after_the_other(block):
     plan = js.BlockMask.from_lists(
         ids, counts, q_len=length, kv_len=length, block_q=block, block_kv=block
     )
-    assert_equal_to_the_reference(*qkv(length, heads=2, dim=8), plan)
+    q, k, v = qkv(length, heads=2, dim=8)
+    out, *_ = assert_equal_to_the_reference(q, k, v, plan)
+    *skipped, kept = js.attend_skipping(q, k, v, plan, threshold=0.0, implementation="xla")
+    np.testing.assert_allclose(skipped[0], out, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(kept.kv_num_blocks, plan.kv_num_blocks)
     weights = qkv(length, heads=2, dim=8, seed=1)[0]
 
     def slope(implementation, q, k, v):
@@ -69,7 +73,6 @@ def test_lists_end_one_after_the_other(block):
 
         return (jax.grad(loss)(q) * weights).sum()
 
-    q, k, v = qkv(length, heads=2, dim=8)
     second = [jax.jit(jax.grad(partial(slope, x)))(q, k, v) for x in ("xla", "reference")]
     np.testing.assert_allclose(*second, rtol=0, atol=3e-5)
 
