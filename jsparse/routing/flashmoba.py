@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.best_blocks import best_blocks
-from jsparse.attention.planned import Queries
+from jsparse.attention.planned import Queries, no_state
 from jsparse.core.pooling import mean_blocks
 from jsparse.types import BlockMask, Method
 
@@ -83,7 +83,8 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
     Differs from the paper:
       Ties go to the lower block; the authors' reference takes the higher. The convolution acts on
       keys as they are given, with their positions applied, and starts as the identity: neither is
-      published. It reaches over the border of documents, as block means do.
+      published. It reaches over the border of documents, as block means do. A step of decoding
+      chooses blocks as a whole sequence does; the authors of MoBA decode with dense attention.
 
     Raises:
       ValueError: if a size is not positive, or `taps` is negative.
@@ -136,5 +137,4 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         tiles, info = route(q, k, positions, mask)
         return attend(q, k, v, tiles, mask=mask, **options), info
 
-    # keys that a convolution has changed are not those of a cache: such a method decodes by itself
-    return Method(init, plan, attend_to_blocks, (lambda k, v: ()) if taps else None)
+    return Method(init, plan, attend_to_blocks, no_state)

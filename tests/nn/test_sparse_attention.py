@@ -171,7 +171,8 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        js.flashmoba(block_kv=4, top_k=12, taps=3),
+        js.flashmoba(block_kv=4, top_k=2),
+        js.flashmoba(block_kv=4, top_k=2, taps=3),
         # nsa by itself is above, and a state handed on from a length below
         pytest.param(
             js.from_length(js.nsa(compression_size=4, stride=2, block_kv=4, top_k=3), min_length=1),
@@ -189,7 +190,7 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
         js.seerattention_r(block_size=4, token_budget=8, gate_dim=4),
     ],
     ids=[
-        *("flashmoba", "nsa from a length", "hisa from a length", "nsa with projections"),
+        *("flashmoba", "flashmoba with taps", "nsa from a length", "hisa from a length", "nsa with projections"),
         "seerattention_r",
     ],
 )
