@@ -116,15 +116,6 @@ def difference(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def method_matters(layer, x, portable, case):
-    """Neither what it leaves out nor its parameters are for nothing."""
-    every = js.nn.with_attention(layer, case.everything)
-    assert difference(outputs(every, x, "xla", case.mask), portable) > 4 * TOLERANCE
-    if jax.tree.leaves(layer.method_params):
-        without = outputs(untrained(layer), x, "xla", case.mask)
-        assert difference(without, portable) > 4 * TOLERANCE
-
-
 def cases(*fast):
     return pytest.mark.parametrize(
         "name",

@@ -1,5 +1,7 @@
 """SeerAttention against its oracle, and the checks of its specification."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,3 +256,12 @@ def test_the_gate_learns_by_its_loss_alone_until_it_is_the_map():
 def test_bad_settings(options, says):
     with pytest.raises(ValueError, match=says):
         js.seerattention(**options)
+
+
+def test_targets_never_hold_the_map():
+    length = 8192
+    q, k = (jax.ShapeDtypeStruct((length, heads, 16), jnp.float32) for heads in (2, 1))
+    targets = jax.jit(functools.partial(gate_targets, block_size=64, mask=js.masks.causal()))
+    memory = targets.lower(q, k).compile().memory_analysis()
+    # of one head the map is 256 arrays of the size of q
+    assert memory.temp_size_in_bytes < 24 * q.size * 4

@@ -352,3 +352,12 @@ def test_a_query_that_is_not_projected_has_the_gate_s_width():
         method = js.seerattention_r(**SMALL, group_query=made())
         with pytest.raises(ValueError, match="gate_dim=6 must be 16, the width of a query"):
             params_of(method)
+
+
+def test_targets_never_hold_the_map():
+    length = 8192
+    q, k = (jax.ShapeDtypeStruct((length, heads, 16), jnp.float32) for heads in (2, 1))
+    targets = jax.jit(functools.partial(gate_targets, block_size=64))
+    memory = targets.lower(q, k).compile().memory_analysis()
+    # of one head the map is 256 arrays of the size of q
+    assert memory.temp_size_in_bytes < 24 * q.size * 4

@@ -190,8 +190,8 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
         js.seerattention_r(block_size=4, token_budget=8, gate_dim=4),
     ],
     ids=[
-        *("flashmoba", "flashmoba with taps", "nsa from a length", "hisa from a length", "nsa with projections"),
-        "seerattention_r",
+        *("flashmoba", "flashmoba with taps", "nsa from a length", "hisa from a length"),
+        *("nsa with projections", "seerattention_r"),
     ],
 )
 def test_decoding_by_methods_that_change_keys_or_carry_a_state(method):
