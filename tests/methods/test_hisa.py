@@ -105,6 +105,22 @@ def test_heads_that_see_different_keys_choose_together_and_attend_by_themselves(
     np.testing.assert_allclose(out, dense, atol=4e-6)
 
 
+@pytest.mark.parametrize("block_top_k", [3, None], ids=["two stages", "one stage"])
+def test_tokens_are_of_a_querys_own_document(block_top_k):
+    """Whose first block is the first that it sees, wherever the document begins."""
+    ids = np.repeat(np.arange(3), [23, 30, 17])
+    rng = np.random.default_rng(2)
+    numbers = rng.normal(size=(70, 3, 8)), rng.normal(size=(70, 3)), rng.normal(size=(70, 8))
+    sizes = {"top_k": 6, "block_top_k": block_top_k}
+    plan = select_tokens(
+        Indexed(*(on_device(x, jnp.float32) for x in numbers)),
+        mask=CAUSAL & js.masks.segments(on_device(ids, jnp.int32)),
+        **{"block_kv": 4, **sizes},
+    )
+    starts = np.searchsorted(ids, ids)
+    assert lists(plan) == oracle.select(*numbers, **sizes, block=4, starts=starts)
+
+
 def test_worked_example():
     rows = WORKED.q[7:], WORKED.weights[7:]
     found = relu_weighted(*rows, WORKED.k)[0]
@@ -353,6 +369,27 @@ def test_eight_bits():
     ]
     overlap = float(list_overlap(*plans).mean())
     assert 0.8 < overlap < 1
+
+
+def test_numbers_of_eight_bits_are_spread_over_all_features_first():
+    """So that one that stands out does not take the bits of the others."""
+    q, k, _ = qkv(9)
+    exact, eight = (
+        js.hisa(top_k=4, block_kv=4, block_top_k=2, index_dtype=dtype, **INDEXER)
+        for dtype in (None, jnp.float8_e4m3fn)
+    )
+    params = params_of(exact)
+    one, other = (
+        jax.jit(method.plan)(params, q, k, x=hidden(9), mask=CAUSAL)[1].indexed
+        for method in (exact, eight)
+    )
+    for whole, found in ((one.q, other.q), (one.k, other.k)):
+        spread = np.float64(hadamard(whole))
+        largest = np.abs(spread).max(-1, keepdims=True)
+        # the numbers differ in their last bits, and may be rounded either way
+        bound = np.maximum(np.abs(spread) / 16, largest * 2.0**-9 / 448) * (1 + 1e-4)
+        assert (np.abs(np.float64(found) - spread) <= bound).all()
+        assert (np.abs(np.float64(found) - np.float64(whole)) > largest / 4).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2])

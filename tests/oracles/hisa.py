@@ -53,8 +53,11 @@ def best(values, candidates, count):
     return sorted(sorted(candidates, key=lambda j: (-values[j], j))[:count])
 
 
-def select(q, weights, k, *, top_k, block, block_top_k):
-    """The tokens of each query, causal; `block_top_k` None looks at all."""
+def select(q, weights, k, *, top_k, block, block_top_k, starts=None):
+    """The tokens of each query, causal; `block_top_k` None looks at all.
+
+    `starts` are the first tokens that queries see, where it is not the first of all.
+    """
     kv_len = len(k)
     blocks = math.ceil(kv_len / block)
     means = np.stack([k[j * block : (j + 1) * block].mean(0) for j in range(blocks)])
@@ -62,14 +65,15 @@ def select(q, weights, k, *, top_k, block, block_top_k):
     chosen = []
     for row in range(len(q)):
         t = row + kv_len - len(q)
-        candidates = range(t + 1)
+        start = 0 if starts is None else starts[row]
+        candidates = range(start, t + 1)
         if block_top_k is not None:
-            own = t // block
-            forced = sorted({0, own})
-            rest = best(coarse[row], [j for j in range(own) if j not in forced], block_top_k)
+            own, first = t // block, start // block
+            forced = sorted({first, own})
+            rest = best(coarse[row], range(first + 1, own), block_top_k)
             kept = [*forced, *rest]
             if len(kept) > block_top_k:
-                free = [j for j in range(own) if j not in forced]
+                free = range(first + 1, own)
                 kept = [*forced, *best(coarse[row], free, block_top_k - len(forced))]
             candidates = [s for s in candidates if s // block in kept]
         chosen.append(best(fine[row], list(candidates), top_k))
