@@ -77,6 +77,7 @@ def test_lists_end_one_after_the_other(block):
     np.testing.assert_allclose(*second, rtol=0, atol=3e-5)
 
 
+@pytest.mark.newest
 def test_second_derivatives_in_bfloat16():
     """Floats of 16 bits are read as bits, without a derivative; a second one must not notice."""
     q, k, v = qkv(40, dtype=jnp.bfloat16)

@@ -303,6 +303,7 @@ def test_no_array_of_all_pairs(groups):
     assert memory.temp_size_in_bytes < 16 * length * heads * dim * 4
 
 
+@pytest.mark.newest
 def test_second_derivatives_and_vmap():
     q, k, v = qkv(40, 40, heads=2, kv_heads=1, dim=8, batch=(2,))
     ids = on_device(np.random.default_rng(3).integers(-1, 3, (2, 1, 40)))

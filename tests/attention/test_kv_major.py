@@ -199,6 +199,7 @@ def test_broken_numbers_reach_only_who_lists_them(small_chunks):
         np.testing.assert_array_equal(np.isfinite(gradient).all((1, 2)), np.arange(128) // 16 != 1)
 
 
+@pytest.mark.newest
 def test_mapped_equals_batch_and_second_derivatives(small_chunks):
     q, k, v = qkv(40, 64, batch=(2,), dim=8)
     tiles = np.random.default_rng(0).random((2, 4, 40, 4)) < 0.6

@@ -244,6 +244,7 @@ class TestColumns(_Pyramid):
     attention = staticmethod(with_columns)
 
 
+@pytest.mark.newest
 def test_second_derivatives():
     """By what stands for the blocks as well."""
     q, k, v = qkv(24, 32, heads=2, kv_heads=1, dim=8)

@@ -92,6 +92,7 @@ def test_a_group_of_too_many_rows_is_packed_in_equal_parts(executed, monkeypatch
     close(got, want, 200 * 2.0**-23)
 
 
+@pytest.mark.newest
 def test_second_derivatives():
     problem = problem_of(q_len=9, kv_len=20, batch=(), bias=(1, 1, 20))
 

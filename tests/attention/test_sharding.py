@@ -56,6 +56,7 @@ def test_each_device_computes_its_sequences(name):
             np.testing.assert_allclose(x, y, atol=2e-6)
 
 
+@pytest.mark.newest
 def test_each_device_computes_its_heads_and_second_derivatives():
     q, k, v = qkv(24, heads=4, kv_heads=2, dim=8)
     attention, spec = attention_by(None), PartitionSpec(None, "parts", None)

@@ -24,16 +24,20 @@ by_name = pytest.mark.parametrize("row", js.registry.METHODS, ids=lambda row: ro
 # executors treat all masks alike: in the fast run one that keeps the order of tokens, and one that
 # changes it, stand for the others
 MASKS_FOR_ALL = "streaming", "gna"
-by_kind = pytest.mark.parametrize(
-    "row",
-    [
+
+
+def one_of_each_kind(rows):
+    """Those rows, with masks that the others stand for as slow cases."""
+    kept = [
         row
         if row.family != "masks" or row.name in MASKS_FOR_ALL
         else pytest.param(row, marks=pytest.mark.slow)
-        for row in js.registry.METHODS
-    ],
-    ids=lambda row: row.name,
-)
+        for row in rows
+    ]
+    return pytest.mark.parametrize("row", kept, ids=lambda row: row.name)
+
+
+by_kind = one_of_each_kind(js.registry.METHODS)
 controlled = pytest.mark.parametrize(
     "row", [row for row in js.registry.METHODS if row.control], ids=lambda row: row.name
 )
@@ -138,23 +142,13 @@ def test_jit_equals_eager(row):
 
 @by_name
 def test_other_data_is_no_other_program(row):
-    """Nothing that depends on data is in a plan's structure or shapes: one trace serves all."""
-    traces = []
-
-    def attend_to(q, k, v, plan):
-        traces.append(plan)
-        return js.attend(q, k, v, plan, mask=CAUSAL)
-
-    traced = jax.jit(attend_to)
+    """Nothing that depends on data is in a plan's structure: programs that take one know others."""
+    q, k, _ = inputs_of(row, LENGTH)
+    structure = jax.tree.structure(jax.eval_shape(plan(row), q, k))
     for seed in (0, 1):
         q, k, _ = inputs_of(row, LENGTH, seed=seed)
-        compiled, eager = plan(row)(q, k), lists_of(sparsest(row), q, k)
-        # a plan may have more places than there are tokens
-        q, k, v = inputs_of(row, parts_of(compiled)[0].q_len, seed=seed)
-        out = traced(q, k, v, compiled)
-        expected = js.attend(q, k, v, eager, mask=CAUSAL)
-        np.testing.assert_allclose(out, expected, atol=2e-6)
-    assert len(traces) == 1
+        # outside of jit lists may be cut to the longest
+        assert jax.tree.structure(lists_of(sparsest(row), q, k)) == structure
 
 
 @pytest.mark.newest
@@ -420,9 +414,7 @@ def test_rows_without_keys_give_zeros(row):
 
 
 @pytest.mark.numbers
-@pytest.mark.parametrize(
-    "row", [r for r in js.registry.METHODS if not r.needs_all_queries], ids=lambda r: r.name
-)
+@one_of_each_kind(r for r in js.registry.METHODS if not r.needs_all_queries)
 def test_fewer_queries_than_keys_are_the_last_ones(row):
     """Whole tiles of queries dropped at the front leave the rest as it was."""
     q, k, v = inputs_of(row, LENGTH)
@@ -431,21 +423,15 @@ def test_fewer_queries_than_keys_are_the_last_ones(row):
 
 
 @pytest.mark.numbers
-@pytest.mark.parametrize(
-    "row", [r for r in js.registry.METHODS if not r.by_kv_head], ids=lambda r: r.name
-)
+@one_of_each_kind(r for r in js.registry.METHODS if not r.by_kv_head)
 def test_grouped_heads_equal_repeated_ones(row):
     q, k, v = inputs_of(row, LENGTH)
     repeated = attend(row)(q, jnp.repeat(k, 2, axis=-2), jnp.repeat(v, 2, axis=-2))
     np.testing.assert_allclose(attend(row)(q, k, v), repeated, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    # branches are rounded one by one, and what they choose by is
-    "row",
-    [r for r in js.registry.METHODS if not r.by_gates],
-    ids=lambda r: r.name,
-)
+# branches are rounded one by one, and what they choose by is
+@one_of_each_kind(r for r in js.registry.METHODS if not r.by_gates)
 def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     q, k, v = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)

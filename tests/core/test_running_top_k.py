@@ -55,7 +55,7 @@ def in_order(scores, visible, forced, k):
     return sorted(np.flatnonzero(visible), key=place)[:k]
 
 
-@pytest.mark.parametrize("k", [1, 6, 100])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 6, 100])
 @pytest.mark.parametrize("forcing", [False, True], ids=["free", "forced"])
 def test_it_chooses_what_dense_scores_and_top_k_choose(k, forcing):
     rng = np.random.default_rng(1)

@@ -20,7 +20,9 @@ def routed(q, k, v, grid, **options):
 
 
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 10), (3, 11)])
+@pytest.mark.parametrize(
+    ("height", "width"), [pytest.param(8, 12, marks=pytest.mark.slow), (7, 10), (3, 11)]
+)
 def test_regions_and_output_equal_the_oracle(height, width, per_head):
     q, k, v = qkv(height * width, v_dim=8)
     settings = {"regions": 4, "top_k": 3, "per_head": per_head}

@@ -58,7 +58,9 @@ def test_short_sequences_are_dense_and_the_seventh_block_drops_one_pair():
     assert missing.tolist() == [[6, 1]]
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(100, 100), (37, 100)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [pytest.param(100, 100, marks=pytest.mark.slow), (37, 100)]
+)
 @pytest.mark.parametrize("given", [None, js.masks.causal(), js.masks.sliding_window(left=40)])
 def test_output_is_attention_to_the_pairs_of_the_oracle(q_len, kv_len, given):
     q, k, v = qkv(q_len, kv_len)

@@ -83,7 +83,9 @@ def test_too_few_shares_leave_holes_and_a_warning_says_so():
         js.s2_attention(local_blocks=1, vert_stride=16, homo_head=True).plan((), q, k)
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(100, 100), (37, 100)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [pytest.param(100, 100, marks=pytest.mark.slow), (37, 100)]
+)
 @pytest.mark.parametrize("given", [None, js.masks.causal(), js.masks.sliding_window(left=40)])
 def test_output_is_attention_to_the_pairs_of_the_oracle(q_len, kv_len, given):
     q, k, v = qkv(q_len, kv_len)
@@ -105,7 +107,7 @@ def test_stride_one_or_a_long_window_is_dense(settings):
 
 
 @pytest.mark.parametrize(("block_q", "block_kv"), [(64, 64), (16, 48), (100, 7)])
-@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("two_sided", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tiles_of_any_size_cover_what_is_visible_and_know_when_all_is(block_q, block_kv, two_sided):
     grid = TileGrid(300, 420, block_q, block_kv)
     if two_sided:
