@@ -13,7 +13,7 @@ from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.blocks_of_windows import Problem, blocks_of_windows
 from jsparse.attention.planned import Queries
-from jsparse.core.appending import written
+from jsparse.core.appending import tokens_from, written
 from jsparse.core.rotary import rotary, unrotated
 from jsparse.core.windows import Compression, Windows, mlp
 from jsparse.masks import causal, sliding_window, whole_windows
@@ -275,20 +275,13 @@ def nsa(
                 return made
             return Pair(*(x.astype(y.dtype) for x, y in zip(made, state, strict=True)))
         done = (start - windows.size) // stride + 1  # complete before the first query
+        first = jnp.broadcast_to(jnp.clip(done, 0, count - new), pair.k.shape[:-3])
+        length = (new - 1) * stride + windows.size
 
-        def add(of, known, x, first):
-            first = jnp.clip(first, 0, count - new)
-            length = (new - 1) * stride + windows.size
-            tokens = jax.lax.dynamic_slice_in_dim(x, first * stride, length)
-            made = of(tokens, first).astype(known.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(known, made, first, axis=0)
+        def add(of, known, x):
+            return written(known, of(tokens_from(x, first * stride, length), first), first)
 
-        def one(known, pair, first):
-            return Pair(*(add(*each, first) for each in zip(make, known, pair, strict=True)))
-
-        for _ in pair.k.shape[:-3]:
-            one = jax.vmap(one)
-        return one(state, pair, jnp.broadcast_to(done, pair.k.shape[:-3]))
+        return Pair(*(add(*each) for each in zip(make, state, pair, strict=True)))
 
     def scored(params, q, k, v, x, positions, mask, state, compressed, local, **options):
         """The compressed branch, the two others with what they attend to, and what is to tell."""

@@ -12,6 +12,7 @@ from jsparse import checks
 from jsparse.attention.map_scores import map_maxima
 from jsparse.attention.planned import Queries, planned
 from jsparse.core import blocks, selection
+from jsparse.core.appending import tokens_from
 from jsparse.core.distillation import gate_loss as gate_loss
 from jsparse.core.distillation import shares_of_rows
 from jsparse.core.group_queries import GroupQuery, projected
@@ -131,8 +132,7 @@ class _Gate(NamedTuple):
         # tokens of as many blocks as those are, wherever the first query stands in its own
         count = -(-(q_len - 1) // block_size) + 1
         near = first + jnp.arange(count * block_size)
-        tokens = jnp.take_along_axis(k, near[..., None, None], axis=-3, mode="clip")
-        tokens = self.plain(tokens, near)
+        tokens = self.plain(tokens_from(k, first[..., 0], count * block_size), near)
         tokens = tokens.reshape(*k.shape[:-3], count, block_size, *k.shape[-2:])
 
         def one(number):

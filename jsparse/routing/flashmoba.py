@@ -10,19 +10,23 @@ from jaxtyping import Array, Float
 from jsparse import checks
 from jsparse.attention.attend import attend
 from jsparse.attention.best_blocks import best_blocks
-from jsparse.attention.planned import Queries, no_state
+from jsparse.attention.planned import Queries
+from jsparse.core.appending import tokens_from, written
 from jsparse.core.pooling import mean_blocks
 from jsparse.types import BlockMask, Method
 
 
 class FlashMobaInfo(NamedTuple):
-    """Products of queries with the means of the chosen blocks, in list order; then -inf.
+    """What queries and the means of the chosen blocks gave, and what the next step starts from.
 
-    A query's own block has its score like any other. There is nothing to carry to the next step.
+    Attributes:
+      block_scores: Their products, in the order of the lists; -inf past them. A query's own block
+        has its score like any other.
+      state: The mean key of each block so far, of convolved keys, for `state` of the next step.
     """
 
     block_scores: Float[Array, "*batch heads q_len top_k"]
-    state: tuple[()] = ()
+    state: Float[Array, "*batch kv_blocks kv_heads dim"]
 
 
 def convolve_keys(
@@ -72,7 +76,9 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
 
     Routing has no parameters and no gradient: queries and keys learn through the output. Under a
     mask a query's own block is always among the `top_k`; under a causal one all others lie wholly
-    in its past.
+    in its past. Mean keys are in `info.state`: given to the next step, only those of the blocks
+    that its tokens are in are made anew, of the keys of these blocks alone. What a step attends to
+    is convolved over the whole cache.
 
     Args:
       block_kv: Keys per block; 128 in the paper's fastest models, 512 to 4096 in MoBA.
@@ -81,10 +87,13 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         paper, 0 for none.
 
     Differs from the paper:
-      Ties go to the lower block; the authors' reference takes the higher. The convolution acts on
-      keys as they are given, with their positions applied, and starts as the identity: neither is
-      published. It reaches over the border of documents, as block means do. A step of decoding
-      chooses blocks as a whole sequence does; the authors of MoBA decode with dense attention.
+      Of blocks with equal scores the lower ones are taken; the authors' reference and kernel take
+      the higher. Queries and keys are routed as they come: with their rotary positions, where they
+      are those of `js.nn`, and of MoBA's and fla-org's layers. The convolution acts on keys as they
+      come too, after their positions, and starts as the identity: neither is published, and the
+      authors' code has no convolution. It reaches over the border of documents, as block means do;
+      before positions it is `convolve_keys`, with `taps=0` here. A step of decoding chooses blocks
+      as a whole sequence does; the authors of MoBA decode with dense attention.
 
     Raises:
       ValueError: if a size is not positive, or `taps` is negative.
@@ -98,12 +107,32 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
     def convolved(params, k):
         return convolve_keys(k, params["convolution"]) if taps else k
 
-    def route(q, k, positions, mask):
+    def init_state(k, v):
+        """That of a step before the first, for keys of this shape."""
+        kv_blocks = -(-k.shape[-3] // block_kv)
+        return jnp.zeros((*k.shape[:-3], kv_blocks, *k.shape[-2:]), jnp.float32)
+
+    def mean_keys(params, k, keys, q_len, start, state):
+        """Of each block; with a state those alone that the newest tokens are in are made."""
+        if state is None:
+            return mean_blocks(keys, block_kv)
+        # of so many tokens, wherever the first stands in its own block
+        new, kv_blocks = -(-(q_len - 1) // block_kv) + 1, state.shape[-3]
+        if new >= kv_blocks:
+            return mean_blocks(keys, block_kv, start + q_len)
+        first = jnp.clip(start // block_kv, 0, kv_blocks - new)
+        before = max(0, taps - 1)
+        near = tokens_from(k, first * block_kv - before, before + new * block_kv)
+        near = convolved(params, near)[..., before:, :, :]
+        made = mean_blocks(near, block_kv, start + q_len - first * block_kv)
+        return written(state, made, first)
+
+    def route(params, q, k, keys, positions, mask, state):
         batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
         kv_len, batches = k.shape[-3], math.prod(q.shape[:-3])
-        means = mean_blocks(k, block_kv)
         offset = Queries.of(q, k, positions).offset
         start = jnp.broadcast_to(kv_len - q_len if offset is None else offset, batch_shape)
+        means = mean_keys(params, k, keys, q_len, start, state)
         best = best_blocks(
             q.reshape(batches, q_len, heads, dim),
             means.reshape(batches, -1, *means.shape[-2:]),
@@ -115,10 +144,12 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         )
         indices, counts, scores = (x.reshape(*batch_shape, *x.shape[1:]) for x in best)
         none = jnp.zeros(indices.shape[:-2], bool)
-        return BlockMask(indices, counts, none, q_len, kv_len, 1, block_kv), FlashMobaInfo(scores)
+        tiles = BlockMask(indices, counts, none, q_len, kv_len, 1, block_kv)
+        return tiles, FlashMobaInfo(scores, means)
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
-        return route(q, convolved(params, k), positions, mask)
+        # with a state, only a step that attends needs all keys; a program leaves out what is not
+        return route(params, q, k, convolved(params, k), positions, mask, state)
 
     def attend_to_blocks(
         params: Any,
@@ -133,8 +164,8 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
         key: Any = None,
         **options: Any,
     ) -> tuple[Any, Any]:
-        k = convolved(params, k)
-        tiles, info = route(q, k, positions, mask)
-        return attend(q, k, v, tiles, mask=mask, **options), info
+        keys = convolved(params, k)
+        tiles, info = route(params, q, k, keys, positions, mask, state)
+        return attend(q, keys, v, tiles, mask=mask, **options), info
 
-    return Method(init, plan, attend_to_blocks, no_state)
+    return Method(init, plan, attend_to_blocks, init_state)

@@ -63,6 +63,12 @@ def test_worked_example():
     assert dense[7, 0, 0] == pytest.approx(2.842285, abs=1e-6)
 
 
+def test_of_equal_scores_the_lower_block_is_taken():
+    q, k, _ = qkv(40)
+    plan, _ = js.flashmoba(block_kv=8, top_k=3).plan((), jnp.zeros_like(q), k, mask=CAUSAL)
+    np.testing.assert_array_equal(plan.kv_indices[:, 39], [[0, 1, 4]] * 4)
+
+
 def test_one_block_is_block_diagonal_and_all_are_dense():
     q, k, v = qkv(70)
     dense = js.attend(q, k, v, mask=CAUSAL, implementation="reference")
@@ -168,6 +174,94 @@ def test_blocks_merge_in_any_order_with_gradients_of_the_whole():
     for order in ((0, 1, 2), (2, 0, 1)):
         got = with_gradients(functools.partial(one_by_one, order))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+def means_of(keys, block):
+    return np.stack([keys[n : n + block].mean(0) for n in range(0, len(keys), block)])
+
+
+@pytest.mark.parametrize(("dtype", "taps"), [(jnp.float32, 3), (jnp.bfloat16, 0)])
+def test_steps_choose_as_the_whole_and_average_the_newest_blocks_alone(dtype, taps):
+    """Of two sequences at places of their own, in a cache that has room for more."""
+    block, top_k, length, room, first = 8, 3, 45, 53, [0, 22]
+    method = js.flashmoba(block_kv=block, top_k=top_k, taps=taps)
+    q, k, v = qkv(length, batch=(2,), dtype=dtype)
+    weights = np.random.default_rng(2).normal(size=(taps, 2, 16)) * 0.5
+    params = {"convolution": on_device(weights, jnp.float32)} if taps else ()
+    whole, _ = jax.jit(lambda q, k: method.plan(params, q, k, mask=CAUSAL))(q, k)
+    chosen = np.asarray(whole.kv_indices)
+    k, v = (np.pad(np.asarray(x), [(0, 0), (0, room - length), (0, 0), (0, 0)]) for x in (k, v))
+    state = np.array(method.init_state(k, v))
+    assert (state.shape, state.dtype) == ((2, 7, 2, 16), jnp.float32)
+    seen = [np.float64(x[:length]) for x in k]
+    if taps:
+        seen = [oracle.convolve(x, weights) for x in seen]
+    scores = [oracle.gates(*each, block) for each in zip(q, seen, strict=True)]
+    for n in range(2):
+        for (head, row), blocks in oracle.select(scores[n], length, block, top_k).items():
+            assert chosen[n, head, row, : len(blocks)].tolist() == blocks
+        done = first[n] // block
+        state[n, :done] = means_of(seen[n], block)[:done]
+
+    @jax.jit
+    def step(q, k, positions, state):
+        mask = js.masks.causal(offset=positions[:, 0])
+        return method.plan(params, q, k, positions=positions, mask=mask, state=state)
+
+    at, rows, state = np.array(first), np.arange(2)[:, None], on_device(state)
+    # those of the second sequence are in three blocks
+    for count in (11, *[1] * 12):
+        new = at[:, None] + np.arange(count)
+        # keys of older blocks are gone but for those that the convolution reaches; and what comes
+        # later is not there yet
+        older = np.arange(room) < new[:, :1] // block * block - max(0, taps - 1)
+        gone = older | (np.arange(room) > new[:, -1:])
+        keys = on_device(np.where(gone[..., None, None], np.nan, k), dtype)
+        tiles, info = step(q[rows, new], keys, on_device(new, jnp.int32), state)
+        state, at = info.state, at + count
+        for n in range(2):
+            listed = chosen[n][:, new[n]]
+            np.testing.assert_array_equal(tiles.kv_indices[n], listed)
+            expected = np.take_along_axis(scores[n][:, new[n]], listed, axis=-1)
+            # a query's own block is averaged as far as it is there
+            others = (listed >= 0) & (listed < new[n][:, None] // block)
+            found = np.asarray(info.block_scores[n])
+            np.testing.assert_allclose(found[others], expected[others], atol=1e-5)
+            means = means_of(seen[n][: at[n]], block)
+            np.testing.assert_allclose(state[n, : len(means)], means, atol=1e-6)
+    assert at.tolist() == [23, 45]
+
+
+def test_where_the_room_ends_means_are_of_the_tokens_that_are_there():
+    method = js.flashmoba(block_kv=8, top_k=2)
+    q, k, v = qkv(45)
+
+    @jax.jit
+    def step(q, k, positions, state):
+        mask = js.masks.causal(offset=positions[0])
+        given = {"positions": positions, "mask": mask, "state": state}
+        return method.plan((), q, k, **given)[1].state
+
+    state = method.init_state(k, v)
+    # as many tokens as have all blocks; then the last ones, which might be in one more
+    for first, end in ((0, 42), (42, 45)):
+        keys = np.where(np.arange(45)[:, None, None] < end, k, np.nan)
+        places = on_device(np.arange(first, end), jnp.int32)
+        state = step(q[first:end], on_device(keys), places, state)
+        np.testing.assert_allclose(state, means_of(np.float64(k[:end]), 8), atol=1e-6)
+
+
+def test_the_choice_never_holds_a_score_for_each_pair():
+    """Neither of queries and keys, nor of queries, heads and blocks."""
+    length, heads, dim, top_k = 2**13, 4, 16, 4
+    method = js.flashmoba(block_kv=16, top_k=top_k)
+    q, k = (jax.ShapeDtypeStruct((length, n, dim), jnp.float32) for n in (heads, 2))
+    call = jax.jit(lambda q, k: method.plan((), q, k, mask=CAUSAL))
+    memory = call.lower(q, k).compile().memory_analysis()
+    # the chosen blocks with their scores, and of a tile of 256 queries and 64 blocks some arrays; a
+    # number per query and block would be 256 such arrays for each head, a bool 64
+    chosen, tile = length * heads * top_k * 4, 256 * 64 * 4
+    assert memory.temp_size_in_bytes < 2 * chosen + 16 * tile
 
 
 def test_signal_to_noise():
