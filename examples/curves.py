@@ -11,10 +11,12 @@ from typing import Any
 from jsparse import checks
 
 FOLDER = Path(__file__).parent / "trained_sparse"
-RUNS, RECALL = "<!-- runs -->", "<!-- recall -->"
+RUNS, AGAIN = "<!-- runs -->", "<!-- seed 1 -->"
+STAGES, RECALL = "<!-- stages -->", "<!-- recall -->"
+_RECALLS = "recall", "recall_without_choice"
 # what a run says of itself once it is over, and what it gathers on the way
 _FOUND = {
-    *("questions", "recall", "recall_without_choice"),
+    *("questions", *_RECALLS),
     *("curve", "curve_dense", "density", "held_out_bits_per_byte"),
     *("held_out_bits_per_byte_dense", "measured", "seconds"),
 }
@@ -99,16 +101,36 @@ def section(found: dict[str, dict[str, Any]]) -> str:
     return table(found) + picture
 
 
-def recall_table(found: dict[str, dict[str, Any]]) -> str:
-    """A line per run of `examples.associative_recall`."""
-    lines = ["| run | tiles | pairs | recall | own blocks alone |", "|---|---|---|---|---|"]
-    for name, record in found.items():
-        shares, blind = record["density"], record.get("recall_without_choice")
-        lines.append(
-            f"| {name} | {shares['tiles']:.1%} | {shares['pairs']:.1%} | {record['recall']:.1%} | "
-            f"{'' if blind is None else f'{blind:.1%}'} |"
-        )
+def stages_table(record: dict[str, Any]) -> str:
+    """A line for each number of blocks that the first stage of `hisa` may leave."""
+    lines = [
+        "| blocks | tokens in them | chosen by both | attention on two stages' | on one stage's |",
+        "|---|" + "---|" * 4,
+    ]
+    for blocks, shares in record["measured"].items():
+        means = (f"{sum(x) / len(x):.1%}" for x in shares.values())
+        tokens = int(blocks) * record["arguments"]["block_kv"]
+        lines.append(f"| {blocks} | {tokens} | {' | '.join(means)} |")
     return "\n".join(lines)
+
+
+def recall_table(found: dict[str, dict[str, Any]]) -> str:
+    """A line per method of `examples.associative_recall`: least and most of the runs it has."""
+    lines = ["| method | runs | tiles | pairs | recall | own blocks alone |", "|---|" + "---|" * 5]
+    for name in dict.fromkeys(record["method"] for record in found.values()):
+        records = [record for record in found.values() if record["method"] == name]
+        of_runs = [
+            *([record["density"][what] for record in records] for what in ("tiles", "pairs")),
+            *([r[what] for r in records if what in r] for what in _RECALLS),
+        ]
+        shown = [name, str(len(records)), *(_from_to(shares) for shares in of_runs)]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _from_to(shares: list[float]) -> str:
+    ends = dict.fromkeys(f"{end(shares):.1%}" for end in (min, max) if shares)
+    return " to ".join(ends)
 
 
 def between(text: str, marker: str) -> str:
@@ -124,7 +146,12 @@ def draw(folder: Path) -> None:
     page = folder / "README.md"
     if page.exists():
         text = page.read_text()
-        tables = {RUNS: section(found), RECALL: recall_table(runs(folder / "recall"))}
+        tables = {
+            RUNS: section(found),
+            AGAIN: table(runs(folder / "seed-1")),
+            STAGES: stages_table(found["hisa"]),
+            RECALL: recall_table(runs(folder / "recall")),
+        }
         for marker, written in tables.items():
             before, _, after = text.split(marker)
             text = f"{before}{marker}\n{written}\n{marker}{after}"

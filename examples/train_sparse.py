@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ from jsparse.learned.seerattention import gate_loss, gate_targets
 from jsparse.routing.routing_transformer import RoutingTransformerInfo
 
 CONTEXT = 4096
+# how many blocks the first stage of `hisa` is tried with, of 64
+BLOCKS = 4, 8, 12, 16, 24, 32
 # held-out bytes that are read for each point of a curve, and for its end
 POINT, END = 16_384, 131_072
 SCRATCH = Course((Phase(256, 16, 0.5), Phase(1024, 4, 0.3), Phase(CONTEXT, 1, 0.2)), steps=400)
@@ -89,7 +91,8 @@ def begin_at_keys(model: LanguageModel, tokens: jax.Array) -> None:
     """Puts each layer's centroids among the keys that it has for a text."""
     layers = js.nn.attention_layers(model)
     for index, (layer, seen) in enumerate(zip(layers, capture(model, tokens), strict=True)):
-        if layer.method is None:
+        # dense, or of a method that has none
+        if not layer.method_params:
             continue
         means = layer.method_params["centroids"].means
         heads, clusters, _ = means.shape
@@ -141,6 +144,37 @@ def compare_selections(
     return {name: [round(float(x), 4) for x in shares] for name, shares in found.items()}
 
 
+def compare_stages(
+    model: LanguageModel, tokens: jax.Array, *, block_top_k: int, **arguments: Any
+) -> dict[str, dict[str, list[float]]]:
+    """The same by how many blocks the first stage leaves to the second."""
+    return {
+        str(blocks): compare_selections(model, tokens, block_top_k=blocks, **arguments)
+        for blocks in sorted({block_top_k, *BLOCKS})
+    }
+
+
+class Below(NamedTuple):
+    """What the first layers attend by where a method is for those above alone.
+
+    Attributes:
+      layers: How many.
+      factory: Makes their method, which has no parameters.
+      arguments: What it is made with.
+    """
+
+    layers: int
+    factory: Callable[..., js.Method]
+    arguments: dict[str, Any]
+
+    def said(self) -> dict[str, Any]:
+        """What the record of a run says of it."""
+        return {
+            **{"layers": self.layers, "method": self.factory.__name__},
+            "arguments": self.arguments,
+        }
+
+
 class Setting(NamedTuple):
     """How a method is trained.
 
@@ -152,6 +186,7 @@ class Setting(NamedTuple):
       begin: What is done to a model, of a text of 4096 bytes, before the method's first step.
       measure: What is looked at in the end, `measure(model, tokens, **arguments)`, of 4096 bytes.
       sparse_from: The shortest input that the method is for; attention to others is dense.
+      below: What the first layers have in place of the method; None where all layers have it.
       distilled: Whether a trained model stays as it is and only the method's parameters learn.
       course: What it is trained on.
     """
@@ -161,10 +196,20 @@ class Setting(NamedTuple):
     learn: Learn | None = None
     beside: Callable[[Any], jax.Array | float] | None = None
     begin: Callable[[LanguageModel, jax.Array], None] | None = None
-    measure: Callable[..., dict[str, list[float]]] | None = None
+    measure: Callable[..., dict[str, Any]] | None = None
     sparse_from: int = 512
+    below: Below | None = None
     distilled: bool = False
     course: Course = SCRATCH
+
+    def methods(self, dense_layers: Sequence[int] = ()) -> list[js.Method | None]:
+        """What each layer attends by."""
+        own, first = [self.method()] * Config().layers, []
+        if self.below is not None:
+            method = self.below.factory(**self.below.arguments)
+            first = [js.from_length(method, min_length=self.sparse_from)] * self.below.layers
+        methods = first + own[len(first) :]
+        return [None if n in dense_layers else method for n, method in enumerate(methods)]
 
     def method(self) -> js.Method | None:
         """The method as layers have it, dense for short inputs."""
@@ -181,6 +226,10 @@ class Setting(NamedTuple):
         return loss_with(self.factory(**self.arguments), self.learn, self.sparse_from)
 
 
+CLUSTERS = {
+    **{"clusters": 8, "balanced": False, "shared": False, "normalize_logits": False},
+    **{"num_local_heads": 1, "local_block": 256},
+}
 # of 4096 keys each computes a quarter or less, by the report's count of pairs
 SETTINGS = {
     "dense": Setting(),
@@ -196,18 +245,20 @@ SETTINGS = {
             **{"index_heads": 4, "index_dim": 32, "rotary_dim": 16},
         },
         learn=learn_tokens,
-        measure=compare_selections,
+        measure=compare_stages,
         # as it is published: the indexer learns beside dense attention first
         sparse_from=2048,
     ),
     "routing-transformer": Setting(
+        js.routing_transformer, CLUSTERS, beside=commitment, begin=begin_at_keys
+    ),
+    # as the paper's model of PG-19 has it: neighbours in all layers but the last
+    "routing-transformer-last": Setting(
         js.routing_transformer,
-        {
-            **{"clusters": 8, "balanced": False, "shared": False, "normalize_logits": False},
-            **{"num_local_heads": 1, "local_block": 256},
-        },
+        CLUSTERS,
         beside=commitment,
         begin=begin_at_keys,
+        below=Below(5, js.streaming, {"num_sink": 0, "window": 256}),
     ),
     "seerattention": Setting(
         js.seerattention,
@@ -367,8 +418,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.output / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    method, layers = setting.method(), range(Config().layers)
-    methods = [None if layer in arguments.dense_layers else method for layer in layers]
+    methods = setting.methods(arguments.dense_layers)
     if setting.distilled:
         model = load(arguments.checkpoint, method=methods)
     else:
@@ -387,6 +437,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dense_layers": arguments.dense_layers,
         "distilled": setting.distilled,
         "sparse_from": setting.sparse_from,
+        "below": setting.below and setting.below.said(),
         **said_of(course, arguments.seed),
         "curve": [],
     }

@@ -232,6 +232,31 @@ def test_steps_choose_as_the_whole_and_average_the_newest_blocks_alone(dtype, ta
     assert at.tolist() == [23, 45]
 
 
+def test_a_step_that_attends_chooses_by_the_means_it_is_given():
+    """Any means, so that those of the keys would choose otherwise; and it hands them on."""
+    method = js.flashmoba(block_kv=8, top_k=2, taps=3)
+    q, k, v = qkv(45, v_dim=8)
+    rng = np.random.default_rng(3)
+    weights, known = rng.normal(size=(3, 2, 16)), rng.normal(size=(6, 2, 16))
+    params = {"convolution": on_device(weights * 0.5, jnp.float32)}
+    state = on_device(known, jnp.float32)
+    given = {"positions": jnp.array([44]), "mask": js.masks.causal(offset=44)}
+
+    @jax.jit
+    def step(q, k, v):
+        tiles, _ = method.plan(params, q, k, **given, state=state)
+        keys = convolve_keys(k, params["convolution"])
+        expected = js.attend(q, keys, v, tiles, mask=given["mask"])
+        return method.attend(params, q, k, v, **given, state=state), expected
+
+    (out, info), expected = step(q[44:], k, v)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    # the query is in the last block
+    np.testing.assert_array_equal(info.state[:5], state[:5])
+    keys = oracle.convolve(k, params["convolution"])
+    np.testing.assert_allclose(info.state, [*state[:5], keys[40:].mean(0)], atol=1e-6)
+
+
 def test_where_the_room_ends_means_are_of_the_tokens_that_are_there():
     method = js.flashmoba(block_kv=8, top_k=2)
     q, k, v = qkv(45)
