@@ -240,6 +240,15 @@ def ranks_of_clusters(by_rank: bool, balanced: bool, shared: bool) -> None:
         )
 
 
+def scales_of_eight_bits(power_of_two_scales: bool, eight_bits: bool) -> None:
+    """There are scales to round."""
+    if power_of_two_scales and not eight_bits:
+        raise ValueError(
+            "power_of_two_scales=True rounds the scales of eight bits, which other types do not "
+            "have; take index_dtype='float8_e4m3fn', or leave it."
+        )
+
+
 def centroids_fit(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Centroids are for these heads, clusters and features."""
     if shape != expected:

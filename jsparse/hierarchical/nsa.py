@@ -192,7 +192,9 @@ def nsa(
       each has its own, as with `own_projections`. The paper does not say how compressed keys go
       with rotary positions: by default windows are made of keys that have them, as in fla-org's
       code; a `rope_base` is XunhaoLai's way, and without `turn_windows` it is lucidrains'. The
-      perceptron's hidden layer is twice a token wide, a choice of ours.
+      perceptron's hidden layer is twice a token wide, a choice of ours. There are neither
+      lucidrains' learned keys and values before the first window, nor its selected keys multiplied
+      by a one through which their scores get a gradient.
 
     Raises:
       ValueError: if a number is not positive, `stride` does not divide the others, or forced blocks

@@ -291,6 +291,7 @@ def hisa(
     rotary_dim: int = 64,
     rope_base: float = 10_000.0,
     index_dtype: Any = None,
+    power_of_two_scales: bool = False,
 ) -> Method:
     """Attends to the tokens that a small indexer of hidden states picks, the same for all heads.
 
@@ -312,6 +313,8 @@ def hisa(
       rope_base: Base of that rotation.
       index_dtype: What the indexer's queries and keys are rounded to, such as float8_e4m3fn (after
         a Hadamard transform) or bfloat16; default f32.
+      power_of_two_scales: Whether scales of eight bits, one per vector, are rounded up to powers of
+        two, ue8m0 in the authors' code.
 
     Differs from the paper:
       Where there are no low-rank queries, which only latent attention has, the indexer's queries
@@ -333,6 +336,7 @@ def hisa(
     eight_bits = index_dtype is not None and jnp.dtype(index_dtype).itemsize == 1
     if eight_bits:
         checks.power_of_two(index_dim=index_dim)
+    checks.scales_of_eight_bits(power_of_two_scales, eight_bits)
 
     def init(key, *, num_heads, num_kv_heads, dim, features):
         normal = jax.nn.initializers.lecun_normal()
@@ -365,8 +369,10 @@ def hisa(
         if eight_bits:
             q, k = hadamard(q), hadamard(k)
         k = k[..., 0, :]
-        own = Indexed(rounded(q, index_dtype), weights, rounded(k, index_dtype))
-        return own, stored(jax.lax.stop_gradient(k), index_dtype)
+        scales = {"power_of_two": power_of_two_scales}
+        q, whole = rounded(q, index_dtype, **scales), rounded(k, index_dtype, **scales)
+        kept = stored(jax.lax.stop_gradient(k), index_dtype, **scales)
+        return Indexed(q, weights, whole), kept
 
     def indexed_tokens(params, q, k, x, positions, state) -> HisaInfo:
         states = LatentStates.of(x)

@@ -92,7 +92,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_losses_through_bfloat16_are_as_good_as_plain_ones(name):
     method, loss, densely = CASES[name]

@@ -41,8 +41,8 @@ by_kind = one_of_each_kind(js.registry.METHODS)
 controlled = pytest.mark.parametrize(
     "row", [row for row in js.registry.METHODS if row.control], ids=lambda row: row.name
 )
-# one of each kind of plan: tiles, blocks of single queries, tokens in another order
-KINDS = "streaming flashmoba routing_transformer".split()
+# tiles for all heads, and what is trained: each of these computes in a way of its own
+KINDS = "streaming nsa flashmoba seerattention hisa routing_transformer biformer".split()
 # what methods learn besides, if they are told to
 FURTHER = {
     "nsa": (("own_projections", True),),
@@ -342,6 +342,7 @@ def dense_skipping(problem, skipping=executors._SKIPPING_CALLS["reference"]):
     return *dense(problem._replace(plan=kept)), kept
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("row", "further"),
     [

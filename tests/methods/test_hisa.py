@@ -291,19 +291,40 @@ def test_the_loss_over_all_tokens_makes_no_copy_of_the_keys_per_query():
     assert memory.temp_size_in_bytes < 6 * k.nbytes
 
 
+@pytest.mark.parametrize("block_top_k", [4, None], ids=["two stages", "one stage"])
+def test_neither_choice_nor_loss_holds_a_number_for_each_pair(block_top_k):
+    """Nor is anything kept of the chunks, of which the loss computes its gradient once more."""
+    length = 8192
+    q, k, _ = (x.astype(jnp.bfloat16) for x in qkv(length, heads=2, kv_heads=1))
+    indexed = Indexed(jnp.ones((length, 2, 8)), jnp.ones((length, 2)), jnp.ones((length, 8)))
+
+    def choose(indexed):
+        return select_tokens(indexed, top_k=32, block_kv=64, block_top_k=block_top_k, mask=CAUSAL)
+
+    def loss(indexed, q, k):
+        plan = None if block_top_k is None else choose(indexed)
+        return index_loss(indexed, q, k, plan, mask=CAUSAL)
+
+    for call, given in ((choose, (indexed,)), (jax.grad(loss), (indexed, q, k))):
+        memory = jax.jit(call).lower(*given).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < length**2 / 4
+
+
 @pytest.mark.parametrize(
-    "dtype",
+    ("dtype", "power_of_two"),
     [
-        pytest.param(None, marks=pytest.mark.slow),
-        pytest.param(jnp.bfloat16, marks=pytest.mark.slow),
-        jnp.float8_e4m3fn,
+        pytest.param(None, False, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(jnp.float8_e4m3fn, False, marks=pytest.mark.slow),
+        (jnp.float8_e4m3fn, True),
     ],
 )
-def test_steps_of_decoding_equal_the_whole(dtype):
+def test_steps_of_decoding_equal_the_whole(dtype, power_of_two):
     length, max_len = 40, 48
     q, k, v = qkv(length, batch=(2,))
     x = hidden(length, (2,))
-    method = js.hisa(top_k=8, block_kv=8, block_top_k=3, index_dtype=dtype, **INDEXER)
+    types = {"index_dtype": dtype, "power_of_two_scales": power_of_two}
+    method = js.hisa(top_k=8, block_kv=8, block_top_k=3, **types, **INDEXER)
     params = params_of(method)
     whole, known = jax.jit(method.attend)(params, q, k, v, x=x, mask=CAUSAL)
     room = [(0, 0), (0, max_len - length), (0, 0), (0, 0)]
@@ -329,6 +350,10 @@ def test_steps_of_decoding_equal_the_whole(dtype):
         np.testing.assert_array_equal(info.indexed.k[:, :first], state.read()[:, :first])
         np.testing.assert_array_equal(state.read()[:, :first], known.indexed.k[:, :first])
     assert first == length
+    if power_of_two:
+        assert (jnp.frexp(state.scale[:, :length])[0] == 0.5).all()
+        for once in (known.indexed.q, known.indexed.k):
+            np.testing.assert_array_equal(once, rounded(once, dtype, power_of_two=True))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
@@ -436,6 +461,7 @@ def test_gradients_pass_rounding_as_they_come(dtype):
         ({"rotary_dim": 3}, "rotary_dim=3 must be a multiple of 2"),
         ({"rotary_dim": 256}, "rotary_dim=256"),
         ({"rope_base": 0.0}, "rope_base=0.0"),
+        ({"index_dtype": "bfloat16", "power_of_two_scales": True}, "power_of_two_scales=True"),
         ({"index_dim": 96, "index_dtype": "float8_e4m3fn"}, "index_dim=96 must be a power of two"),
     ],
 )
