@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 # for the kernel to start, and for any one cell
-SECONDS = 120
+SECONDS = 300
 COLORS = 256
 
 

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     """A method, the kernels that take all its tiles, and what it would be if it chose nothing."""
 
     method: js.Method
-    kernels: str
+    kernels: tuple[str, ...] = ("triton", "mosaic")
     heads: int = 2
     mask: Any = CAUSAL
     everything: Callable[..., Any] = to_all
@@ -41,24 +41,25 @@ NSA = js.nsa(
     **{"num_init": 0, "num_local": 1, "window": 16},
 )
 METHODS = {
-    "nsa": Case(NSA, "triton"),
-    "flashmoba": Case(js.flashmoba(block_kv=16, top_k=2, taps=3), "triton"),
-    "seerattention": Case(
-        js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0), "mosaic"
-    ),
+    # which chooses by a kernel of Mosaic's as well
+    "nsa": Case(NSA),
+    "flashmoba": Case(js.flashmoba(block_kv=16, top_k=2, taps=3)),
+    "seerattention": Case(js.seerattention(block_size=16, density=0.4, gate_dim=16, dense_rows=0)),
     "seerattention_r": Case(
-        js.seerattention_r(block_size=16, token_budget=32, gate_dim=16), "triton"
+        js.seerattention_r(block_size=16, token_budget=32, gate_dim=16), ("triton",)
     ),
-    # which chooses by a kernel as well
-    "nsa by mosaic": Case(NSA, "mosaic"),
     # single tokens make tiles of 16 rows, where so many heads share them
-    "hisa": Case(js.hisa(top_k=16, block_kv=8, block_top_k=3, **INDEXER), "triton", heads=16),
-    "routing_transformer": Case(js.routing_transformer(clusters=5, window=16), "triton"),
+    "hisa": Case(js.hisa(top_k=16, block_kv=8, block_top_k=3, **INDEXER), ("triton",), heads=16),
+    "routing_transformer": Case(js.routing_transformer(clusters=5, window=16)),
     "biformer": Case(
-        js.biformer(regions=5, top_k=2), "triton", mask=None, everything=to_all_regions
+        js.biformer(regions=5, top_k=2), ("triton",), mask=None, everything=to_all_regions
     ),
 }
-LENGTH = 80
+LENGTH = 40
+# kernels round what a row's gradients leave of each other; over more tokens that evens out
+LENGTH_OF_GRADIENTS = 80
+# whose gradients take few seconds; flashmoba's convolution has some of its own
+QUICK = {("biformer", "triton"), ("flashmoba", "triton"), ("routing_transformer", "mosaic")}
 INTERPRETERS = {"triton": _compat.triton_interpreter, "mosaic": _compat.interpreter}
 # of the norm: half a unit of bf16 for probabilities and outputs of either, and as much again
 TOLERANCE = 2.0**-6
@@ -82,9 +83,14 @@ def moved(layer):
     return layer
 
 
+@nnx.jit
+def run(layer, x, mask):
+    return layer(x, mask=mask)
+
+
 def outputs(layer, x, implementation, mask=CAUSAL):
     layer.implementation = implementation
-    return jax.block_until_ready(nnx.jit(lambda layer, x: layer(x, mask=mask))(layer, x))
+    return jax.block_until_ready(run(layer, x, mask))
 
 
 def gradients(layer, x, implementation, mask):
@@ -116,22 +122,16 @@ def difference(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def cases(*fast):
-    return pytest.mark.parametrize(
-        "name",
-        [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in METHODS],
-    )
-
-
 @pytest.mark.newest
-@cases(*METHODS.keys() - {"nsa by mosaic"})
+@pytest.mark.parametrize("name", METHODS)
 def test_a_trained_layer_is_the_same_by_xla_and_by_the_kernels(name):
     method, kernels, heads, mask, everything = METHODS[name]
     layer = trained(method, heads)
     x = jax.random.normal(jax.random.key(2), (LENGTH, 32), jnp.bfloat16)
     portable = outputs(layer, x, "xla", mask)
-    with INTERPRETERS[kernels]():
-        assert difference(outputs(layer, x, kernels, mask), portable) < TOLERANCE
+    for backend in kernels:
+        with INTERPRETERS[backend]():
+            assert difference(outputs(layer, x, backend, mask), portable) < TOLERANCE, backend
     # the method matters here, and so do its parameters
     every = js.nn.with_attention(layer, everything)
     assert difference(outputs(every, x, "xla", mask), portable) > 4 * TOLERANCE
@@ -157,14 +157,21 @@ def test_and_so_is_one_of_latents_that_all_heads_share():
 
 
 @pytest.mark.newest
-@cases("biformer")
-def test_and_so_are_its_gradients(name):
-    method, kernels, heads, mask, _ = METHODS[name]
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=() if (name, backend) in QUICK else pytest.mark.slow)
+        for name, case in METHODS.items()
+        for backend in case.kernels
+    ],
+)
+def test_and_so_are_its_gradients(name, backend):
+    method, _, heads, mask, _ = METHODS[name]
     layer = trained(method, heads)
-    x = jax.random.normal(jax.random.key(2), (LENGTH, 32), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(2), (LENGTH_OF_GRADIENTS, 32), jnp.bfloat16)
     expected = gradients(layer, x, "xla", mask)
-    with INTERPRETERS[kernels]():
-        got = gradients(layer, x, kernels, mask)
+    with INTERPRETERS[backend]():
+        got = gradients(layer, x, backend, mask)
     pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, ours), its in pairs:
         if np.asarray(its, np.float32).any():
