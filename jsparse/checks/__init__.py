@@ -95,9 +95,9 @@ from jsparse.checks.methods import positions_of_a_grid as positions_of_a_grid
 from jsparse.checks.methods import positions_to_turn_back as positions_to_turn_back
 from jsparse.checks.methods import query_latents as query_latents
 from jsparse.checks.methods import ranks_of_clusters as ranks_of_clusters
-from jsparse.checks.methods import scales_of_eight_bits as scales_of_eight_bits
 from jsparse.checks.methods import room_for_both_ends as room_for_both_ends
 from jsparse.checks.methods import room_for_tokens as room_for_tokens
+from jsparse.checks.methods import scales_of_eight_bits as scales_of_eight_bits
 from jsparse.checks.methods import token_lists as token_lists
 from jsparse.checks.methods import tokens_of_branches as tokens_of_branches
 from jsparse.checks.paged import new_tokens as new_tokens
