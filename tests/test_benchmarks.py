@@ -455,6 +455,7 @@ def dry_run(monkeypatch, tmp_path, only):
     return json.loads(path.read_text())["kin"]
 
 
+@pytest.mark.newest
 def test_kinds_on_a_gpu_can_be_tried_without_one(monkeypatch, tmp_path):
     (row,) = dry_run(monkeypatch, tmp_path, "decoding")
     found = row["times"]["xla"]

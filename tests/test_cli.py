@@ -62,6 +62,7 @@ def test_methods_cuts_no_cell_in_a_narrow_terminal(capsys, monkeypatch):
     assert all(row.name in out and row.paper in out for row in METHODS)
 
 
+@pytest.mark.newest
 def test_compare_prints_a_table_and_writes_a_report(capsys, file, tmp_path):
     output = tmp_path / "new" / "report.html"
     arguments = ["--methods", "mean_pooled", "--output", output, "--repeats", 1, "--block", 64]
@@ -174,6 +175,7 @@ def test_argparse_exits_with_2_and_help_shows_examples(capsys):
         assert "jsparse compare captured.safetensors" in capsys.readouterr().out
 
 
+@pytest.mark.newest
 def test_python_m_jsparse_is_the_same_command():
     command = [sys.executable, "-m", "jsparse", "compare", "nosuch.safetensors"]
     root = Path(__file__).parents[1]

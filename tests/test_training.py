@@ -71,6 +71,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path):
     assert Training(model_with(layers=1), COURSE, states=tmp_path / "parts", fresh=True).done == 0
 
 
+@pytest.mark.newest
 def test_a_branch_goes_on_as_the_trunk_would_have(tmp_path):
     assert COURSE.first_long == 3
     assert [COURSE.phase_at(step).context for step in (2, 3)] == [16, 32]
@@ -130,6 +131,7 @@ def gradients(loss, model):
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in found}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "sparse_from", [1, pytest.param(64, marks=pytest.mark.slow)], ids=["sparse", "dense"]
 )
@@ -168,6 +170,7 @@ def test_gates_learn_from_a_model_that_stays_as_it_is(tmp_path):
         assert (float(total) > float(bits)) == learns
 
 
+@pytest.mark.newest
 def test_clusters_begin_among_keys_and_move_while_training(tmp_path):
     setting = train_sparse.SETTINGS["routing-transformer"]._replace(
         arguments={"clusters": 2, "balanced": False}, sparse_from=32
@@ -273,6 +276,7 @@ def test_what_is_far_back_is_found(name, tmp_path):
     assert record["recall_without_choice"] < 0.5
 
 
+@pytest.mark.newest
 def test_two_stages_that_look_into_every_block_choose_as_one_does():
     sizes = {"top_k": 6, "block_kv": 8}
     model = LanguageModel(

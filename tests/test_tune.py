@@ -126,6 +126,7 @@ def dry_run(capsys, monkeypatch, tmp_path, kernels):
     return path
 
 
+@pytest.mark.newest
 def test_a_dry_run_goes_through_the_motions(capsys, monkeypatch, tmp_path):
     path = dry_run(capsys, monkeypatch, tmp_path, KERNELS[:1])
     before = path.read_text()

@@ -165,9 +165,13 @@ def nsa(
     the others. Windows are made of `compressed`. With `own_projections` the method makes the keys
     and values of both branches itself, of the hidden states.
 
+    Of several documents in one sequence the initial blocks are those of the sequence: only with
+    `num_init=0` does a document that begins where a block does choose as it would alone.
+
     Args:
       compression: What makes one key, and value, of a window's: `js.windows.mlp()` in the paper and
-        by default, `mean`, `weighted`, `linear`.
+        by default, `mean`, `weighted`, `linear`. Small models that have to look something up learn
+        it sooner with `mean`, which has nothing to learn.
       compression_size: Keys per window, a multiple of `stride`; 32 in the paper.
       stride: Keys between the beginnings of two windows; 16 in the paper.
       block_kv: Keys per selected block, a multiple of `stride`; 64 in the paper.

@@ -112,6 +112,7 @@ def test_a_plan_and_a_method_decide():
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.newest
 def test_a_method_of_several_softmaxes_is_asked_for_no_residual():
     q, k, v = qkv(40, batch=(1,))
     nsa = js.nsa(**{"compression_size": 8, "stride": 4, "block_kv": 8, "top_k": 3, "window": 6})

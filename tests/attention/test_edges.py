@@ -244,6 +244,7 @@ def test_a_pyramid_under_a_mask_shows_nothing_hidden():
         run(k, v, bias=jnp.zeros((16, 16)))
 
 
+@pytest.mark.newest
 def test_sixty_four_bit_numbers_elsewhere_change_nothing():
     with jax.enable_x64(True):
         q, k, v = (x.astype(jnp.float32) for x in qkv(40, 56))

@@ -111,6 +111,7 @@ def test_an_implementation_that_cannot_run_here_says_why(name):
         js.attend(q, k, v, implementation=name)
 
 
+@pytest.mark.newest
 def test_a_score_mod_may_capture_integers_and_nothing():
     q, k, v = qkv(32)
     offsets = jnp.arange(4)

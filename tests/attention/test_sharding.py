@@ -106,6 +106,7 @@ def on_two_devices():
     np.testing.assert_allclose(attention(*parts), attention(q, k, v), atol=2e-6)
 
 
+@pytest.mark.newest
 def test_what_devices_share_gets_the_gradients_of_all():
     flags = "--xla_force_host_platform_device_count=2"
     script = "from tests.attention import test_sharding; test_sharding.on_two_devices()"

@@ -92,6 +92,7 @@ def test_another_threshold_is_no_other_program():
     assert len(traces) == 1
 
 
+@pytest.mark.newest
 @implementations
 def test_the_gradient_is_that_of_attention_over_the_tiles_kept(implementation):
     """By softmax with those tiles as a constant mask, the lse's share included."""
@@ -209,6 +210,7 @@ def test_the_order_of_the_keys_decides(implementation):
     assert count(falling, plan=parts) == (1, 1)
 
 
+@pytest.mark.newest
 def test_parts_merge_and_sinks_take_their_share():
     q, k, v = leveled(64)
     sinks = on_device([0.5, -1.0, 3.0, 0.0])

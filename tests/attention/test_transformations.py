@@ -84,6 +84,7 @@ def test_gradients_of_a_mapped_layer(name):
     close(got, expected)
 
 
+@pytest.mark.newest
 def test_mapping_over_any_argument():
     """Operands, lists, mask arrays, bias and sinks may each be the mapped one."""
     q, k, v = qkv(24, dim=8)
@@ -112,6 +113,7 @@ def test_mapping_over_any_argument():
             np.testing.assert_allclose(got[n], alone(one), atol=4e-6)
 
 
+@pytest.mark.newest
 def test_a_mapped_call_is_one_call_with_a_longer_batch():
     """No loop over calls: both passes see all sequences at once, lists that are shared once."""
     q, k, v = qkv(24, dim=8, batch=(2,))
@@ -146,6 +148,7 @@ def test_a_mapped_call_is_one_call_with_a_longer_batch():
     assert ran == [(12, 12, 12, 1)] * 2, "a forward and a backward pass"
 
 
+@pytest.mark.newest
 def test_what_knows_its_sequence_keeps_it_when_mapped():
     """Batch indices count the sequences of one call, and each call has its own gradients."""
     q, k, v = qkv(24, dim=8, batch=(2,))

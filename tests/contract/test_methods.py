@@ -140,7 +140,7 @@ def test_jit_equals_eager(row):
     np.testing.assert_allclose(attend(row)(q, k, v), run(method, q, k, v), atol=2e-6)
 
 
-@by_name
+@by_kind
 def test_other_data_is_no_other_program(row):
     """Nothing that depends on data is in a plan's structure: programs that take one know others."""
     q, k, _ = inputs_of(row, LENGTH)
@@ -431,8 +431,16 @@ def test_grouped_heads_equal_repeated_ones(row):
     np.testing.assert_allclose(attend(row)(q, k, v), repeated, atol=2e-6)
 
 
-# branches are rounded one by one, and what they choose by is
-@one_of_each_kind(r for r in js.registry.METHODS if not r.by_gates)
+# branches are rounded one by one, and what they choose by is; gradients above are of outputs too
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=pytest.mark.slow if row.name in KINDS else ())
+        for row in js.registry.METHODS
+        if not row.by_gates
+    ],
+    ids=lambda row: row.name,
+)
 def test_bfloat16_is_as_good_as_plain_bfloat16(row):
     q, k, v = inputs_of(row, LENGTH, dtype=jnp.bfloat16)
     method = sparsest(row)

@@ -121,7 +121,10 @@ class Named(nnx.Module):
 @pytest.mark.parametrize(
     ("names", "runs"),
     [
-        ([f"layer{n}" for n in range(11)], [f"layer{n}" for n in range(11)]),
+        pytest.param(
+            *([f"layer{n}" for n in range(11)],) * 2,
+            marks=pytest.mark.slow,
+        ),
         (["decoder", "encoder"], ["encoder", "decoder"]),
     ],
     ids=["numbered", "not in order"],

@@ -140,7 +140,9 @@ def wrapped(name, method, features=32):
 WRAPPERS = "SparseAttention nnx linen dot_product_attention".split()
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name", [*WRAPPERS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in WRAPPERS[2:])]
+)
 def test_every_wrapper_switches_by_length_and_reports(name):
     """One method goes into each of them: dense below so many keys, and asked what it computes."""
     sparse = js.streaming(num_sink=2, window=5)

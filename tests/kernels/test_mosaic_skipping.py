@@ -56,6 +56,7 @@ def compare(q, k, v, plan, threshold=THRESHOLD, **options):
     return tiles
 
 
+@pytest.mark.newest
 def test_two_consumers_and_no_rows_past_the_end_decide_over_a_tile():
     # the second consumer's queries find the first tile the least; those past the end, of which
     # all logits are 0, would keep the last, as none of the others does

@@ -23,6 +23,7 @@ def nothing_else_computes_gradients(monkeypatch):
     monkeypatch.setitem(adapter.CHIPS, "9", hopper)
 
 
+@pytest.mark.newest
 def test_decoding_over_pages_of_sequences_of_their_own_lengths():
     # 4 rows per tile, filled up to 8; 5 pages of 16 keys in two tiles, of which one is not full
     q, k, v = qkv(2, 200, heads=4, kv_heads=1, dim=64, batch=(2,), dtype=jnp.bfloat16)
@@ -59,6 +60,7 @@ def test_everything_that_changes_logits_on_strips_of_32_keys():
     )
 
 
+@pytest.mark.newest
 def test_many_short_strips_through_a_ring_of_one_tile(monkeypatch):
     config = mosaic.Config(1, 64, mosaic.HALF_THE_REGISTERS, overlap=False)
     forward = mosaic.FORWARD._replace(default_config=lambda *_: config)

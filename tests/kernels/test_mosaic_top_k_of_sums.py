@@ -140,6 +140,7 @@ def test_a_step_of_decoding(monkeypatch):
     assert got.indices[1, 0, 0].tolist()[-1] == 12
 
 
+@pytest.mark.newest
 def test_native_sparse_attention_chooses_by_it():
     q, k = zeros_and_ones(33, 15, heads=2, kv_heads=1, dim=16)
     options = {"windows": Windows(8, 4), "block_kv": 16, "top_k": 3, "kv_len": 64}

@@ -125,6 +125,7 @@ def test_a_large_group_is_packed_in_parts():
     close(out, js.attend(q, k, v, plan, mask=js.masks.causal(), implementation="reference"), 2e-5)
 
 
+@pytest.mark.newest
 @interpreted
 def test_what_is_said_pair_by_pair():
     """Tiles of a dense mask, of a bias and of an array that a score_mod looks into."""
@@ -181,6 +182,7 @@ def test_gradients_of_16_bits(dtype):
         assert error <= 2 * jnp.finfo(dtype).eps * jnp.linalg.norm(true.ravel())
 
 
+@pytest.mark.newest
 @interpreted
 def test_second_derivatives():
     q, k, v = qkv(32, heads=2, kv_heads=1)
@@ -196,6 +198,7 @@ def test_second_derivatives():
     close(got, value_and_gradients(slope, "reference", q, k, v), 2e-4)
 
 
+@pytest.mark.newest
 @interpreted
 def test_gradients_of_static_masks_turn_no_lists_round(monkeypatch):
     """Columns come from the mask: of each sequence, mapped, and with groups packed into rows."""
@@ -289,6 +292,7 @@ def test_without_a_gpu_it_is_refused():
         attend(*qkv(16))
 
 
+@pytest.mark.newest
 @interpreted
 def test_tiles_are_skipped_as_the_reference_skips_them():
     """By whole tiles, under a rule; values of a skipped tile are not read, its logits are."""
@@ -322,6 +326,7 @@ def test_tiles_are_skipped_as_the_reference_skips_them():
     np.testing.assert_array_equal(np.swapaxes(broken, 1, 2), rows)
 
 
+@pytest.mark.newest
 @interpreted
 def test_who_has_a_say_in_what_is_skipped():
     k = jnp.repeat(on_device([9.0, 0.0, 0.0]), 16)[:, None, None] * jnp.ones((48, 1, 1))

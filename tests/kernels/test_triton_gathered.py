@@ -91,6 +91,7 @@ def uneven(side):
     return plan, np.repeat(np.repeat(tiles, block_q, 1), block_kv, 2)[:, :q_len, :kv_len]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("side", SIDES)
 def test_broken_numbers_reach_only_who_lists_them(side):
     plan, pairs = uneven(side)

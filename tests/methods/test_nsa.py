@@ -487,7 +487,7 @@ def test_memory_is_not_that_of_all_scores(kind):
     assert memory.temp_size_in_bytes < most * length * heads * dim * 4
 
 
-@pytest.mark.parametrize("own_projections", [False, True])
+@pytest.mark.parametrize("own_projections", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_branches_that_see_other_tokens_decode_too(own_projections):
     """Windows are turned, local tokens given; or the method makes both, without positions."""
     length, max_len, base = 34, 40, 20.0
@@ -528,6 +528,7 @@ def test_branches_that_see_other_tokens_decode_too(own_projections):
     assert jax.tree.structure(state) == kinds
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_good_as_plain_bfloat16():
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv(90))
     x = hidden(90)

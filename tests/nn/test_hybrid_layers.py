@@ -56,6 +56,7 @@ def trained():
     return model, [float(step(model, optimizer)) for _ in range(4)]
 
 
+@pytest.mark.newest
 def test_each_layer_learns_with_its_own_method():
     model, costs = trained()
     assert costs[-1] < costs[0] - 0.5
@@ -65,6 +66,7 @@ def test_each_layer_learns_with_its_own_method():
     assert [bool(layer.params()) for layer in layers] == [False, True, False]
 
 
+@pytest.mark.newest
 def test_reports_of_layers_are_of_their_own_methods():
     model = hybrid([WINDOW, BLOCKS, None])
     reports = nnx.jit(density_of_layers)(model, TEXT)
@@ -90,6 +92,7 @@ def test_a_file_restores_what_each_layer_has_learnt(tmp_path):
     np.testing.assert_allclose(run(restored, TEXT), run(model, TEXT), atol=0.05)
 
 
+@pytest.mark.newest
 def test_layers_decode_each_in_its_way():
     model, _ = trained()
     step = nnx.jit(lambda model, tokens, caches: model(tokens, caches))

@@ -282,6 +282,7 @@ def train(model, losses_of, steps):
     return np.array([losses for losses, _ in steps]), steps[0][1]
 
 
+@pytest.mark.newest
 def test_training_lowers_both_losses_and_a_checkpoint_restores_what_is_learnt(tmp_path):
     """The indexer learns from the attention it leads to, all else from the output."""
     model, x = layer(method=TWO_STAGES), inputs()

@@ -127,6 +127,7 @@ def test_a_mask_in_a_cache_stands_where_its_queries_stand_and_decodes(method):
     assert float(jnp.abs(whole - dense)[:, 32:35].max(-1).min()) > 1e-3
 
 
+@pytest.mark.newest
 def test_a_method_that_skips_on_the_way_skips_in_steps():
     """Its threshold for decoding acts in a step of the layer."""
     method = js.blasst(threshold=0.0, decode_threshold=1.0, block_q=8, block_kv=8)
@@ -171,7 +172,7 @@ def test_a_method_with_a_state_decodes_by_itself(tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        js.flashmoba(block_kv=4, top_k=2),
+        pytest.param(js.flashmoba(block_kv=4, top_k=2), marks=pytest.mark.slow),
         js.flashmoba(block_kv=4, top_k=2, taps=3),
         # nsa by itself is above, and a state handed on from a length below
         pytest.param(
@@ -311,6 +312,7 @@ def nnx_attention(attention_fn, rngs=0):
     )
 
 
+@pytest.mark.newest
 def test_inside_nnx_attention_keeping_all_is_dense_and_trains():
     method = js.mean_pooled(block_size=8, density=1.0)
     ours = nnx_attention(js.nn.attention_fn(method))
@@ -342,6 +344,7 @@ def test_inside_linen_attention_the_mask_arrives():
     assert float(jnp.abs(unmasked - expected).max()) > 1e-2, "the mask made no difference"
 
 
+@pytest.mark.newest
 def test_linen_attention_trains_and_is_restored(tmp_path):
     module = linen.MultiHeadDotProductAttention(
         4, attention_fn=js.nn.attention_fn(js.mean_pooled(block_size=8, density=0.5))
@@ -386,6 +389,7 @@ def test_swapping_the_attention_leaves_the_model_as_it_was():
     assert model.attention is None
 
 
+@pytest.mark.newest
 def test_what_the_method_says_of_a_call_can_be_added_to_a_loss():
     method = js.from_length(js.routing_transformer(clusters=4), min_length=20)
     model, x = layer(method=method), inputs()
