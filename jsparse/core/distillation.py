@@ -22,7 +22,8 @@ def gate_loss(
     """How far the gate's softmax is from its targets: a KL divergence, mean over rows.
 
     The authors average over all entries of the map instead, which gives this divided by the number
-    of columns; their factor of 10 on it is then 10 / kv_blocks here.
+    of columns; their factor of 10 on it is then 10 / kv_blocks here. It is infinite where targets
+    have something that the gate does not see: both are to be of the same mask.
 
     Args:
       gate_logits: As `info.gate_logits`, -inf where nothing is visible.
@@ -38,6 +39,6 @@ def gate_loss(
     # a row that sees nothing has a softmax too; its targets are zero
     nothing = jnp.where(visible.any(-1, keepdims=True), -jnp.inf, 0.0)
     log_share = jax.nn.log_softmax(jnp.where(visible, gate_logits, nothing), axis=-1)
-    log_share = jnp.where(visible, log_share, 0.0)
+    log_share = jnp.where(visible, log_share, jnp.where(targets > 0, -jnp.inf, 0.0))
     log_target = jnp.log(jnp.where(targets > 0, targets, 1.0))
     return (targets * (log_target - log_share)).sum(-1).mean()

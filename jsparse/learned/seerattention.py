@@ -43,8 +43,9 @@ def gate_targets(
       q: Queries, positions applied.
       k: Keys, positions applied.
       block_size: Tokens per block, on both sides.
-      mask: Who may see whom.
-      scale: Factor on the logits, default `dim ** -0.5`.
+      mask: Who may see whom; the gate's.
+      scale: Factor on the logits, default `dim ** -0.5`. What else a layer does to them, a softcap
+        or sinks, is not in the targets.
     """
     largest = map_maxima(q, k, block_q=block_size, block_kv=block_size, scale=scale, mask=mask)
     return shares_of_rows(largest)
@@ -88,7 +89,9 @@ def seerattention(
     Differs from the paper:
       The last visible tile of a row, the diagonal when causal, is always kept; theirs may leave a
       row empty. A share equal to the threshold is enough. Ragged blocks pool the tokens they have.
-      Queries are always projected; the authors leave out theirs where widths are equal.
+      Queries are always projected; the authors leave out theirs where widths are equal. Gates
+      begin with weights that keep the size of what is pooled; the authors' have the deviation that
+      the model's have.
 
     Raises:
       ValueError: if a number is out of range, or there is no pool.

@@ -55,7 +55,8 @@ def gate_targets(
       k: Keys, positions applied.
       block_size: Keys per block.
       mask: Who may see whom besides.
-      scale: Factor on the logits, default `dim ** -0.5`.
+      scale: Factor on the logits, default `dim ** -0.5`. What else a layer does to them, a softcap
+        or sinks, is not in the targets.
     """
     whole = causal() if mask is None else causal() & mask
     largest = map_maxima(q, k, block_q=1, block_kv=block_size, scale=scale, mask=whole)

@@ -75,8 +75,9 @@ def flashmoba(*, block_kv: int = 128, top_k: int = 8, taps: int = 0) -> Method:
     """Attends, for each query and head, to the blocks whose mean keys it points at.
 
     Routing has no parameters and no gradient: queries and keys learn through the output. Under a
-    mask a query's own block is always among the `top_k`; under a causal one all others lie wholly
-    in its past. Mean keys are in `info.state`: given to the next step, only those of the blocks
+    mask, a causal one or another, a query's own block is among the `top_k` wherever the mask shows
+    any of it; under a causal one all others lie wholly in its past. Without a mask all blocks are
+    alike. Mean keys are in `info.state`: given to the next step, only those of the blocks
     that its tokens are in are made anew, of the keys of these blocks alone. What a step attends to
     is convolved over the whole cache.
 

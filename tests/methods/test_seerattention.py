@@ -46,6 +46,21 @@ def test_gate_targets_loss_and_tiles_equal_the_oracle(q_len, kv_len):
         assert float(got) == pytest.approx(oracle.loss(logits, wanted, skipped), rel=1e-4)
 
 
+def test_what_the_gate_does_not_see_is_infinitely_far():
+    q, k, _ = qkv(64)
+    method = js.seerattention(**SMALL)
+    params = params_of(method)
+
+    def loss(params, mask):
+        _, info = method.plan(params, q, k, mask=CAUSAL)
+        return gate_loss(info.gate_logits, gate_targets(q, k, block_size=8, mask=mask))
+
+    assert float(loss(params, None)) == np.inf
+    value, gradient = jax.value_and_grad(loss)(params, CAUSAL)
+    assert 0 < float(value) < np.inf
+    assert all(jnp.isfinite(x).all() and (x != 0).any() for x in jax.tree.leaves(gradient))
+
+
 def test_other_pools():
     from jsparse.core.pooling import max_blocks, mean_blocks
 
