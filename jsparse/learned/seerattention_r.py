@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.map_scores import map_maxima
 from jsparse.attention.planned import Queries, planned
 from jsparse.core import blocks, selection
@@ -59,9 +59,21 @@ def gate_targets(
         or sinks, is not in the targets.
     """
     whole = causal() if mask is None else causal() & mask
-    largest = map_maxima(q, k, block_q=1, block_kv=block_size, scale=scale, mask=whole)
-    by_group = *largest.shape[:-3], k.shape[-2], -1, *largest.shape[-2:]
-    return shares_of_rows(largest.reshape(by_group).max(-3))
+    sizes = {"block_q": 1, "block_kv": block_size, "scale": scale, "mask": whole}
+    by_group = *q.shape[:-2], k.shape[-2], -1, q.shape[-1]
+    if whole.heads > 1:
+        # which knows heads by their place among all
+        largest = map_maxima(q, k, **sizes)
+        largest = largest.reshape(*largest.shape[:-3], k.shape[-2], -1, *largest.shape[-2:])
+        return shares_of_rows(largest.max(-3))
+    members = jnp.moveaxis(q.reshape(by_group), -2, 0)
+
+    def larger(largest, queries):
+        return jnp.maximum(largest, map_maxima(queries, k, **sizes)), None
+
+    # a head of each group at a time: a score for each head, query and block is a large array
+    largest = map_maxima(members[0], k, **sizes)
+    return shares_of_rows(_compat.scan(larger, largest, members[1:])[0])
 
 
 class _Gate(NamedTuple):

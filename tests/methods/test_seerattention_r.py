@@ -9,7 +9,9 @@ import optax
 import pytest
 
 import jsparse as js
+from jsparse.attention.map_scores import map_maxima
 from jsparse.cache import paged
+from jsparse.core.distillation import shares_of_rows
 from jsparse.core.group_queries import mean, mean_projected, projected, separate
 from jsparse.core.pooling import max_blocks, mean_blocks
 from jsparse.core.rotary import rotary
@@ -138,6 +140,18 @@ def test_a_mask_hides_blocks_of_what_no_head_of_a_group_sees():
     np.testing.assert_array_equal(tiles[0], (block <= own) & (block >= first))
     first = np.maximum(places - 7, 0) // 8
     np.testing.assert_array_equal(tiles[1], (block <= own) & ((block >= first) | (block == 0)))
+    # so it is with targets, where the mask tells heads apart as where it does not
+    targets = np.asarray(gate_targets(q, k, block_size=8, mask=mask))
+    assert not targets[~tiles].any()
+    alone = [
+        map_maxima(
+            *(q[:, head : head + 1], k[:, :1]),
+            **{"block_q": 1, "block_kv": 8},
+            mask=CAUSAL & js.masks.sliding_window(left=window - 1),
+        )
+        for head, window in ((0, 8), (1, 16))
+    ]
+    np.testing.assert_allclose(targets[:1], shares_of_rows(jnp.maximum(*alone)), atol=2e-6)
     np.testing.assert_array_equal(jnp.isneginf(info.gate_logits), ~tiles)
     with pytest.raises(ValueError, match="The mask has 3 heads"):
         method.plan(params, q, k, mask=js.masks.head_windows(num_sink=[0] * 3, window=[4] * 3))
@@ -354,10 +368,12 @@ def test_a_query_that_is_not_projected_has_the_gate_s_width():
             params_of(method)
 
 
-def test_targets_never_hold_the_map():
+@pytest.mark.parametrize("group", [2, 16])
+def test_targets_never_hold_the_map(group):
     length = 8192
-    q, k = (jax.ShapeDtypeStruct((length, heads, 16), jnp.float32) for heads in (2, 1))
+    q, k = (jax.ShapeDtypeStruct((length, heads, 16), jnp.float32) for heads in (group, 1))
     targets = jax.jit(functools.partial(gate_targets, block_size=64))
     memory = targets.lower(q, k).compile().memory_analysis()
-    # of one head the map is 256 arrays of the size of q
-    assert memory.temp_size_in_bytes < 24 * q.size * 4
+    # of one head the map is 64 such arrays; nor are there the scores of all heads of a group
+    scores = length * length // 64 * 4
+    assert memory.temp_size_in_bytes < 3 * scores + q.size * 4
