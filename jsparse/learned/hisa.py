@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
 from jsparse.core import selection
@@ -183,6 +183,26 @@ def _visible(
     return mask.visible(*known, Frame(q_len, kv_len, batch, head))
 
 
+class _Given(NamedTuple):
+    """What the loss compares the indexer with; lists are in chunks of queries, None for all."""
+
+    q: Array
+    k: Array
+    lists: Array | None
+    counts: Array
+    mask: Mask | None
+
+
+class _Target(NamedTuple):
+    """Of some queries: their attention to some tokens, what is seen, and whether they count."""
+
+    share: Float[Array, "rows columns"]
+    shown: Bool[Array, "rows columns"]
+    counts: Bool[Array, " rows"]
+    batch: Array
+    tokens: Array
+
+
 @functools.partial(jax.jit, static_argnames="scale")
 def index_loss(
     indexed: Indexed,
@@ -197,7 +217,7 @@ def index_loss(
 
     The target is the attention of all heads, each to what it sees, added up and normalised; it has
     no gradient, nor have q and k: only the indexer learns from this. It is computed for some
-    queries at a time, and once more for the gradient. Queries that see nothing count as zero.
+    queries at a time, and their gradient with it. Queries that see nothing count as zero.
 
     Args:
       indexed: What the indexer made of hidden states.
@@ -223,41 +243,34 @@ def index_loss(
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
     factor = dim**-0.5 if scale is None else scale
     chunks = -(-q_len // rows)
-    whole = None if mask is None else mask.flatten_batch(batch_shape)
-    flat = indexed.flat()
-    q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
-    every = jnp.arange(kv_len)
 
-    def product(of_q, of_k, result, queries, keys, tokens):
+    def in_chunks(x):
+        """The queries of all sequences, those of one step together."""
+        padded = jnp.pad(x, [(0, 0), (0, chunks * rows - q_len), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(batches * chunks, rows, *x.shape[2:])
+
+    def product(of_q, of_k, result, queries, keys):
         """Products with all keys; where rows have lists, each with its own tokens."""
-        if plan is not None:
-            keys, of_k = keys[tokens], f"r{of_k}"
+        of_k = of_k if plan is None else f"r{of_k}"
         return jnp.einsum(
             f"{of_q},{of_k}->{result}", queries, keys, preferred_element_type=jnp.float32
         )
 
-    def one_chunk(flat, index):
+    def keys_of(x, batch, tokens):
+        return x[batch] if plan is None else x[batch, tokens]
+
+    def target_of(given: _Given, index, queries, lists, counts) -> _Target:
         batch, chunk = jnp.divmod(index, chunks)
         row = chunk * rows + jnp.arange(rows)
-        known = jnp.minimum(row, q_len - 1)
-        if plan is None:
-            tokens = jnp.broadcast_to(every, (rows, kv_len))
-            listed = jnp.ones(tokens.shape, bool)
-        else:
-            shape = batches, q_len
-            lists = jnp.broadcast_to(
-                plan.kv_indices, (*batch_shape, 1, *plan.kv_indices.shape[-2:])
-            )
-            tokens = lists.reshape(*shape, -1)[batch, known]
-            counts = jnp.broadcast_to(plan.kv_num_blocks, (*batch_shape, 1, q_len)).reshape(shape)
-            listed = jnp.arange(plan.width) < counts[batch, known][:, None]
+        tokens = jnp.broadcast_to(jnp.arange(kv_len), (rows, kv_len)) if plan is None else lists
+        listed = jnp.arange(tokens.shape[-1]) < counts[:, None]
 
         def seen_by(head):
-            return listed & _visible(whole, row[:, None], tokens, q_len, kv_len, batch, head)
+            return listed & _visible(given.mask, row[:, None], tokens, q_len, kv_len, batch, head)
 
         own = jax.vmap(seen_by, out_axes=1)(jnp.arange(told_apart)).reshape(rows, *by_head, -1)
-        queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
-        logits = product("rkgd", "tkd", "rkgt", queries, k[batch], tokens)
+        queries = queries.reshape(rows, kv_heads, heads // kv_heads, dim)
+        logits = product("rkgd", "tkd", "rkgt", queries, keys_of(given.k, batch, tokens))
         # a head that sees nothing has a softmax too; it does not count in the end
         some_of_head = own.any(-1, keepdims=True)
         logits = jnp.where(own | ~some_of_head, logits * factor, -jnp.inf)
@@ -265,20 +278,71 @@ def index_loss(
         # nor does a row of which no head sees anything
         seen = own.any((1, 2))
         some = seen.any(-1, keepdims=True)
-        shown = seen | ~some
         target /= jnp.where(some, target.sum(-1, keepdims=True), 1.0)
-        inside = product("rhd", "td", "rth", flat.q[batch, known], flat.k[batch], tokens)
-        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
-        scores = jnp.where(shown, scores, -jnp.inf)
-        log_share = jnp.where(shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
-        log_target = jnp.log(jnp.where(target > 0, target, 1.0))
-        divergence = (target * (log_target - log_share)).sum(-1)
-        return jnp.where((row < q_len) & some[:, 0], divergence, 0.0).sum()
+        return _Target(target, seen | ~some, (row < q_len) & some[:, 0], batch, tokens)
 
-    each = jax.lax.map(
-        lambda index: jax.checkpoint(one_chunk)(flat, index), jnp.arange(batches * chunks)
-    )
-    return each.sum() / (batches * q_len)
+    def divergence(queries, weights, keys, target: _Target):
+        inside = product("rhd", "td", "rth", queries, keys)
+        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), weights)
+        scores = jnp.where(target.shown, scores, -jnp.inf)
+        log_share = jnp.where(target.shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
+        share = target.share
+        log_target = jnp.log(jnp.where(share > 0, share, 1.0))
+        found = (share * (log_target - log_share)).sum(-1)
+        return jnp.where(target.counts, found, 0.0).sum() / (batches * q_len)
+
+    def of_chunks(flat, given):
+        fixed = jnp.arange(batches * chunks), in_chunks(given.q), given.lists, given.counts
+        return (in_chunks(flat.q), in_chunks(flat.weights)), fixed
+
+    @jax.custom_vjp
+    def loss(flat: Indexed, given: _Given):
+        def one_chunk(inputs):
+            (queries, weights), fixed = inputs
+            target = target_of(given, *fixed)
+            keys = keys_of(flat.k, target.batch, target.tokens)
+            return divergence(queries, weights, keys, target)
+
+        return jax.lax.map(one_chunk, of_chunks(flat, given)).sum()
+
+    # the loss is a number: while its gradient is wanted, that of a chunk is computed with it. Each
+    # adds to the gradient of the keys what it has for its own ones; left to JAX, it would add an
+    # array of all keys
+    def loss_fwd(indexed, given):
+        # what devices have alike, each of them gives a gradient of its own
+        flat, given = _compat.varying_alike((indexed, given))
+
+        def step(d_k, inputs):
+            (queries, weights), fixed = inputs
+            target = target_of(given, *fixed)
+            keys = keys_of(flat.k, target.batch, target.tokens)
+            of_chunk = jax.value_and_grad(divergence, argnums=(0, 1, 2))
+            found, (*d_learned, d_keys) = of_chunk(queries, weights, keys, target)
+            places = (target.batch,) if plan is None else (target.batch, target.tokens)
+            return d_k.at[places].add(d_keys.astype(jnp.float32)), (found, d_learned)
+
+        none = jnp.zeros(flat.k.shape, jnp.float32)
+        d_k, (found, d_learned) = _compat.scan(step, none, of_chunks(flat, given))
+        d_q, d_weights = (x.reshape(batches, -1, *x.shape[2:])[:, :q_len] for x in d_learned)
+        return found.sum(), (indexed, Indexed(d_q, d_weights, d_k.astype(flat.k.dtype)))
+
+    def loss_bwd(residuals, cotangent):
+        indexed, gradient = residuals
+        gradient = jax.tree.map(
+            lambda x: (x.astype(jnp.float32) * cotangent).astype(x.dtype), gradient
+        )
+        return _compat.summed_like(gradient, indexed), None
+
+    loss.defvjp(loss_fwd, loss_bwd)
+    q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
+    lists, counts = None, jnp.full((batches, q_len), kv_len)
+    if plan is not None:
+        shape = *batch_shape, 1, q_len
+        lists = jnp.broadcast_to(plan.kv_indices, (*shape, plan.width))
+        lists = in_chunks(lists.reshape(batches, q_len, -1))
+        counts = jnp.broadcast_to(plan.kv_num_blocks, shape).reshape(batches, q_len)
+    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    return loss(indexed.flat(), _Given(q, k, lists, in_chunks(counts), whole))
 
 
 def hisa(

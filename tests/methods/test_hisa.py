@@ -310,6 +310,22 @@ def test_neither_choice_nor_loss_holds_a_number_for_each_pair(block_top_k):
         assert memory.temp_size_in_bytes < length**2 / 4
 
 
+def test_a_chunks_share_of_the_gradient_is_of_its_own_tokens():
+    """Where it is one of all queries or keys, the gradient grows with the square of the length."""
+
+    def work(length):
+        """Operations, of which XLA counts those of a loop's step once."""
+        indexed = Indexed(jnp.ones((length, 2, 8)), jnp.ones((length, 2)), jnp.ones((length, 8)))
+        q, k, _ = qkv(length, heads=2, kv_heads=1)
+        counts = jnp.full((1, length), 4, jnp.int32)
+        tokens = jnp.broadcast_to(jnp.arange(4), (1, length, 4))
+        plan = js.BlockMask(tokens, counts, jnp.zeros(1, bool), length, length, 1, 1)
+        of_indexer = jax.jit(jax.grad(lambda *given: index_loss(*given, plan)))
+        return of_indexer.lower(indexed, q, k).compile().cost_analysis()["flops"]
+
+    assert work(2048) == work(1024)
+
+
 @pytest.mark.parametrize(
     ("dtype", "power_of_two"),
     [
