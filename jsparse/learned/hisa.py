@@ -142,13 +142,13 @@ def _in_two_stages(
             jax.lax.dynamic_slice_in_dim(x[batch], chunk * rows, rows) for x in (q, weights)
         )
         scores = relu_weighted(queries, of_heads, means[batch])
-        seen, forced = jnp.ones(scores.shape, bool), None
+        seen = jnp.ones(scores.shape, bool)
         if classify is not None:
             known = jnp.minimum(row, q_len - 1)
             seen = classify(known, block, Frame(q_len, kv_len, batch)).some
             seen = jnp.broadcast_to(seen, scores.shape)
-            ends = jnp.where(seen, block, -1).max(-1), jnp.argmax(seen, axis=-1)
-            forced = (block == ends[0][:, None]) | (block == ends[1][:, None])
+        ends = jnp.where(seen, block, -1).max(-1), jnp.argmax(seen, axis=-1)
+        forced = (block == ends[0][:, None]) | (block == ends[1][:, None])
         chosen = selection.top_k(scores, block_top_k, visible=seen, forced=forced)
         blocks = dense_to_lists(chosen, block_top_k)
         counted = jnp.arange(block_top_k) < chosen.sum(-1, keepdims=True)
@@ -191,6 +191,7 @@ class _Given(NamedTuple):
     lists: Array | None
     counts: Array
     mask: Mask | None
+    sinks: Array | None
 
 
 class _Target(NamedTuple):
@@ -203,7 +204,7 @@ class _Target(NamedTuple):
     tokens: Array
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "softcap"))
 def index_loss(
     indexed: Indexed,
     q: Float[Array, "*batch q_len heads dim"],
@@ -212,11 +213,13 @@ def index_loss(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, ""]:
     """How far the indexer's softmax is from true attention: a KL divergence, mean over queries.
 
     The target is the attention of all heads, each to what it sees, added up and normalised; it has
-    no gradient, nor have q and k: only the indexer learns from this. It is computed for some
+    no gradient, nor have q, k and sinks: only the indexer learns from this. It is computed for some
     queries at a time, and their gradient with it. Queries that see nothing count as zero.
 
     Args:
@@ -227,9 +230,12 @@ def index_loss(
         sparse. Default all, for training the indexer alone beside dense attention.
       mask: Who may see whom.
       scale: Factor on the attention's logits, default `dim ** -0.5`.
+      softcap: What caps these logits, as in `js.attend`.
+      sinks: A logit per head, as there; of a head whose sink takes more, what is left counts less.
 
     Raises:
-      ValueError: if the indexer or the plan is of other tokens than q and k.
+      ValueError: if the indexer or the plan is of other tokens than q and k, if `softcap` is not a
+        finite number above 0, or `sinks` are not one per head.
     """
     checks.token_lists(plan)
     if plan is not None:
@@ -238,6 +244,10 @@ def index_loss(
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
     told_apart = 1 if mask is None else mask.heads
     checks.mask_heads(told_apart, heads)
+    if softcap is not None:
+        checks.soft_cap(softcap)
+    if sinks is not None:
+        checks.sinks_shape(sinks, heads)
     kv_len, kv_heads = k.shape[-3:-1]
     by_head = (kv_heads, heads // kv_heads) if told_apart > 1 else (1, 1)
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
@@ -273,12 +283,22 @@ def index_loss(
         logits = product("rkgd", "tkd", "rkgt", queries, keys_of(given.k, batch, tokens))
         # a head that sees nothing has a softmax too; it does not count in the end
         some_of_head = own.any(-1, keepdims=True)
-        logits = jnp.where(own | ~some_of_head, logits * factor, -jnp.inf)
-        target = jnp.where(some_of_head, jax.nn.softmax(logits, axis=-1), 0.0).sum((1, 2))
+        logits = logits * factor
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        logits = jnp.where(own | ~some_of_head, logits, -jnp.inf)
+        target = jax.nn.softmax(logits, axis=-1)
+        if given.sinks is not None:
+            # of keys and sink together, the share that keys have
+            lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            target *= jax.nn.sigmoid(lse - given.sinks.reshape(kv_heads, -1, 1))
+        target = jnp.where(some_of_head, target, 0.0).sum((1, 2))
         # nor does a row of which no head sees anything
         seen = own.any((1, 2))
         some = seen.any(-1, keepdims=True)
-        target /= jnp.where(some, target.sum(-1, keepdims=True), 1.0)
+        # sinks may leave nothing of a row
+        total = target.sum(-1, keepdims=True)
+        target /= jnp.where(total == 0, 1.0, total)
         return _Target(target, seen | ~some, (row < q_len) & some[:, 0], batch, tokens)
 
     def divergence(queries, weights, keys, target: _Target):
@@ -342,7 +362,9 @@ def index_loss(
         lists = in_chunks(lists.reshape(batches, q_len, -1))
         counts = jnp.broadcast_to(plan.kv_num_blocks, shape).reshape(batches, q_len)
     whole = None if mask is None else mask.flatten_batch(batch_shape)
-    return loss(indexed.flat(), _Given(q, k, lists, in_chunks(counts), whole))
+    if sinks is not None:
+        sinks = jax.lax.stop_gradient(sinks.astype(jnp.float32))
+    return loss(indexed.flat(), _Given(q, k, lists, in_chunks(counts), whole, sinks))
 
 
 def hisa(
@@ -359,6 +381,7 @@ def hisa(
 ) -> Method:
     """Attends to the tokens that a small indexer of hidden states picks, the same for all heads.
 
+    It is not causal by itself: pass the mask that attention is under, such as `js.masks.causal()`.
     `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
     the output, nor hidden states through it. Attention over one latent key and value per token is
