@@ -104,6 +104,18 @@ def cond(chosen: Any, here: Callable[..., Any], there: Callable[..., Any], *oper
     return jax.lax.cond(chosen, alike(here), alike(there), *operands)
 
 
+def varying_alike(tree: Any) -> Any:
+    """Arrays that all count as different from device to device where one of them does.
+
+    A derivative by what all devices have alike would be summed over them as it is taken.
+    """
+    if not _inside_shard_map():
+        return tree
+    for like in jax.tree.leaves(tree):
+        tree = jax.tree.map(lambda x, like=like: _varying_as(x, like), tree)
+    return tree
+
+
 def summed_like(gradients: Any, operands: Any) -> Any:
     """Gradients of operands, those that all devices have alike summed over the devices.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jsparse import checks
+from jsparse import _compat, checks
 from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
 from jsparse.core import selection
@@ -142,13 +142,13 @@ def _in_two_stages(
             jax.lax.dynamic_slice_in_dim(x[batch], chunk * rows, rows) for x in (q, weights)
         )
         scores = relu_weighted(queries, of_heads, means[batch])
-        seen, forced = jnp.ones(scores.shape, bool), None
+        seen = jnp.ones(scores.shape, bool)
         if classify is not None:
             known = jnp.minimum(row, q_len - 1)
             seen = classify(known, block, Frame(q_len, kv_len, batch)).some
             seen = jnp.broadcast_to(seen, scores.shape)
-            ends = jnp.where(seen, block, -1).max(-1), jnp.argmax(seen, axis=-1)
-            forced = (block == ends[0][:, None]) | (block == ends[1][:, None])
+        ends = jnp.where(seen, block, -1).max(-1), jnp.argmax(seen, axis=-1)
+        forced = (block == ends[0][:, None]) | (block == ends[1][:, None])
         chosen = selection.top_k(scores, block_top_k, visible=seen, forced=forced)
         blocks = dense_to_lists(chosen, block_top_k)
         counted = jnp.arange(block_top_k) < chosen.sum(-1, keepdims=True)
@@ -183,7 +183,28 @@ def _visible(
     return mask.visible(*known, Frame(q_len, kv_len, batch, head))
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+class _Given(NamedTuple):
+    """What the loss compares the indexer with; lists are in chunks of queries, None for all."""
+
+    q: Array
+    k: Array
+    lists: Array | None
+    counts: Array
+    mask: Mask | None
+    sinks: Array | None
+
+
+class _Target(NamedTuple):
+    """Of some queries: their attention to some tokens, what is seen, and whether they count."""
+
+    share: Float[Array, "rows columns"]
+    shown: Bool[Array, "rows columns"]
+    counts: Bool[Array, " rows"]
+    batch: Array
+    tokens: Array
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "softcap"))
 def index_loss(
     indexed: Indexed,
     q: Float[Array, "*batch q_len heads dim"],
@@ -192,12 +213,14 @@ def index_loss(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, ""]:
     """How far the indexer's softmax is from true attention: a KL divergence, mean over queries.
 
     The target is the attention of all heads, each to what it sees, added up and normalised; it has
-    no gradient, nor have q and k: only the indexer learns from this. It is computed for some
-    queries at a time, and once more for the gradient. Queries that see nothing count as zero.
+    no gradient, nor have q, k and sinks: only the indexer learns from this. It is computed for some
+    queries at a time, and their gradient with it. Queries that see nothing count as zero.
 
     Args:
       indexed: What the indexer made of hidden states.
@@ -207,9 +230,12 @@ def index_loss(
         sparse. Default all, for training the indexer alone beside dense attention.
       mask: Who may see whom.
       scale: Factor on the attention's logits, default `dim ** -0.5`.
+      softcap: What caps these logits, as in `js.attend`.
+      sinks: A logit per head, as there; of a head whose sink takes more, what is left counts less.
 
     Raises:
-      ValueError: if the indexer or the plan is of other tokens than q and k.
+      ValueError: if the indexer or the plan is of other tokens than q and k, if `softcap` is not a
+        finite number above 0, or `sinks` are not one per head.
     """
     checks.token_lists(plan)
     if plan is not None:
@@ -218,67 +244,127 @@ def index_loss(
     batch_shape, (q_len, heads, dim) = q.shape[:-3], q.shape[-3:]
     told_apart = 1 if mask is None else mask.heads
     checks.mask_heads(told_apart, heads)
+    if softcap is not None:
+        checks.soft_cap(softcap)
+    if sinks is not None:
+        checks.sinks_shape(sinks, heads)
     kv_len, kv_heads = k.shape[-3:-1]
     by_head = (kv_heads, heads // kv_heads) if told_apart > 1 else (1, 1)
     batches, rows = math.prod(batch_shape), min(_ROWS, q_len)
     factor = dim**-0.5 if scale is None else scale
     chunks = -(-q_len // rows)
-    whole = None if mask is None else mask.flatten_batch(batch_shape)
-    flat = indexed.flat()
-    q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
-    every = jnp.arange(kv_len)
 
-    def product(of_q, of_k, result, queries, keys, tokens):
+    def in_chunks(x):
+        """The queries of all sequences, those of one step together."""
+        padded = jnp.pad(x, [(0, 0), (0, chunks * rows - q_len), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(batches * chunks, rows, *x.shape[2:])
+
+    def product(of_q, of_k, result, queries, keys):
         """Products with all keys; where rows have lists, each with its own tokens."""
-        if plan is not None:
-            keys, of_k = keys[tokens], f"r{of_k}"
+        of_k = of_k if plan is None else f"r{of_k}"
         return jnp.einsum(
             f"{of_q},{of_k}->{result}", queries, keys, preferred_element_type=jnp.float32
         )
 
-    def one_chunk(flat, index):
+    def keys_of(x, batch, tokens):
+        return x[batch] if plan is None else x[batch, tokens]
+
+    def target_of(given: _Given, index, queries, lists, counts) -> _Target:
         batch, chunk = jnp.divmod(index, chunks)
         row = chunk * rows + jnp.arange(rows)
-        known = jnp.minimum(row, q_len - 1)
-        if plan is None:
-            tokens = jnp.broadcast_to(every, (rows, kv_len))
-            listed = jnp.ones(tokens.shape, bool)
-        else:
-            shape = batches, q_len
-            lists = jnp.broadcast_to(
-                plan.kv_indices, (*batch_shape, 1, *plan.kv_indices.shape[-2:])
-            )
-            tokens = lists.reshape(*shape, -1)[batch, known]
-            counts = jnp.broadcast_to(plan.kv_num_blocks, (*batch_shape, 1, q_len)).reshape(shape)
-            listed = jnp.arange(plan.width) < counts[batch, known][:, None]
+        tokens = jnp.broadcast_to(jnp.arange(kv_len), (rows, kv_len)) if plan is None else lists
+        listed = jnp.arange(tokens.shape[-1]) < counts[:, None]
 
         def seen_by(head):
-            return listed & _visible(whole, row[:, None], tokens, q_len, kv_len, batch, head)
+            return listed & _visible(given.mask, row[:, None], tokens, q_len, kv_len, batch, head)
 
         own = jax.vmap(seen_by, out_axes=1)(jnp.arange(told_apart)).reshape(rows, *by_head, -1)
-        queries = q[batch, known].reshape(rows, kv_heads, heads // kv_heads, dim)
-        logits = product("rkgd", "tkd", "rkgt", queries, k[batch], tokens)
+        queries = queries.reshape(rows, kv_heads, heads // kv_heads, dim)
+        logits = product("rkgd", "tkd", "rkgt", queries, keys_of(given.k, batch, tokens))
         # a head that sees nothing has a softmax too; it does not count in the end
         some_of_head = own.any(-1, keepdims=True)
-        logits = jnp.where(own | ~some_of_head, logits * factor, -jnp.inf)
-        target = jnp.where(some_of_head, jax.nn.softmax(logits, axis=-1), 0.0).sum((1, 2))
+        logits = logits * factor
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        logits = jnp.where(own | ~some_of_head, logits, -jnp.inf)
+        target = jax.nn.softmax(logits, axis=-1)
+        if given.sinks is not None:
+            # of keys and sink together, the share that keys have
+            lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            target *= jax.nn.sigmoid(lse - given.sinks.reshape(kv_heads, -1, 1))
+        target = jnp.where(some_of_head, target, 0.0).sum((1, 2))
         # nor does a row of which no head sees anything
         seen = own.any((1, 2))
         some = seen.any(-1, keepdims=True)
-        shown = seen | ~some
-        target /= jnp.where(some, target.sum(-1, keepdims=True), 1.0)
-        inside = product("rhd", "td", "rth", flat.q[batch, known], flat.k[batch], tokens)
-        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), flat.weights[batch, known])
-        scores = jnp.where(shown, scores, -jnp.inf)
-        log_share = jnp.where(shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
-        log_target = jnp.log(jnp.where(target > 0, target, 1.0))
-        divergence = (target * (log_target - log_share)).sum(-1)
-        return jnp.where((row < q_len) & some[:, 0], divergence, 0.0).sum()
+        # sinks may leave nothing of a row
+        total = target.sum(-1, keepdims=True)
+        target /= jnp.where(total == 0, 1.0, total)
+        return _Target(target, seen | ~some, (row < q_len) & some[:, 0], batch, tokens)
 
-    each = jax.lax.map(
-        lambda index: jax.checkpoint(one_chunk)(flat, index), jnp.arange(batches * chunks)
-    )
-    return each.sum() / (batches * q_len)
+    def divergence(queries, weights, keys, target: _Target):
+        inside = product("rhd", "td", "rth", queries, keys)
+        scores = jnp.einsum("rth,rh->rt", jax.nn.relu(inside), weights)
+        scores = jnp.where(target.shown, scores, -jnp.inf)
+        log_share = jnp.where(target.shown, jax.nn.log_softmax(scores, axis=-1), 0.0)
+        share = target.share
+        log_target = jnp.log(jnp.where(share > 0, share, 1.0))
+        found = (share * (log_target - log_share)).sum(-1)
+        return jnp.where(target.counts, found, 0.0).sum() / (batches * q_len)
+
+    def of_chunks(flat, given):
+        fixed = jnp.arange(batches * chunks), in_chunks(given.q), given.lists, given.counts
+        return (in_chunks(flat.q), in_chunks(flat.weights)), fixed
+
+    @jax.custom_vjp
+    def loss(flat: Indexed, given: _Given):
+        def one_chunk(inputs):
+            (queries, weights), fixed = inputs
+            target = target_of(given, *fixed)
+            keys = keys_of(flat.k, target.batch, target.tokens)
+            return divergence(queries, weights, keys, target)
+
+        return jax.lax.map(one_chunk, of_chunks(flat, given)).sum()
+
+    # the loss is a number: while its gradient is wanted, that of a chunk is computed with it. Each
+    # adds to the gradient of the keys what it has for its own ones; left to JAX, it would add an
+    # array of all keys
+    def loss_fwd(indexed, given):
+        # what devices have alike, each of them gives a gradient of its own
+        flat, given = _compat.varying_alike((indexed, given))
+
+        def step(d_k, inputs):
+            (queries, weights), fixed = inputs
+            target = target_of(given, *fixed)
+            keys = keys_of(flat.k, target.batch, target.tokens)
+            of_chunk = jax.value_and_grad(divergence, argnums=(0, 1, 2))
+            found, (*d_learned, d_keys) = of_chunk(queries, weights, keys, target)
+            places = (target.batch,) if plan is None else (target.batch, target.tokens)
+            return d_k.at[places].add(d_keys.astype(jnp.float32)), (found, d_learned)
+
+        none = jnp.zeros(flat.k.shape, jnp.float32)
+        d_k, (found, d_learned) = _compat.scan(step, none, of_chunks(flat, given))
+        d_q, d_weights = (x.reshape(batches, -1, *x.shape[2:])[:, :q_len] for x in d_learned)
+        return found.sum(), (indexed, Indexed(d_q, d_weights, d_k.astype(flat.k.dtype)))
+
+    def loss_bwd(residuals, cotangent):
+        indexed, gradient = residuals
+        gradient = jax.tree.map(
+            lambda x: (x.astype(jnp.float32) * cotangent).astype(x.dtype), gradient
+        )
+        return _compat.summed_like(gradient, indexed), None
+
+    loss.defvjp(loss_fwd, loss_bwd)
+    q, k = (jax.lax.stop_gradient(x.reshape(batches, *x.shape[-3:])) for x in (q, k))
+    lists, counts = None, jnp.full((batches, q_len), kv_len)
+    if plan is not None:
+        shape = *batch_shape, 1, q_len
+        lists = jnp.broadcast_to(plan.kv_indices, (*shape, plan.width))
+        lists = in_chunks(lists.reshape(batches, q_len, -1))
+        counts = jnp.broadcast_to(plan.kv_num_blocks, shape).reshape(batches, q_len)
+    whole = None if mask is None else mask.flatten_batch(batch_shape)
+    if sinks is not None:
+        sinks = jax.lax.stop_gradient(sinks.astype(jnp.float32))
+    return loss(indexed.flat(), _Given(q, k, lists, in_chunks(counts), whole, sinks))
 
 
 def hisa(
@@ -295,6 +381,7 @@ def hisa(
 ) -> Method:
     """Attends to the tokens that a small indexer of hidden states picks, the same for all heads.
 
+    It is not causal by itself: pass the mask that attention is under, such as `js.masks.causal()`.
     `block_top_k=None` is the lightning indexer of DeepSeek sparse attention, which scores every
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
     the output, nor hidden states through it. Attention over one latent key and value per token is

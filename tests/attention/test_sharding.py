@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jsparse as js
+from jsparse.learned.hisa import Indexed, index_loss
+from jsparse.types import BlockMask
 from tests.inputs import qkv
 
 CAUSAL = js.masks.causal()
@@ -100,10 +102,34 @@ def on_two_devices():
     got, expected = (jax.jit(jax.grad(f, (0, 1, 2)))(q, k[:1], bias) for f in (shared, loss))
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=5e-6)
+    losses_on(mesh, q, k)
     # without shard_map, by the compiler
     parts = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v)]
     attention = jax.jit(attention_by(METHODS["xattention"]))
     np.testing.assert_allclose(attention(*parts), attention(q, k, v), atol=2e-6)
+
+
+def losses_on(mesh, q, k):
+    """Indexers of two sequences, of which all devices have the keys and the heads' weights."""
+    lists = jnp.broadcast_to(jnp.array([0, 3, 5, 6, 9]), (1, 24, 5))
+    plan = BlockMask(lists, jnp.full((1, 24), 5), jnp.zeros(1, bool), 24, 24, 1, 1)
+    spec, alike = PartitionSpec("parts"), PartitionSpec()
+
+    def loss(index_q, weights, index_k, q, k):
+        weights, index_k, k = (
+            jnp.broadcast_to(x, (len(q), *x.shape[1:])) for x in (weights, index_k, k)
+        )
+        return index_loss(Indexed(index_q, weights, index_k), q, k, plan, mask=CAUSAL)
+
+    def mean(*given):
+        return jax.lax.pmean(loss(*given), "parts")
+
+    given = jnp.cos(q), jnp.sin(q[:1, :, :, 0]), k[:1, :, 0], q, k[:1]
+    specs = spec, alike, alike, spec, alike
+    shared = jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=alike)
+    got, expected = (jax.jit(jax.grad(f, (0, 1, 2)))(*given) for f in (shared, loss))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 @pytest.mark.newest

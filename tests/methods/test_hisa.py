@@ -224,6 +224,15 @@ def test_what_leaves_the_selection_as_it_is():
         assert all(t // 25 * 25 <= s <= t for s in row)
 
 
+def test_without_a_mask_tokens_are_those_of_one_that_hides_nothing():
+    """The first and the last block among those of every query, little as they score."""
+    k = on_device([-1.0] * 2 + [5.0] * 4 + [-1.0] * 2)[:, None]
+    sizes = {"top_k": 4, "block_kv": 2, "block_top_k": 2}
+    one = Indexed(jnp.ones((1, 1, 2)), jnp.ones((1, 1)), jnp.tile(k, (1, 2)))
+    for mask in (None, js.masks.full()):
+        assert lists(select_tokens(one, mask=mask, **sizes)) == [[0, 1, 6, 7]]
+
+
 @pytest.mark.parametrize("block_top_k", [3, None], ids=["two stages", "one stage"])
 def test_keys_that_no_head_points_at_score_zero_and_tie(block_top_k):
     """Every product is negative, save with one key: of all others the first ones are taken."""
@@ -283,6 +292,34 @@ def test_the_loss_trains_the_indexer_alone_and_by_the_published_gradient():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_the_loss_is_of_attention_with_capped_logits_and_sinks():
+    length, sinks = 40, [-1.0, 0.5, 3.0, 1.0]
+    q, k, _ = qkv(length)
+    rng = np.random.default_rng(6)
+    numbers = (
+        rng.normal(size=(length, 3, 8)),
+        rng.normal(size=(length, 3)),
+        rng.normal(size=(40, 8)),
+    )
+    indexed = Indexed(*(on_device(x, jnp.float32) for x in numbers))
+    plan = select_tokens(indexed, top_k=12, block_kv=8, block_top_k=3, mask=CAUSAL)
+    every = [list(range(t + 1)) for t in range(length)]
+    for given, chosen in ((plan, lists(plan)), (None, every)):
+        for cap, of_heads in ((0.7, None), (None, sinks), (0.7, sinks)):
+            logits = None if of_heads is None else on_device(of_heads)
+            got = index_loss(indexed, q, k, given, mask=CAUSAL, softcap=cap, sinks=logits)
+            wanted = oracle.loss(*numbers, q, k, chosen, cap=cap, sinks=of_heads)
+            assert float(got) == pytest.approx(wanted, rel=1e-5)
+    # a sink without end takes all of its head, of all heads everything
+    endless = jnp.full(4, jnp.inf)
+    one = endless.at[1].set(0.0)
+    alone = index_loss(indexed, q[:, 1:2], k[:, :1], mask=CAUSAL, sinks=one[1:2])
+    assert float(index_loss(indexed, q, k, mask=CAUSAL, sinks=one)) == pytest.approx(float(alone))
+    value, gradient = jax.value_and_grad(index_loss)(indexed, q, k, mask=CAUSAL, sinks=endless)
+    assert value == 0
+    assert not any(x.any() for x in gradient)
+
+
 def test_the_loss_over_all_tokens_makes_no_copy_of_the_keys_per_query():
     q, k, _ = qkv(1024, heads=8, kv_heads=8, dim=64)
     indexed = Indexed(jnp.ones((1024, 2, 8)), jnp.ones((1024, 2)), jnp.ones((1024, 8)))
@@ -308,6 +345,22 @@ def test_neither_choice_nor_loss_holds_a_number_for_each_pair(block_top_k):
     for call, given in ((choose, (indexed,)), (jax.grad(loss), (indexed, q, k))):
         memory = jax.jit(call).lower(*given).compile().memory_analysis()
         assert memory.temp_size_in_bytes < length**2 / 4
+
+
+def test_a_chunks_share_of_the_gradient_is_of_its_own_tokens():
+    """Where it is one of all queries or keys, the gradient grows with the square of the length."""
+
+    def work(length):
+        """Operations, of which XLA counts those of a loop's step once."""
+        indexed = Indexed(jnp.ones((length, 2, 8)), jnp.ones((length, 2)), jnp.ones((length, 8)))
+        q, k, _ = qkv(length, heads=2, kv_heads=1)
+        counts = jnp.full((1, length), 4, jnp.int32)
+        tokens = jnp.broadcast_to(jnp.arange(4), (1, length, 4))
+        plan = js.BlockMask(tokens, counts, jnp.zeros(1, bool), length, length, 1, 1)
+        of_indexer = jax.jit(jax.grad(lambda *given: index_loss(*given, plan)))
+        return of_indexer.lower(indexed, q, k).compile().cost_analysis()["flops"]
+
+    assert work(2048) == work(1024)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +546,8 @@ def test_bad_calls():
     with pytest.raises(ValueError, match=r"tiles of 4 x 4"):
         index_loss(WORKED, q, k, tiles)
     q, k, _ = qkv(8)
+    with pytest.raises(ValueError, match=r"softcap=0"):
+        index_loss(WORKED, q, k, softcap=0.0)
     for heads in (2, 3):
         mask = js.masks.head_windows(num_sink=[0] * heads, window=[4] * heads)
         with pytest.raises(ValueError, match=f"The mask has {heads} heads; expected 1 or heads=4"):

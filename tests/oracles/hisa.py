@@ -80,10 +80,13 @@ def select(q, weights, k, *, top_k, block, block_top_k, starts=None):
     return chosen
 
 
-def loss(q, weights, k, queries, keys, chosen, sees=lambda head, row, token: True):
+def loss(
+    q, weights, k, queries, keys, chosen, sees=lambda head, row, token: True, cap=None, sinks=None
+):
     """KL of true attention, over the chosen tokens, to the indexer's softmax: mean over queries.
 
-    Heads attend to those of the tokens that they see.
+    Heads attend to those of the tokens that they see, with capped logits where there is a cap; a
+    sink is one more logit in a head's softmax, of which nothing else becomes.
     """
     index_scores = scores(q, weights, k)
     queries, keys = np.float64(queries), np.float64(keys)
@@ -93,9 +96,11 @@ def loss(q, weights, k, queries, keys, chosen, sees=lambda head, row, token: Tru
         for h in range(queries.shape[1]):
             own = [n for n, token in enumerate(tokens) if sees(h, row, token)]
             logits = keys[np.array(tokens)[own], h // group] @ queries[row, h]
-            weights_ = np.exp(logits * queries.shape[-1] ** -0.5)
+            logits = logits * queries.shape[-1] ** -0.5
+            weights_ = np.exp(logits if cap is None else cap * np.tanh(logits / cap))
+            sink = 0.0 if sinks is None else math.exp(sinks[h])
             if own:
-                target[own] += weights_ / weights_.sum()
+                target[own] += weights_ / (weights_.sum() + sink)
         target /= target.sum()
         shares = np.exp(index_scores[row, tokens] - index_scores[row, tokens].max())
         shares /= shares.sum()
