@@ -7,7 +7,9 @@ Each query attends to as many keys at every length. What grows faster than the l
 them, which looks at all that stands for blocks: it is timed by itself as well, and `nsa`'s windows,
 which it attends to besides, are in that. `rest` is what is left of the gradients without choosing.
 Clusters of the routing transformer are of one size, so there are more in longer texts. Each method
-is checked against `reference` at the first length. `ms` is the least time on the clock, `cpu_ms`
+is checked against `reference` at the first length. Gradients of `hisa` are those of its indexer as
+well, by its own loss over the tokens that it chose; the loss of `seerattention`'s gates, of which
+the targets are dense attention, is not in its row. `ms` is the least time on the clock, `cpu_ms`
 that of all cores at work; `exponent` is of the length, since the one before; the whole from the
 first to the last stands in the summary.
 """
@@ -30,6 +32,7 @@ from rich.table import Table
 import jsparse as js
 from benchmarks.attention import machine
 from benchmarks.kin_rows import check, timed
+from jsparse.learned.hisa import index_loss
 
 RESULTS = Path(__file__).parent / "results" / "trainable_cpu.json"
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
@@ -40,10 +43,20 @@ INDEXER = {"index_heads": 4, "index_dim": 32, "rotary_dim": 16}
 
 
 class Case(NamedTuple):
-    """A method for each length, and the longest length that it is tried at."""
+    """A method for each length, the longest length that it is tried at, and a loss of its own.
+
+    `loss(info, q, k, plan, mask=)` is what a part of the method learns by that no gradient reaches
+    through the output.
+    """
 
     method: Callable[[int], js.Method] | None
     longest: int = LENGTHS[-1]
+    loss: Callable[..., jax.Array] | None = None
+
+
+def loss_of_indexer(info: Any, q: jax.Array, k: jax.Array, plan: Any, *, mask: Any) -> jax.Array:
+    """Of the tokens that were chosen, which is how it learns while attention is sparse."""
+    return index_loss(info.indexed, q, k, plan, mask=mask)
 
 
 def cases(budget: int) -> dict[str, Case]:
@@ -58,7 +71,7 @@ def cases(budget: int) -> dict[str, Case]:
         "dense": Case(None, 8192),
         "nsa": Case(lambda length: nsa),
         "flashmoba": Case(lambda length: flashmoba),
-        "hisa": Case(lambda length: hisa),
+        "hisa": Case(lambda length: hisa, loss=loss_of_indexer),
         "seerattention": Case(
             lambda length: js.seerattention(density=min(1.0, 2 * budget / length), **gates)
         ),
@@ -89,10 +102,17 @@ def call_of(case: Case, length: int, *, kind: str, implementation: str):
     def choose(params, q, k, v, x):
         return method.plan(params, q, k, v=v, x=x, mask=MASK)[0]
 
+    def learn(params, q, k, v, x):
+        if method is None or case.loss is None:
+            return jnp.square(run(params, q, k, v, x)).sum()
+        plan, info = method.plan(params, q, k, v=v, x=x, mask=MASK)
+        out = js.attend(q, k, v, plan, mask=MASK, implementation=implementation)
+        return jnp.square(out).sum() + case.loss(info, q, k, plan, mask=MASK)
+
     functions = {
         "choice": choose,
         "forward": run,
-        "gradient": jax.grad(lambda *given: jnp.square(run(*given)).sum(), argnums=(0, 1, 2, 3)),
+        "gradient": jax.grad(learn, argnums=(0, 1, 2, 3)),
     }
     given = params, q, k, v, x
     return functools.partial(jax.jit(functions[kind]).lower(*given).compile(), *given)

@@ -12,7 +12,7 @@ from jsparse import _compat, checks
 from jsparse.attention.attend import attend
 from jsparse.attention.planned import Queries
 from jsparse.core import selection
-from jsparse.core.appending import written
+from jsparse.core.appending import tokens_from, written
 from jsparse.core.low_precision import Stored, hadamard, rounded, stored
 from jsparse.core.pooling import mean_blocks
 from jsparse.core.rotary import rotary
@@ -44,16 +44,28 @@ class Indexed(NamedTuple):
         )
 
 
+class HisaState(NamedTuple):
+    """What a step of decoding starts from.
+
+    Attributes:
+      keys: The indexer's keys so far, in their own dtype.
+      means: The mean of those of each block, in f32; None where there is no first stage.
+    """
+
+    keys: Stored
+    means: Float[Array, "*batch kv_blocks index_dim"] | None
+
+
 class HisaInfo(NamedTuple):
     """What tokens were chosen by, for `index_loss` and for the next step.
 
     Attributes:
       indexed: The indexer's queries, weights and keys.
-      state: The indexer's keys so far, for `state` of the next step, in their own dtype.
+      state: Its keys so far and the means of their blocks, for `state` of the next step.
     """
 
     indexed: Indexed
-    state: Stored
+    state: HisaState
 
 
 def select_tokens(
@@ -82,35 +94,64 @@ def select_tokens(
     """
     checks.positive(top_k=top_k, block_kv=block_kv)
     checks.room_for_both_ends(block_top_k)
-    batch_shape, (q_len, kv_len) = indexed.q.shape[:-3], (indexed.q.shape[-3], indexed.k.shape[-2])
-    flat = jax.tree.map(jax.lax.stop_gradient, indexed.flat())
-    whole = None if mask is None else any_head(mask).flatten_batch(batch_shape)
+    checks.room_for_tokens(min(top_k, indexed.k.shape[-2]), block_kv, block_top_k)
+    keys = Stored(indexed.k, None)
+    means = None if block_top_k is None else _mean_keys(keys, block_kv)
+    return _chosen(indexed, HisaState(keys, means), top_k, block_kv, block_top_k, mask)
+
+
+def _mean_keys(keys: Stored, block_kv: int, length: Array | None = None) -> Array:
+    return mean_blocks(keys.read()[..., None, :], block_kv, length)[..., 0, :]
+
+
+def _chosen(
+    indexed: Indexed,
+    state: HisaState,
+    top_k: int,
+    block_kv: int,
+    block_top_k: int | None,
+    mask: Mask | None,
+) -> BlockMask:
+    """The tokens of each query, of the indexer's stored keys; those in `indexed` are not read."""
+    batch_shape, q_len = indexed.q.shape[:-3], indexed.q.shape[-3]
+    kv_len = state.keys.numbers.shape[-2]
+
+    def flattened(x):
+        return jax.lax.stop_gradient(x.reshape(-1, *x.shape[len(batch_shape) :]))
+
+    q, weights, keys = jax.tree.map(flattened, (indexed.q, indexed.weights, state.keys))
+    q, whole = q.astype(jnp.float32), None
+    if mask is not None:
+        whole = any_head(mask).flatten_batch(batch_shape)
     top_k = min(top_k, kv_len)
-    checks.room_for_tokens(top_k, block_kv, block_top_k)
     if block_top_k is None:
-        lists, counts = _in_one_stage(flat, top_k, whole)
+        lists, counts = _in_one_stage(q, weights, keys, top_k, whole)
     else:
-        blocks = min(block_top_k, -(-kv_len // block_kv))
-        lists, counts = _in_two_stages(flat, top_k, block_kv, blocks, whole)
+        blocks, means = min(block_top_k, -(-kv_len // block_kv)), flattened(state.means)
+        lists, counts = _in_two_stages(q, weights, keys, means, top_k, block_kv, blocks, whole)
     lists = lists.reshape(*batch_shape, 1, q_len, -1)
     counts = counts.reshape(*batch_shape, 1, q_len)
     return BlockMask(lists, counts, jnp.zeros(counts.shape[:-1], bool), q_len, kv_len, 1, 1)
 
 
-def _in_one_stage(flat: Indexed, top_k: int, mask: Mask | None) -> tuple[Array, Array]:
-    batches, q_len = flat.q.shape[:2]
-    kv_len = flat.k.shape[1]
+def _in_one_stage(
+    q: Array, weights: Array, keys: Stored, top_k: int, mask: Mask | None
+) -> tuple[Array, Array]:
+    batches, q_len = q.shape[:2]
+    kv_len = keys.numbers.shape[1]
     grid = TileGrid(q_len, kv_len, min(_FLAT_ROWS, q_len), min(_FLAT_KEYS, kv_len))
     rows = [(0, 0), (0, grid.q_blocks * grid.block_q - q_len), (0, 0)]
-    q, weights = jnp.pad(flat.q, [*rows, (0, 0)]), jnp.pad(flat.weights, rows)
-    k = jnp.pad(flat.k, [(0, 0), (0, grid.kv_blocks * grid.block_kv - kv_len), (0, 0)])
+    q, weights = jnp.pad(q, [*rows, (0, 0)]), jnp.pad(weights, rows)
+    columns = [(0, 0), (0, grid.kv_blocks * grid.block_kv - kv_len), (0, 0)]
+    keys = jax.tree.map(lambda x: jnp.pad(x, columns[: x.ndim]), keys)
 
     def score(batch, head, q_tile, kv_tile):
         def cut(x, tile, size):
             return jax.lax.dynamic_slice_in_dim(x[batch], tile * size, size)
 
         queries, of_heads = (cut(x, q_tile, grid.block_q) for x in (q, weights))
-        scores = relu_weighted(queries, of_heads, cut(k, kv_tile, grid.block_kv))
+        tile = jax.tree.map(lambda x: cut(x, kv_tile, grid.block_kv), keys)
+        scores = relu_weighted(queries, of_heads, tile.read())
         row = q_tile * grid.block_q + jnp.arange(grid.block_q)[:, None]
         column = kv_tile * grid.block_kv + jnp.arange(grid.block_kv)
         return TileScores(scores, _visible(mask, row, column, q_len, kv_len, batch))
@@ -122,15 +163,21 @@ def _in_one_stage(flat: Indexed, top_k: int, mask: Mask | None) -> tuple[Array, 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "block_kv", "block_top_k"))
 def _in_two_stages(
-    flat: Indexed, top_k: int, block_kv: int, block_top_k: int, mask: Mask | None
+    q: Array,
+    weights: Array,
+    keys: Stored,
+    means: Array,
+    top_k: int,
+    block_kv: int,
+    block_top_k: int,
+    mask: Mask | None,
 ) -> tuple[Array, Array]:
-    batches, q_len = flat.q.shape[:2]
-    kv_len = flat.k.shape[1]
+    batches, q_len = q.shape[:2]
+    kv_len = keys.numbers.shape[1]
     rows = min(_ROWS, q_len)
     chunks = -(-q_len // rows)
     pad = [(0, 0), (0, chunks * rows - q_len), (0, 0)]
-    q, weights = jnp.pad(flat.q, [*pad, (0, 0)]), jnp.pad(flat.weights, pad)
-    means = mean_blocks(flat.k[:, :, None], block_kv)[:, :, 0]
+    q, weights = jnp.pad(q, [*pad, (0, 0)]), jnp.pad(weights, pad)
     grid = TileGrid(q_len, kv_len, 1, block_kv)
     classify = None if mask is None else mask.classifier(grid)
     block = jnp.arange(grid.kv_blocks)
@@ -153,8 +200,9 @@ def _in_two_stages(
         blocks = dense_to_lists(chosen, block_top_k)
         counted = jnp.arange(block_top_k) < chosen.sum(-1, keepdims=True)
         tokens = (blocks[..., None] * block_kv + jnp.arange(block_kv)).reshape(rows, -1)
-        keys = flat.k[batch].at[tokens].get(mode="clip")
-        logits = jnp.einsum("rhd,rtd->rth", queries, keys, preferred_element_type=jnp.float32)
+        # read after they are gathered: there are as many as in the chosen blocks, not in the cache
+        near = jax.tree.map(lambda x: x.at[batch, tokens].get(mode="clip"), keys).read()
+        logits = jnp.einsum("rhd,rtd->rth", queries, near, preferred_element_type=jnp.float32)
         scores = jnp.einsum("rth,rh->rt", jax.nn.relu(logits), of_heads.astype(jnp.float32))
         seen = jnp.repeat(counted, block_kv, axis=-1) & (tokens < kv_len)
         seen &= _visible(mask, row, jnp.minimum(tokens, kv_len - 1), q_len, kv_len, batch)
@@ -386,8 +434,9 @@ def hisa(
     token. `info.indexed` is what `index_loss` trains the indexer by: no gradient reaches it through
     the output, nor hidden states through it. Attention over one latent key and value per token is
     that of one kv head, as `js.nn.LatentAttention` has it; the indexer's queries are then made of
-    its low-rank queries, for which `x` is `js.LatentStates(x, q_latent)`. While decoding, the
-    indexer's keys are `info.state`, of `index_dtype`.
+    its low-rank queries, for which `x` is `js.LatentStates(x, q_latent)`. While decoding,
+    `info.state` has the indexer's keys, of `index_dtype`, and the mean keys of blocks, of which a
+    step makes those anew that its tokens are in.
 
     Args:
       top_k: Tokens per query, at most as many as its blocks hold; 2048 in the paper.
@@ -471,18 +520,41 @@ def hisa(
         own, kept = index(params, x, start[..., None] + jnp.arange(q_len))
         if state is None:
             checks.keys_of_all_tokens(q_len, kv_len)
-            return HisaInfo(own, kept)
-        so_far = jax.tree.map(lambda x, new: written(x, new, start), state, kept)
-        return HisaInfo(own._replace(k=written(state.read(), own.k, start)), so_far)
+            means = None if block_top_k is None else _mean_keys(kept, block_kv)
+            return HisaInfo(own, HisaState(kept, means))
+        so_far = jax.tree.map(lambda x, new: written(x, new, start), state.keys, kept)
+        means = None if block_top_k is None else mean_keys(so_far, state.means, start, q_len)
+        # all keys in f32, which the choice does not read: a program leaves out what is not used
+        every = written(state.keys.read(), own.k, start)
+        return HisaInfo(own._replace(k=every), HisaState(so_far, means))
+
+    def mean_keys(keys, known, start, q_len):
+        """Of each block; those alone are made that the newest tokens are in."""
+        # of so many tokens, wherever the first stands in its own block
+        new, kv_blocks = -(-(q_len - 1) // block_kv) + 1, known.shape[-2]
+        if new >= kv_blocks:
+            return _mean_keys(keys, block_kv, start + q_len)
+        first = jnp.clip(start // block_kv, 0, kv_blocks - new)
+
+        def near(x):
+            one_head = x.reshape(*start.shape, x.shape[start.ndim], 1, -1)
+            found = tokens_from(one_head, first * block_kv, new * block_kv)
+            return found.reshape(*start.shape, -1, *x.shape[start.ndim + 1 :])
+
+        newest = jax.tree.map(near, keys)
+        made = _mean_keys(newest, block_kv, start + q_len - first * block_kv)
+        return written(known, made, first)
 
     def init_state(k, v):
         """That of a step before the first, for keys and values of these shapes."""
-        return Stored.zeros((*k.shape[:-2], index_dim), index_dtype)
+        batch_shape, kv_blocks = k.shape[:-3], -(-k.shape[-3] // block_kv)
+        keys = Stored.zeros((*k.shape[:-2], index_dim), index_dtype)
+        means = jnp.zeros((*batch_shape, kv_blocks, index_dim), jnp.float32)
+        return HisaState(keys, None if block_top_k is None else means)
 
     def choose(params, q, k, x, positions, mask, state):
         info = indexed_tokens(params, q, k, x, positions, state)
-        sizes = {"top_k": top_k, "block_kv": block_kv, "block_top_k": block_top_k}
-        return select_tokens(info.indexed, mask=mask, **sizes), info
+        return _chosen(info.indexed, info.state, top_k, block_kv, block_top_k, mask), info
 
     def plan(params, q, k, *, v=None, x=None, positions=None, mask=None, state=None, key=None):
         return choose(params, q, k, x, positions, mask, state)

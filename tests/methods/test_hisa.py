@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import jsparse as js
-from jsparse.core.low_precision import hadamard, rounded
+from jsparse.core.low_precision import hadamard, rounded, stored
 from jsparse.core.tile_scores import relu_weighted
 from jsparse.evaluation.metrics import list_overlap
-from jsparse.learned.hisa import Indexed, index_loss, select_tokens
+from jsparse.learned.hisa import HisaState, Indexed, index_loss, select_tokens
 from tests.inputs import on_device, qkv
 from tests.oracles import hisa as oracle
 
@@ -391,7 +391,7 @@ def test_steps_of_decoding_equal_the_whole(dtype, power_of_two):
 
     # the keys that are stored have no more bits than those that are scored
     state, first = method.init_state(k, v), 0
-    assert state.numbers.dtype == (dtype or jnp.float32)
+    assert state.keys.numbers.dtype == (dtype or jnp.float32)
     for count in (27, 1, 1, 4, 1, 6):
         at = slice(first, first + count)
         positions = jnp.broadcast_to(jnp.arange(max_len)[at], (2, count))
@@ -399,14 +399,70 @@ def test_steps_of_decoding_equal_the_whole(dtype, power_of_two):
         np.testing.assert_allclose(out, whole[:, at], atol=5e-6)
         assert jax.tree.map(jnp.shape, info.state) == jax.tree.map(jnp.shape, state)
         state, first = info.state, first + count
-        assert state.numbers.dtype == (dtype or jnp.float32)
-        np.testing.assert_array_equal(info.indexed.k[:, :first], state.read()[:, :first])
-        np.testing.assert_array_equal(state.read()[:, :first], known.indexed.k[:, :first])
+        assert state.keys.numbers.dtype == (dtype or jnp.float32)
+        np.testing.assert_array_equal(info.indexed.k[:, :first], state.keys.read()[:, :first])
+        np.testing.assert_array_equal(state.keys.read()[:, :first], known.indexed.k[:, :first])
     assert first == length
     if power_of_two:
-        assert (jnp.frexp(state.scale[:, :length])[0] == 0.5).all()
+        assert (jnp.frexp(state.keys.scale[:, :length])[0] == 0.5).all()
         for once in (known.indexed.q, known.indexed.k):
             np.testing.assert_array_equal(once, rounded(once, dtype, power_of_two=True))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float8_e4m3fn])
+def test_a_step_makes_the_newest_means_alone_and_chooses_by_those_it_is_given(dtype):
+    """Of two sequences at places of their own; where no token is yet, nothing is read."""
+    block, count, room, first = 8, 3, 53, np.array([22, 42])
+    method = js.hisa(top_k=12, block_kv=block, block_top_k=3, index_dtype=dtype, **INDEXER)
+    rng = np.random.default_rng(8)
+    keys, means = rng.normal(size=(2, room, 8)), on_device(rng.normal(size=(2, 7, 8)), jnp.float32)
+    later = np.arange(room) >= first[:, None]
+    kept = stored(on_device(keys, jnp.float32), dtype)
+    kept = jax.tree.map(
+        lambda x: jnp.where(later.reshape(2, room, *[1] * (x.ndim - 2)), jnp.nan, x), kept
+    )
+    new = on_device(first[:, None] + np.arange(count), jnp.int32)
+
+    @jax.jit
+    def step(q, k, x, positions, state):
+        mask = js.masks.causal(offset=positions[:, 0])
+        given = {"x": x, "positions": positions, "mask": mask, "state": state}
+        return method.plan(params_of(method), q, k, **given)
+
+    q, k, _ = qkv(room, batch=(2,))
+    plan, info = step(q[:, :count], k, hidden(count, (2,)), new, HisaState(kept, means))
+    found, ends = np.float64(info.state.keys.read()), first + count
+    assert np.isfinite(info.state.means).all()
+    for n, (start, end) in enumerate(zip(first, ends, strict=True)):
+        own, last = start // block, -(-end // block)
+        np.testing.assert_array_equal(info.state.means[n, :own], means[n, :own])
+        of_newest = [found[n, j * block : min(end, (j + 1) * block)] for j in range(own, last)]
+        expected = np.stack([x.mean(0) for x in of_newest])
+        np.testing.assert_allclose(info.state.means[n, own:last], expected, atol=1e-6)
+        chosen = oracle.select(
+            *(np.float64(x[n]) for x in info.indexed[:2]),
+            found[n, :end],
+            **{"top_k": 12, "block": block, "block_top_k": 3},
+            means=np.float64(info.state.means[n, :last]),
+        )
+        assert lists(jax.tree.map(lambda x, n=n: x[n], plan)) == chosen
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_step_in_two_stages_makes_no_copy_of_the_keys(dtype):
+    room = 2**14
+    method = js.hisa(top_k=16, block_kv=64, block_top_k=2, index_dtype=dtype, **INDEXER)
+    params, keys = params_of(method), jnp.zeros((room, 2, 16), jnp.bfloat16)
+
+    def step(q, k, x, positions, state):
+        given = {"x": x, "positions": positions, "state": state}
+        plan, info = method.plan(params, q, k, mask=js.masks.causal(offset=positions[0]), **given)
+        return plan, info.state
+
+    state = method.init_state(keys, keys)
+    given = jnp.zeros((1, 4, 16)), keys, hidden(1), jnp.array([9]), state
+    memory = jax.jit(step, donate_argnums=4).lower(*given).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < state.keys.numbers.nbytes / 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])

@@ -243,10 +243,11 @@ def test_decoding_equals_the_whole(method):
     out, cache = decoded(module, x, cache, (20, 1, 1, 1, 1))
     np.testing.assert_allclose(out, whole, atol=2e-5)
     np.testing.assert_array_equal(cache.length, [24, 24])
-    # a latent of 12 and a key of 4 for each token, and what an indexer keeps of it
+    # a latent of 12 and a key of 4 for each token, and what an indexer keeps of it and of a block
     indexed = bool(jax.tree.leaves(cache.state))
     numbers = sum(leaf.size for leaf in jax.tree.leaves(cache) if leaf.ndim > 1)
-    assert numbers == 2 * 32 * (12 + 4 + 8 * indexed)
+    blocks = 32 // 4 if method is TWO_STAGES else 0
+    assert numbers == 2 * (32 * (12 + 4 + 8 * indexed) + 8 * blocks)
 
 
 # how a cache is written is the other layer's too, whose test is not slow

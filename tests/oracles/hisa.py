@@ -53,14 +53,16 @@ def best(values, candidates, count):
     return sorted(sorted(candidates, key=lambda j: (-values[j], j))[:count])
 
 
-def select(q, weights, k, *, top_k, block, block_top_k, starts=None):
+def select(q, weights, k, *, top_k, block, block_top_k, starts=None, means=None):
     """The tokens of each query, causal; `block_top_k` None looks at all.
 
-    `starts` are the first tokens that queries see, where it is not the first of all.
+    `starts` are the first tokens that queries see, where it is not the first of all; `means` what
+    blocks are chosen by, where it is not the mean of their keys.
     """
     kv_len = len(k)
     blocks = math.ceil(kv_len / block)
-    means = np.stack([k[j * block : (j + 1) * block].mean(0) for j in range(blocks)])
+    if means is None:
+        means = np.stack([k[j * block : (j + 1) * block].mean(0) for j in range(blocks)])
     fine, coarse = scores(q, weights, k), scores(q, weights, means)
     chosen = []
     for row in range(len(q)):
